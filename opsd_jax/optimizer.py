@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optax chain: clip by global norm, Adam(W), a schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import optax
+
+from opsd_jax.errors import UserError
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule (arXiv 1711.05101).
+
+    Args:
+      warmup_steps: linear from 0; the first step already moves (step 1 of `warmup_steps`).
+      schedule: after the warm-up "constant", "linear" to 0 or "cosine" to 0.
+      decay_steps: steps until "linear" or "cosine" reaches 0, warm-up included.
+      b1, b2, eps, weight_decay: of AdamW.
+      max_grad_norm: global norm above which gradients are scaled down; 0 = never.
+    """
+
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    decay_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise UserError(
+                f"optimizer.schedule must be one of {list(SCHEDULES)}, not {self.schedule!r}"
+            )
+        if self.schedule != "constant" and self.decay_steps <= self.warmup_steps:
+            raise UserError(
+                f"optimizer.decay_steps = {self.decay_steps} must exceed optimizer.warmup_steps "
+                f"= {self.warmup_steps} when optimizer.schedule is {self.schedule!r}"
+            )
+        if self.max_grad_norm < 0:
+            raise UserError(
+                f"optimizer.max_grad_norm must be >= 0 (0 = off), not {self.max_grad_norm}"
+            )
+
+
+def learning_rate_schedule(config: OptimizerConfig, peak: float) -> optax.Schedule:
+    """Learning rate by number of finished steps."""
+    rest = {
+        "constant": lambda n: optax.constant_schedule(peak),
+        "linear": lambda n: optax.linear_schedule(peak, 0.0, n),
+        "cosine": lambda n: optax.cosine_decay_schedule(peak, n),
+    }[config.schedule](config.decay_steps - config.warmup_steps)
+    if not config.warmup_steps:
+        return rest
+    # From peak / warmup, so that no step is wasted at a learning rate of zero.
+    warmup = optax.linear_schedule(
+        peak / config.warmup_steps, peak, max(1, config.warmup_steps - 1)
+    )
+    return optax.join_schedules([warmup, rest], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, learning_rate: float) -> optax.GradientTransformation:
+    """Clip, then AdamW. Moments have the dtype of the parameters: float32 masters."""
+    if learning_rate <= 0:
+        raise UserError(f"train.learning_rate must be positive, not {learning_rate}")
+    adamw = optax.adamw(
+        learning_rate_schedule(config, learning_rate),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+    if not config.max_grad_norm:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where every array lives: a `data x model` mesh and one table from logical to mesh axes.
+
+Parameters carry logical axis names (`model.py`); the table sends them to mesh axes. With the
+default table the batch and the parameters are split over `data` (fully sharded) and heads, MLP
+and vocabulary over `model` (tensor parallel). Arrays whose dimension does not divide stay whole
+in that dimension. What used to be `pjit` is `jax.jit` with these shardings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from opsd_jax.errors import UserError
+
+Rules = tuple[tuple[str, str | None], ...]
+
+FULLY_SHARDED: Rules = (
+    ("batch", "data"),
+    ("length", None),
+    ("embed", "data"),
+    ("vocab", "model"),
+    ("heads", "model"),
+    ("kv_heads", "model"),
+    ("head_dim", None),
+    ("mlp", "model"),
+    ("experts", None),
+    ("layers", None),
+    ("lora_rank", None),
+)
+REPLICATED_OVER_DATA: Rules = tuple(
+    (name, None if name == "embed" else axis) for name, axis in FULLY_SHARDED
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The mesh and the placement of parameters on it.
+
+    Args:
+      data: devices along `data`; -1 takes all that `model` leaves.
+      model: devices along `model` (tensor parallelism).
+      fully_sharded: also split the parameters and the optimiser over `data`.
+    """
+
+    data: int = -1
+    model: int = 1
+    fully_sharded: bool = True
+
+    def __post_init__(self):
+        if self.model < 1 or (self.data < 1 and self.data != -1):
+            raise UserError(
+                f"mesh.model must be >= 1 and mesh.data >= 1 or -1, not {self.model}, {self.data}"
+            )
+
+    @property
+    def rules(self) -> Rules:
+        return FULLY_SHARDED if self.fully_sharded else REPLICATED_OVER_DATA
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """A mesh of `data x model` devices, in the order that suits the hardware.
+
+    Raises:
+      UserError: the devices at hand do not fill the mesh.
+    """
+    devices = jax.devices() if devices is None else devices
+    data = config.data if config.data > 0 else max(1, len(devices) // config.model)
+    if data * config.model != len(devices):
+        raise UserError(
+            f"mesh.data = {data} times mesh.model = {config.model} must equal the number of "
+            f"devices, {len(devices)}"
+        )
+    # Auto axes: the compiler places intermediates; linen's logical constraints need it.
+    return jax.make_mesh(
+        (data, config.model), ("data", "model"), (AxisType.Auto,) * 2, devices=devices
+    )
+
+
+def variable_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
+    """Shardings of a boxed abstract variable tree (from `jax.eval_shape` of an init).
+
+    Returns:
+      The unboxed tree with a `NamedSharding` for every leaf; a mesh axis that does not divide
+      its dimension, or is already used by an earlier one, is left out.
+    """
+    table = dict(rules)
+
+    def place(leaf):
+        names = leaf.names if isinstance(leaf, nn.Partitioned) else (None,) * leaf.ndim
+        shape = leaf.value.shape if isinstance(leaf, nn.Partitioned) else leaf.shape
+        spec: list[str | None] = []
+        for name, size in zip(names, shape, strict=True):
+            axis = table[name] if name is not None else None
+            fits = axis is not None and size % mesh.shape[axis] == 0 and axis not in spec
+            spec.append(axis if fits else None)
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(place, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def optimizer_shardings(
+    optimizer: optax.GradientTransformation, opt_state: Any, trainable: Any, mesh: Mesh
+) -> Any:
+    """Moments live with their parameters; counters are replicated.
+
+    Args:
+      optimizer: the transformation that made `opt_state`.
+      opt_state: its (abstract) state.
+      trainable: the shardings of the trained parameters.
+      mesh: the mesh.
+    """
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        opt_state,
+        trainable,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis over `data`."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def check_batch(batch_size: int, num_micro_batches: int, mesh: Mesh) -> None:
+    """Raises a UserError unless the batch splits evenly over micro-batches and `data`."""
+    data = mesh.shape["data"]
+    if batch_size % (num_micro_batches * data):
+        raise UserError(
+            f"train.batch_size = {batch_size} must be a multiple of train.num_micro_batches x "
+            f"mesh.data = {num_micro_batches} x {data}"
+        )
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Global arrays from this process's rows (NumPy leaves with the batch leading)."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+    )
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of all leaves, whole arrays."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
