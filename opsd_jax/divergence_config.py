@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which divergence the loss is: `DivergenceConfig`, frozen and validated."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from opsd_jax.errors import UserError
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "sampled_token")
+CLIPS = ("none", "entry", "token", "rescale")
+SUPPORTS = ("full", "teacher_top_k", "student_top_k", "union_top_k")
+COMPLETIONS = ("renormalise", "tail", "truncate")
+IMPLEMENTATIONS = ("dense", "fused")
+
+Terms = Callable[[jax.Array, jax.Array], jax.Array]
+Target = Callable[[tuple[jax.Array, ...]], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class DivergenceConfig:
+    """The per-token loss, as one value per choice (method.md section 5, blocks 5 to 8).
+
+    Args:
+      name: "forward_kl" KL(teacher || student), "reverse_kl" KL(student || teacher),
+        "jensen_shannon", "sampled_token" (policy gradient on the sampled ids), or a function
+        (student_logps, teacher_logps) -> per-entry terms, all [..., K], that is summed over K.
+      beta: weight of the teacher in the Jensen-Shannon mixture; only read by that name.
+      clip: "none"; "entry" min(term, threshold) before the sum (the official recipe);
+        "token" min(sum, threshold); "rescale" the sum times min(1, threshold / sum).
+      clip_threshold: nats; only read when there is a clip.
+      temperature: both sides' logits are divided by it; there is no T^2 factor.
+      support: entries that the loss sees: all, or the top k of the teacher, of the student,
+        or of either.
+      top_k: k of the truncated supports.
+      completion: what a truncated support does with the rest: "renormalise" it away, keep it
+        as one "tail" entry, or "truncate" (plain partial sum: not a divergence, can be
+        negative, and its gradient at student = teacher is not zero).
+      target: makes one target out of several teachers (`targets.py`), or None for one teacher.
+      implementation: "dense" holds [B, C, V] logits; "fused" never does.
+      token_block: rows of logits alive at a time in the fused implementation.
+      vocab_block: vocabulary rows of the head gradient updated at a time there.
+    """
+
+    name: str | Terms = "forward_kl"
+    beta: float = 0.5
+    clip: str = "none"
+    clip_threshold: float = 0.05
+    temperature: float = 1.0
+    support: str = "full"
+    top_k: int = 50
+    completion: str = "renormalise"
+    target: Target | None = None
+    implementation: str = "dense"
+    token_block: int = 128
+    vocab_block: int = 16384
+
+    def __post_init__(self):
+        if not callable(self.name):
+            _one_of("name", self.name, DIVERGENCES)
+        _one_of("clip", self.clip, CLIPS)
+        _one_of("support", self.support, SUPPORTS)
+        _one_of("completion", self.completion, COMPLETIONS)
+        _one_of("implementation", self.implementation, IMPLEMENTATIONS)
+        if self.name == "jensen_shannon" and not 0 < self.beta < 1:
+            raise UserError(
+                f"divergence.beta must lie strictly between 0 and 1, not {self.beta}: the "
+                "Jensen-Shannon divergence vanishes at both ends; use name 'forward_kl' or "
+                "'reverse_kl' for the two KL directions"
+            )
+        for field in ("clip_threshold", "temperature"):
+            if not getattr(self, field) > 0:
+                raise UserError(f"divergence.{field} must be positive, not {getattr(self, field)}")
+        for field in ("top_k", "token_block", "vocab_block"):
+            if getattr(self, field) < 1:
+                raise UserError(
+                    f"divergence.{field} must be at least 1, not {getattr(self, field)}"
+                )
+        if self.name == "sampled_token" and (self.clip, self.support) != ("none", "full"):
+            raise UserError(
+                "divergence.name 'sampled_token' is a policy gradient on one sampled entry: "
+                "set divergence.clip to 'none' and divergence.support to 'full'"
+            )
+
+
+def _one_of(field: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"divergence.{field} must be one of {list(choices)}, not {value!r}")
