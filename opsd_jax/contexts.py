@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each role is shown. All prompt text of the project lives in this file.
+
+A template is text with the placeholders {question}, {solution}, {answer} and {instruction};
+every other brace is plain text, so LaTeX needs no escapes. It becomes one user turn of the
+tokenizer's chat template, with that role's own template switches, or stands as it is when the
+tokenizer has no chat template.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from opsd_jax.errors import UserError
+from opsd_jax.problems import Problem
+from opsd_jax.tokenizer import Tokenizer
+
+BOXED = "Reason step by step and put your final answer in \\boxed{}."
+
+TEMPLATES: dict[str, str] = {
+    # The bare question: what a chat model is normally asked.
+    "question": "{question}",
+    # The published student and evaluation prompts differ by the label (method notes, no. 8).
+    "boxed": "{question}\n\n" + BOXED,
+    "problem_boxed": "Problem: {question}\n\n" + BOXED,
+    # The privileged context of arXiv 2601.18734: the meaning of its newest wording, which asks
+    # for understanding rather than copying.
+    "solution_boxed": (
+        "Problem: {question}\n\n"
+        "A verified solution to this problem is given for your eyes only.\n"
+        "=== Reference Solution Begin ===\n{solution}\n=== Reference Solution End ===\n\n"
+        "Work through the reference until you see why each of its steps holds. Then solve the "
+        "problem yourself: do not copy or reword the reference, but reach the same answer by "
+        "your own reasoning; you may explore, and turn back when a path fails.\n\n" + BOXED
+    ),
+    "answer_boxed": (
+        "Problem: {question}\n\n"
+        "The correct final answer is known to be {answer}. Find a full derivation of it by your "
+        "own reasoning.\n\n" + BOXED
+    ),
+    "solution": (
+        "{question}\n\nFor your eyes only, a verified solution:\n{solution}\n\n"
+        "Answer the question in your own words, as if you had not been shown the solution."
+    ),
+    "answer": "{question}\n\n(For your eyes only: the correct answer is {answer}.)",
+    "instruction": "{question}\n\n{instruction}",
+}
+
+_PLACEHOLDER = re.compile(r"\{(question|solution|answer|instruction)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextConfig:
+    """The prompts of the three roles.
+
+    Args:
+      student, teacher, evaluation: a name from `TEMPLATES`, or template text that contains
+        {question}. What the teacher's template shows beyond the student's is the privilege.
+      instruction: fills {instruction}.
+      student_thinking, teacher_thinking, evaluation_thinking: passed to the chat template as
+        `enable_thinking`; None passes nothing.
+      student_max_tokens, teacher_max_tokens: budgets of the rendered prompts; a longer prompt is
+        never cut.
+      too_long: "drop" counts and leaves out problems over budget, "error" stops.
+    """
+
+    student: str = "problem_boxed"
+    teacher: str = "solution_boxed"
+    evaluation: str = "boxed"
+    instruction: str = ""
+    student_thinking: bool | None = None
+    teacher_thinking: bool | None = None
+    evaluation_thinking: bool | None = None
+    student_max_tokens: int = 1024
+    teacher_max_tokens: int = 4096
+    too_long: str = "drop"
+
+    def __post_init__(self):
+        for role in ("student", "teacher", "evaluation"):
+            template = self.template(role)
+            if "{question}" not in template:
+                raise UserError(
+                    f"contexts.{role} must be one of {sorted(TEMPLATES)} or a template with "
+                    f"{{question}} in it, not {template!r}"
+                )
+            if "{instruction}" in template and not self.instruction:
+                raise UserError(
+                    f"contexts.{role} uses {{instruction}}: set contexts.instruction to its text"
+                )
+        if self.too_long not in ("drop", "error"):
+            raise UserError(f"contexts.too_long must be 'drop' or 'error', not {self.too_long!r}")
+
+    def template(self, role: str) -> str:
+        """Template text of a role: "student", "teacher" or "evaluation"."""
+        chosen = getattr(self, role)
+        return TEMPLATES.get(chosen, chosen)
+
+    def budget(self, role: str) -> int:
+        return self.teacher_max_tokens if role == "teacher" else self.student_max_tokens
+
+    def prompt(self, problem: Problem, role: str) -> str:
+        """The text of one role's user turn.
+
+        All placeholders are filled in a single pass: a problem that itself contains
+        "{solution}" leaks nothing.
+        """
+        fields = {
+            "question": problem.question,
+            "solution": problem.solution,
+            "answer": problem.answer,
+            "instruction": self.instruction,
+        }
+        return _PLACEHOLDER.sub(lambda m: _field(fields, m.group(1), problem), self.template(role))
+
+    def switches(self, role: str) -> dict[str, Any]:
+        """Keyword arguments of a role for the chat template."""
+        thinking = getattr(self, f"{role}_thinking")
+        return {} if thinking is None else {"enable_thinking": thinking}
+
+
+def _field(fields: Mapping[str, str], name: str, problem: Problem) -> str:
+    if not fields[name]:
+        raise UserError(f"problem {problem.id!r} has no {name}, which a context template shows")
+    return fields[name]
+
+
+def render(
+    config: ContextConfig, tokenizer: Tokenizer, problem: Problem, role: str
+) -> list[int] | None:
+    """Token ids of one role's prompt, or None when it is over budget and may be dropped.
+
+    Raises:
+      UserError: over budget with `too_long = "error"`, or an empty prompt.
+    """
+    ids = tokenizer.render(config.prompt(problem, role), **config.switches(role))
+    if not ids:
+        raise UserError(f"problem {problem.id!r}: the {role} prompt is empty")
+    budget = config.budget(role)
+    if len(ids) <= budget:
+        return ids
+    if config.too_long == "error":
+        name = "teacher_max_tokens" if role == "teacher" else "student_max_tokens"
+        raise UserError(
+            f"problem {problem.id!r}: the {role} prompt has {len(ids)} tokens, over "
+            f"contexts.{name} = {budget}; raise it, or set contexts.too_long = 'drop'"
+        )
+    return None
+
+
+def pad(rows: list[list[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded ids [B, width] int32 and lengths [B] int32."""
+    ids = np.full((len(rows), width), pad_id, np.int32)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    return ids, np.array([len(row) for row in rows], np.int32)
