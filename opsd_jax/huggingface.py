@@ -1,0 +1,535 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model families: config.json to `ModelConfig` and back, and what each tensor is called.
+
+A family is one row of `FAMILIES`: the values it fixes, the defaults that its config.json may
+leave out, and the names in which it departs from Llama. Both generations of config.json are
+read, transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`), and exports carry
+both. A key that is not known is an error: it might change the numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from opsd_jax.errors import UserError
+from opsd_jax.model_config import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, ModelConfig
+from opsd_jax.rope import RopeScaling
+
+_LAYER = "model.layers.{l}."
+
+# Parameter path -> (tensor name, our axes "->" its axes). Letters: v vocab, d model, n heads,
+# h head dim, f mlp, e experts. {l} and {e} index the leading axes of our stacked arrays.
+TENSORS: dict[str, tuple[str, str]] = {
+    "embed": ("model.embed_tokens.weight", "vd->v d"),
+    "lm_head": ("lm_head.weight", "vd->v d"),
+    "final_norm/scale": ("model.norm.weight", "d->d"),
+    "layers/attention_norm/scale": (_LAYER + "input_layernorm.weight", "d->d"),
+    "layers/mlp_norm/scale": (_LAYER + "post_attention_layernorm.weight", "d->d"),
+    "layers/attention_post_norm/scale": (_LAYER + "post_attention_layernorm.weight", "d->d"),
+    "layers/mlp_post_norm/scale": (_LAYER + "post_feedforward_layernorm.weight", "d->d"),
+    "layers/attention/q_proj/kernel": (_LAYER + "self_attn.q_proj.weight", "dnh->nh d"),
+    "layers/attention/k_proj/kernel": (_LAYER + "self_attn.k_proj.weight", "dnh->nh d"),
+    "layers/attention/v_proj/kernel": (_LAYER + "self_attn.v_proj.weight", "dnh->nh d"),
+    "layers/attention/o_proj/kernel": (_LAYER + "self_attn.o_proj.weight", "nhd->d nh"),
+    "layers/attention/q_proj/bias": (_LAYER + "self_attn.q_proj.bias", "nh->nh"),
+    "layers/attention/k_proj/bias": (_LAYER + "self_attn.k_proj.bias", "nh->nh"),
+    "layers/attention/v_proj/bias": (_LAYER + "self_attn.v_proj.bias", "nh->nh"),
+    "layers/attention/o_proj/bias": (_LAYER + "self_attn.o_proj.bias", "d->d"),
+    "layers/attention/q_norm/scale": (_LAYER + "self_attn.q_norm.weight", "h->h"),
+    "layers/attention/k_norm/scale": (_LAYER + "self_attn.k_norm.weight", "h->h"),
+    "layers/mlp/gate_proj/kernel": (_LAYER + "mlp.gate_proj.weight", "df->f d"),
+    "layers/mlp/up_proj/kernel": (_LAYER + "mlp.up_proj.weight", "df->f d"),
+    "layers/mlp/down_proj/kernel": (_LAYER + "mlp.down_proj.weight", "fd->d f"),
+    "layers/mlp/gate_proj/bias": (_LAYER + "mlp.gate_proj.bias", "f->f"),
+    "layers/mlp/up_proj/bias": (_LAYER + "mlp.up_proj.bias", "f->f"),
+    "layers/mlp/down_proj/bias": (_LAYER + "mlp.down_proj.bias", "d->d"),
+    "layers/experts/router": (_LAYER + "mlp.gate.weight", "de->e d"),
+    "layers/experts/gate_proj": (_LAYER + "mlp.experts.{e}.gate_proj.weight", "df->f d"),
+    "layers/experts/up_proj": (_LAYER + "mlp.experts.{e}.up_proj.weight", "df->f d"),
+    "layers/experts/down_proj": (_LAYER + "mlp.experts.{e}.down_proj.weight", "fd->d f"),
+}
+
+# "#i": the i-th block of rows of one tensor that holds several projections.
+_FUSED = {
+    "layers/attention/q_proj/kernel": _LAYER + "self_attn.qkv_proj.weight#0",
+    "layers/attention/k_proj/kernel": _LAYER + "self_attn.qkv_proj.weight#1",
+    "layers/attention/v_proj/kernel": _LAYER + "self_attn.qkv_proj.weight#2",
+    "layers/mlp/gate_proj/kernel": _LAYER + "mlp.gate_up_proj.weight#0",
+    "layers/mlp/up_proj/kernel": _LAYER + "mlp.gate_up_proj.weight#1",
+}
+_FOUR_NORMS = {"layers/mlp_norm/scale": _LAYER + "pre_feedforward_layernorm.weight"}
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+
+IsLocal = Callable[[Mapping[str, Any], int], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One row of the table.
+
+    Attributes:
+      architecture: the class name that transformers writes into `architectures`.
+      defaults: what an absent key of config.json means.
+      values: `ModelConfig` fields that are the same for the whole family.
+      keys: `ModelConfig` field -> key of config.json, beyond the common ones.
+      is_local: (config.json, layer) -> whether the window holds, unless `layer_types` says.
+      names: parameter path -> tensor name, where it is not Llama's.
+    """
+
+    architecture: str
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    is_local: IsLocal | None = None
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def _all_layers(_: Mapping[str, Any], layer: int) -> bool:
+    return True
+
+
+def _last_layers(raw: Mapping[str, Any], layer: int) -> bool:
+    return layer >= raw.get("max_window_layers", 28)
+
+
+def _all_but_every(period: int) -> IsLocal:
+    return lambda raw, layer: (layer + 1) % raw.get("sliding_window_pattern", period) != 0
+
+
+_QWEN = {"use_sliding_window": False, "sliding_window": 4096, "rms_norm_eps": 1e-6}
+_GEMMA = {
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "gelu_pytorch_tanh",
+}
+_GEMMA23 = _GEMMA | {"query_pre_attn_scalar": 256, "sliding_window": 4096}
+_GEMMA23_KEYS = {
+    "attention_softcap": "attn_logit_softcapping",
+    "final_softcap": "final_logit_softcapping",
+    "query_scale": "query_pre_attn_scalar",
+}
+_OLMO: dict[str, Any] = {
+    "pre_norm": False,
+    "post_norm": True,
+    "qk_norm": True,
+    "qk_norm_over_heads": True,
+}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", {"rms_norm_eps": 1e-6}),
+    "qwen2": Family("Qwen2ForCausalLM", _QWEN, {"biases": _QKV}, is_local=_last_layers),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", _QWEN | {"head_dim": 128}, {"qk_norm": True}, is_local=_last_layers
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        _QWEN
+        | {
+            "norm_topk_prob": False,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        {"qk_norm": True},
+        {
+            "num_experts": "num_experts",
+            "experts_per_token": "num_experts_per_tok",
+            "norm_topk_prob": "norm_topk_prob",
+            "mlp_dim": "moe_intermediate_size",
+        },
+        is_local=_all_layers,
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        {"rms_norm_eps": 1e-6, "sliding_window": 4096, "num_key_value_heads": 8},
+        is_local=_all_layers,
+    ),
+    "gemma": Family("GemmaForCausalLM", _GEMMA, {"norm_offset": 1.0, "embed_scale": "sqrt"}),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        _GEMMA23 | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        {"norm_offset": 1.0, "embed_scale": "sqrt", "post_norm": True},
+        _GEMMA23_KEYS,
+        is_local=_all_but_every(2),
+        names=_FOUR_NORMS,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        _GEMMA23
+        | {
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        },
+        {"norm_offset": 1.0, "embed_scale": "sqrt", "post_norm": True, "qk_norm": True},
+        _GEMMA23_KEYS,
+        is_local=_all_but_every(6),
+        names=_FOUR_NORMS,
+    ),
+    "olmo2": Family("Olmo2ForCausalLM", {}, _OLMO),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        {"rope_theta": 5e5, "sliding_window": 4096},
+        _OLMO,
+        is_local=_all_but_every(4),
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        {
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+            "rope_theta": 2e6,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "num_key_value_heads": 4,
+            "no_rope_layer_interval": 4,
+        },
+    ),
+    "phi3": Family("Phi3ForCausalLM", {"sliding_window": None}, is_local=_all_layers, names=_FUSED),
+    "granite": Family(
+        "GraniteForCausalLM",
+        {
+            "rms_norm_eps": 1e-6,
+            "attention_multiplier": 1.0,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+        keys={
+            "query_scale": "attention_multiplier",
+            "embed_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "output_scale": "logits_scaling",
+        },
+    ),
+}
+
+# Fields whose config.json value is not the number itself.
+_DECODE = {
+    "query_pre_attn_scalar": lambda x: float(x) ** -0.5,
+    "logits_scaling": lambda x: 1.0 / x,
+}
+_ENCODE = {
+    "query_pre_attn_scalar": lambda x: _whole(x**-2.0),
+    "logits_scaling": lambda x: _whole(1.0 / x),
+}
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
+
+# Keys that do not touch the logits of a forward pass.
+_INERT = frozenset(
+    "architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id "
+    "eos_token_id pad_token_id initializer_range attention_dropout hidden_dropout resid_pdrop "
+    "embd_pdrop classifier_dropout _name_or_path name_or_path max_window_layers pretraining_tp "
+    "output_router_logits router_aux_loss_coef cache_implementation _attn_implementation "
+    "attn_implementation unsloth_version unsloth_fixed is_llama_config rope_interleaved "
+    "transformers.js_config auto_map sliding_window_pattern _sliding_window_pattern "
+    "intermediate_size rope_theta rope_scaling rope_parameters rope_local_base_freq "
+    "original_max_position_embeddings use_sliding_window sliding_window layer_types "
+    "no_rope_layers no_rope_layer_interval id2label label2id task_specific_params "
+    "chunk_size_feed_forward problem_type return_dict output_attentions output_hidden_states "
+    "tokenizer_class prefix generation_config language".split()
+)
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """config.json as a dict."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; name a Hugging Face model directory") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+
+
+def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+    """The `ModelConfig` of a config.json of either generation.
+
+    Raises:
+      UserError: an unsupported family, an unknown key or a value we have no switch for; named.
+    """
+    model_type = raw.get("model_type")
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"config.json: model_type {model_type!r} is not supported; supported are "
+            f"{', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[model_type]
+    architecture = (raw.get("architectures") or [family.architecture])[0]
+    if architecture.removesuffix("Model") != family.architecture.removesuffix("ForCausalLM"):
+        if architecture != family.architecture:
+            raise UserError(
+                f"config.json: architecture {architecture!r} is not supported; "
+                f"{model_type} is read as {family.architecture}"
+            )
+    known = dict(family.defaults) | dict(raw)
+    used: set[str] = set()
+
+    def take(key: str, *default: Any) -> Any:
+        used.add(key)
+        if known.get(key) is None:
+            if default:
+                return default[0]
+            if key not in known:
+                raise UserError(f"config.json: {key} is missing")
+        return known[key]
+
+    def keyed(field: str) -> Any:
+        value, decode = take(family.keys[field]), _DECODE.get(family.keys[field])
+        return decode(value) if decode and value is not None else value
+
+    fields: dict[str, Any] = {
+        "vocab_size": take("vocab_size"),
+        "num_layers": take("num_hidden_layers"),
+        "embed_dim": take("hidden_size"),
+        "num_heads": take("num_attention_heads"),
+        "tie_embeddings": bool(take("tie_word_embeddings", False)),
+        "norm_eps": float(take("rms_norm_eps", 1e-5)),
+        "max_positions": take("max_position_embeddings", 32768),
+        "family": model_type,
+    }
+    fields["num_kv_heads"] = take("num_key_value_heads", fields["num_heads"])
+    fields["head_dim"] = take("head_dim", fields["embed_dim"] // fields["num_heads"])
+    if "mlp_dim" not in family.keys:
+        fields["mlp_dim"] = take("intermediate_size")
+    fields |= family.values
+    fields |= {field: keyed(field) for field in family.keys}
+    if fields.get("embed_scale") == "sqrt":
+        fields["embed_scale"] = float(fields["embed_dim"]) ** 0.5
+    biases = dict.fromkeys(fields.get("biases", ()))
+    if take("attention_bias", False):
+        biases |= dict.fromkeys(ATTENTION_PROJECTIONS)
+    if take("mlp_bias", False):
+        biases |= dict.fromkeys(MLP_PROJECTIONS)
+    fields["biases"] = tuple(biases)
+    fields["activation"] = _activation(
+        take("hidden_activation", None) or take("hidden_act", "silu"), model_type
+    )
+    fields |= _layer_fields(known, family, fields["num_layers"])
+    fields |= _rope_fields(known)
+    _refuse_unknown(known, used)
+    return ModelConfig(**fields)
+
+
+def _activation(name: str, model_type: str) -> str:
+    if model_type == "gemma" and name == "gelu":  # the official files mean the tanh form
+        return "gelu"
+    if name not in _ACTIVATIONS:
+        raise UserError(
+            f"config.json: activation {name!r} is not supported; {', '.join(_ACTIVATIONS)} are"
+        )
+    return _ACTIVATIONS[name]
+
+
+def _refuse_unknown(known: Mapping[str, Any], used: set[str]) -> None:
+    if known.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise UserError("config.json: partial_rotary_factor other than 1 is not supported")
+    if known.get("decoder_sparse_step", 1) != 1 or known.get("mlp_only_layers"):
+        raise UserError(
+            "config.json: decoder_sparse_step and mlp_only_layers (a mixture of dense and "
+            "expert layers) are not supported"
+        )
+    handled = used | _INERT | {"partial_rotary_factor", "decoder_sparse_step", "mlp_only_layers"}
+    unknown = sorted(key for key in known if key not in handled and known[key])
+    if unknown:
+        raise UserError(
+            f"config.json: unknown key {', '.join(unknown)}, which might change the logits; "
+            "delete it from config.json if it does not"
+        )
+
+
+def _layer_fields(raw: Mapping[str, Any], family: Family, num_layers: int) -> dict[str, Any]:
+    """Windows and unrotated layers."""
+    fields: dict[str, Any] = {}
+    types = raw.get("layer_types")
+    window = raw.get("sliding_window") if raw.get("use_sliding_window", True) else None
+    rotated = raw.get("no_rope_layers")  # despite its name, 1 where there is rope
+    if rotated is None and raw.get("no_rope_layer_interval"):
+        period = raw["no_rope_layer_interval"]
+        rotated = [(layer + 1) % period != 0 for layer in range(num_layers)]
+    if rotated is not None:
+        fields["no_rope_layers"] = tuple(i for i, rope in enumerate(rotated) if not rope)
+    if types is not None:
+        if odd := sorted(set(types) - {"full_attention", "sliding_attention"}):
+            raise UserError(f"config.json: layer_types {odd} are not supported")
+        if len(types) != num_layers:
+            raise UserError(
+                f"config.json: layer_types has {len(types)} entries for {num_layers} layers"
+            )
+        local = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
+        if family.is_local is _all_layers and local and len(local) < num_layers:
+            raise UserError("config.json: mixed layer_types are not supported for this family")
+    elif rotated is not None:
+        local = fields["no_rope_layers"]  # SmolLM3 windows exactly those
+    elif family.is_local is not None:
+        local = tuple(i for i in range(num_layers) if family.is_local(raw, i))
+    else:
+        local = ()
+    if window is not None and local:
+        fields["window"] = int(window)
+        fields["window_layers"] = None if len(local) == num_layers else local
+    return fields
+
+
+def _rope_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary bases and stretching of either generation of config.json."""
+    both: Mapping[str, Any] = raw.get("rope_parameters") or {}
+    theta = raw.get("rope_theta") or 10_000.0
+    nested = "full_attention" in both or "sliding_attention" in both
+    main = (both.get("full_attention") or {}) if nested else both
+    main = {"rope_theta": theta, **(raw.get("rope_scaling") or {}), **main}
+    fields: dict[str, Any] = {
+        "rope_theta": float(main["rope_theta"]),
+        "rope_scaling": rope_scaling_from_hf(main, raw),
+    }
+    local_theta = raw.get("rope_local_base_freq")
+    if nested:
+        local = {"rope_theta": local_theta or theta, **(both.get("sliding_attention") or {})}
+        if rope_scaling_from_hf(local, raw) is not None:
+            raise UserError("config.json: rope scaling of sliding_attention is not supported")
+        local_theta = local["rope_theta"]
+    elif raw["model_type"] == "olmo3":  # its windowed layers are never stretched
+        local_theta = main["rope_theta"]
+    if local_theta is not None:
+        fields["local_rope_theta"] = float(local_theta)
+    return fields
+
+
+_SCALING_KEYS = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
+    "original_max_position_embeddings": "original_length",
+    "truncate": "truncate",
+}
+
+
+def rope_scaling_from_hf(scaling: Mapping[str, Any], raw: Mapping[str, Any]) -> RopeScaling | None:
+    """`rope_scaling`, or one entry of `rope_parameters`; None where nothing is stretched."""
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return None
+    values = {k: v for k, v in scaling.items() if k not in ("rope_type", "type", "rope_theta")}
+    if values.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError("config.json: partial_rotary_factor other than 1 is not supported")
+    mscale = values.pop("mscale", None), values.pop("mscale_all_dim", None)
+    if any(mscale) and mscale[0] != mscale[1]:
+        raise UserError("config.json: rope mscale and mscale_all_dim are not supported")
+    if all(mscale):
+        values.setdefault("attention_factor", 1.0)
+    if unknown := sorted(set(values) - set(_SCALING_KEYS)):
+        raise UserError(f"config.json: unknown rope parameter {', '.join(unknown)}")
+    fields = {_SCALING_KEYS[k]: v for k, v in values.items() if v is not None}
+    if kind != "linear":
+        length = raw.get("original_max_position_embeddings")
+        fields.setdefault("original_length", length or raw.get("max_position_embeddings", 0))
+    if "factor" not in fields and fields.get("original_length"):
+        fields["factor"] = raw["max_position_embeddings"] / fields["original_length"]
+    return RopeScaling(kind=kind, **fields)
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model, readable by transformers 4 and 5.
+
+    Raises:
+      UserError: no family has this combination of switches.
+    """
+    candidates = (config.family,) if config.family else tuple(FAMILIES)
+    for model_type in candidates:
+        raw = _write(config, model_type)
+        try:
+            again = config_from_hf(raw)
+        except UserError:
+            continue
+        same = dataclasses.replace(
+            config, family=model_type, dtype="float32", remat=True, lora=None
+        )
+        if again == same:
+            return raw
+    tried = config.family or "any family"
+    raise UserError(
+        f"model: {tried} cannot express this combination of switches, so it cannot be exported "
+        "to Hugging Face"
+    )
+
+
+def _write(config: ModelConfig, model_type: str) -> dict[str, Any]:
+    family = FAMILIES[model_type]
+    raw: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.embed_dim,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp_dim,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "max_position_embeddings": config.max_positions,
+        "attention_dropout": 0.0,
+    }
+    activation = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}[config.activation]
+    raw["hidden_act"] = raw["hidden_activation"] = activation
+    for field, key in family.keys.items():
+        value = getattr(config, field)
+        if field == "query_scale" and value is None:
+            value = config.head_dim**-0.5
+        raw[key] = _ENCODE[key](value) if key in _ENCODE and value is not None else value
+    own = set(family.values.get("biases", ()))
+    raw["attention_bias"] = set(ATTENTION_PROJECTIONS) <= set(config.biases)
+    raw["mlp_bias"] = set(MLP_PROJECTIONS) <= set(config.biases)
+    if own:
+        del raw["attention_bias"]
+    local = [config.windows(layer) for layer in range(config.num_layers)]
+    raw["sliding_window"] = config.window
+    raw["use_sliding_window"] = any(local)
+    if family.is_local not in (None, _all_layers) or model_type == "smollm3":
+        kinds = {True: "sliding_attention", False: "full_attention"}
+        raw["layer_types"] = [kinds[is_local] for is_local in local]
+    if model_type == "smollm3":
+        raw["no_rope_layers"] = [
+            int(layer not in config.no_rope_layers) for layer in range(config.num_layers)
+        ]
+    return raw | _write_rope(config, model_type)
+
+
+def _write_rope(config: ModelConfig, model_type: str) -> dict[str, Any]:
+    main: dict[str, Any] = {"rope_type": "default"}
+    raw: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_scaling": None}
+    if scaling := config.rope_scaling:
+        relevant = {
+            "linear": (),
+            "llama3": ("low_freq_factor", "high_freq_factor"),
+            "yarn": ("beta_fast", "beta_slow", "attention_factor", "truncate"),
+        }[scaling.kind]
+        main = {"rope_type": scaling.kind, "factor": scaling.factor}
+        main |= {k: v for k in relevant if (v := getattr(scaling, k)) is not None}
+        if scaling.kind != "linear":
+            main["original_max_position_embeddings"] = scaling.original_length
+        raw["rope_scaling"] = dict(main)
+    main["rope_theta"] = config.rope_theta
+    if config.local_rope_theta is None:
+        raw["rope_parameters"] = main
+    else:
+        local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
+        raw["rope_parameters"] = {"full_attention": main, "sliding_attention": local}
+        if model_type != "olmo3":
+            raw["rope_local_base_freq"] = config.local_rope_theta
+    return raw
+
+
+def _whole(x: float) -> float | int:
+    """Undoes the rounding of a reciprocal: 255.99999999999997 was 256."""
+    near = float(f"{x:.12g}")
+    return int(near) if near.is_integer() else near
