@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grading in worker processes with a hard time limit, because a model's text is hostile.
+
+    pool thread --(problem, completion)--> worker process --grade--> pool thread
+
+Scorers parse, simplify and, in some of reasoning-gym's data sets, even evaluate what the model
+wrote. So each grade runs in a process that has no device, little memory and no way to write
+files or start programs by ordinary means, and that is killed and replaced when time is up.
+"""
+
+import concurrent.futures
+import json
+import logging
+import math
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection, Pipe
+from typing import Any, NamedTuple
+
+import cloudpickle
+
+from opsd_jax.errors import UserError
+
+_MAX_REPLY_BYTES = 4096
+_START_LIMIT_S = 120.0  # imports only; a busy host can take long over them
+_BOOT = "from opsd_jax import grader_pool; grader_pool.serve({fd}, {limit_s!r}, {memory_bytes})"
+_REFUSED_EVENTS = frozenset(
+    "os.system os.exec os.posix_spawn os.spawn os.fork os.forkpty os.kill os.killpg os.remove "
+    "os.rename os.rmdir os.mkdir os.link os.symlink os.truncate os.chmod os.chown os.putenv "
+    "pty.spawn subprocess.Popen socket.connect socket.bind socket.sendto shutil.rmtree "
+    "shutil.move ctypes.dlsym ctypes.call_function".split()
+)
+
+
+class Grade(NamedTuple):
+    """What came of one answer.
+
+    Attributes:
+      value: in [0, 1]; 0 unless `outcome` is "graded".
+      outcome: "graded", "timeout", "died" (the worker did) or "error" (the grader raised).
+      detail: the error, else "".
+    """
+
+    value: float
+    outcome: str = "graded"
+    detail: str = ""
+
+
+class GraderPool:
+    """Worker processes that grade completions; a context manager.
+
+    Args:
+      grade: (problem, completion) -> float in [0, 1], for example the `grade` of a problem set.
+        It is sent to the workers once, so it should be light.
+      num_workers: processes, started when first needed. 0 grades in this process, without any
+        protection: for graders that cannot hang, and for debugging.
+      time_limit_s: after so long an answer is worth 0 and its worker is killed.
+      memory_gib: address space of a worker; past it the grader sees a MemoryError.
+    """
+
+    def __init__(
+        self,
+        grade: Callable[[Any, str], float],
+        *,
+        num_workers: int = 2,
+        time_limit_s: float = 5.0,
+        memory_gib: float = 4.0,
+    ):
+        if num_workers < 0 or time_limit_s <= 0 or memory_gib <= 0:
+            raise UserError(
+                "GraderPool needs num_workers >= 0, time_limit_s > 0 and memory_gib > 0, got "
+                f"{num_workers}, {time_limit_s} and {memory_gib}."
+            )
+        self._grade = grade
+        self._time_limit_s = time_limit_s
+        self._memory_bytes = int(memory_gib * 2**30)
+        self._in_process = num_workers == 0
+        self._threads = concurrent.futures.ThreadPoolExecutor(num_workers or 1, "grader")
+        self._own = threading.local()  # each thread talks to a worker of its own
+        self._workers: set[_Worker] = set()
+        self._pickled = b"" if self._in_process else cloudpickle.dumps(grade)
+
+    def submit(self, problem: Any, completion: str) -> concurrent.futures.Future[Grade]:
+        """Starts grading and returns at once; the future holds the `Grade`."""
+        run = self._run_here if self._in_process else self._run_in_worker
+        return self._threads.submit(run, problem, completion)
+
+    def grade(self, problems: Iterable[Any], completions: Iterable[str]) -> list[Grade]:
+        """Grades of pairs, in their order."""
+        pairs = zip(problems, completions, strict=True)
+        return [f.result() for f in [self.submit(*pair) for pair in pairs]]
+
+    def close(self) -> None:
+        """Drops what is queued and ends the workers, whatever they are doing."""
+        for wait in (False, True):  # the second round ends a worker that was just starting
+            self._threads.shutdown(wait=wait, cancel_futures=True)
+            for worker in list(self._workers):
+                worker.kill()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *unused):
+        self.close()
+
+    def _run_here(self, problem: Any, completion: str) -> Grade:
+        return _read_reply(_reply(self._grade, problem, completion))
+
+    def _run_in_worker(self, problem: Any, completion: str) -> Grade:
+        worker = getattr(self._own, "worker", None)
+        if worker is None:
+            worker = _Worker(self._pickled, self._time_limit_s, self._memory_bytes)
+            self._own.worker = worker
+            self._workers.add(worker)
+        message = pickle.dumps((problem, completion))
+        reply = worker.ask(message, self._time_limit_s)
+        if reply is None:
+            self._own.worker = None
+            self._workers.discard(worker)
+            return Grade(0.0, "timeout" if worker.timed_out else "died")
+        return _read_reply(reply)
+
+
+class _Worker:
+    """One child process and the pipe to it."""
+
+    def __init__(self, pickled_grader: bytes, time_limit_s: float, memory_bytes: int):
+        self.timed_out = False
+        self._pipe, child_end = Pipe()
+        boot = _BOOT.format(fd=child_end.fileno(), limit_s=time_limit_s, memory_bytes=memory_bytes)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-W", "ignore", "-c", boot],
+            pass_fds=[child_end.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the parent, which then closes the pool
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                "JAX_PLATFORMS": "cpu",  # the accelerator belongs to the parent
+            },
+        )
+        child_end.close()
+        ready = self.ask(pickled_grader, _START_LIMIT_S)
+        if ready != b"ready":
+            self.kill()
+            reason = ready.decode(errors="replace") if ready else "the process ended"
+            raise RuntimeError(f"A grader worker could not start: {reason}")
+
+    def ask(self, message: bytes, limit_s: float) -> bytes | None:
+        """The reply, or None once the worker is dead, which the limit makes sure of.
+
+        The limit covers sending too: a worker may be too busy to read.
+        """
+        timer = threading.Timer(limit_s, self._time_out)
+        timer.start()
+        try:
+            self._pipe.send_bytes(message)
+            reply = self._pipe.recv_bytes(_MAX_REPLY_BYTES)
+        except (OSError, EOFError):
+            reply = None
+        timer.cancel()
+        timer.join()  # or it might still kill the worker under the next question
+        if reply is None or self.timed_out:
+            self.kill()
+            return None
+        return reply
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _time_out(self) -> None:
+        self.timed_out = True
+        self._process.kill()
+
+
+def serve(fd: int, time_limit_s: float, memory_bytes: int) -> None:
+    """The worker's life: read the grader, then grade one message after the other until the end."""
+    pipe = Connection(fd)
+    try:
+        grade = pickle.loads(pipe.recv_bytes())
+    except EOFError:
+        return
+    except Exception as error:
+        pipe.send_bytes(_describe(error).encode())
+        return
+    logging.disable()  # what a scorer thinks of hostile text is no news to the user
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.addaudithook(_refuse)
+    pipe.send_bytes(b"ready")
+    while True:
+        try:
+            message = pipe.recv_bytes()
+        except EOFError:
+            return
+        # The parent keeps the limit; should it be gone, the kernel ends a runaway orphan.
+        signal.setitimer(signal.ITIMER_REAL, 2 * time_limit_s)
+        pipe.send_bytes(_reply(grade, *pickle.loads(message)))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _reply(grade: Callable[[Any, str], float], problem: Any, completion: str) -> bytes:
+    """The grade, or why there is none, as JSON."""
+    try:
+        value = float(grade(problem, completion))
+        if not (math.isfinite(value) and 0 <= value <= 1):
+            raise ValueError(f"a grade must be in [0, 1], got {value}")
+        return json.dumps({"value": value}).encode()
+    except Exception as error:
+        return json.dumps({"error": _describe(error)}).encode()
+
+
+def _read_reply(reply: bytes) -> Grade:
+    fields = json.loads(reply)
+    if "error" in fields:
+        return Grade(0.0, "error", fields["error"])
+    return Grade(fields["value"])
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def _refuse(event: str, args: tuple) -> None:
+    """Audit hook: no files written, no programs started, no connections. A fence, not a jail."""
+    if event in _REFUSED_EVENTS or (event == "open" and _writes(args)):
+        raise PermissionError(f"a grader may not use {event}")
+
+
+def _writes(open_args: tuple) -> bool:
+    _, mode, flags = open_args
+    if isinstance(mode, str) and set(mode) & set("wax+"):
+        return True
+    return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))

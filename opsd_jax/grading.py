@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers: finding them in a model's text, comparing them, and doing so in worker processes.
+
+Model output is hostile: `9**9**9**9`, megabytes of braces or deep nesting must neither hang nor
+kill a run. Extraction is linear in the text. Whatever parses mathematics belongs in a
+`GraderPool`, where every grade has a hard time limit and a dead worker costs one answer.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+from opsd_jax.errors import UserError
+
+Grader: TypeAlias = Callable[[str, str], float]  # (answer, completion) -> grade in [0, 1]
+
+_MAX_MATH_LEN = 2000  # parsing longer garbage would take the whole time limit, each time
+
+_BOX = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text, not a bracket
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)\]}])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
+)
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""The inside of the last `\boxed{...}`, braces balanced; None if there is none or it is open.
+
+    An unclosed last box is not replaced by an earlier one: the model was still answering.
+    """
+    start = None
+    for match in _BOX.finditer(text):
+        start = match.end()
+    if start is None:
+        return None
+    depth = 1
+    for match in _BRACE.finditer(text, start):
+        if match.group() == "{":
+            depth += 1
+        elif match.group() == "}":
+            depth -= 1
+            if depth == 0:
+                return text[start : match.start()].strip()
+    return None
+
+
+def extract_last_number(text: str) -> str | None:
+    """The last number in plain notation: `-1,234.50` gives "-1234.5"; None if there is none.
+
+    Compared as text, so that a number of a million digits costs no more than its length.
+    """
+    number = None
+    for match in _NUMBER.finditer(text):
+        number = match
+    if number is None:
+        return None
+    whole, _, fraction = number.group().replace(",", "").partition(".")
+    sign, whole = whole[: whole.startswith("-")], whole.lstrip("-").lstrip("0") or "0"
+    fraction = fraction.rstrip("0")
+    value = f"{whole}.{fraction}" if fraction else whole
+    return value if value == "0" else sign + value
+
+
+def extract_hashes(text: str) -> str | None:
+    """What follows the last `####` (GSM8K's notation), thousands separators removed."""
+    _, mark, tail = text.rpartition("####")
+    return tail.strip().replace(",", "") if mark else None
+
+
+def extract_tagged(text: str) -> str | None:
+    """The inside of the last `<answer>...</answer>`."""
+    before, end_tag, _ = text.rpartition("</answer>")
+    _, start_tag, inside = before.rpartition("<answer>")
+    return inside.strip() if end_tag and start_tag else None
+
+
+def extract_final(text: str) -> str:
+    """The tagged answer, else the boxed one, else all of the text."""
+    for extract in (extract_tagged, extract_boxed):
+        found = extract(text)
+        if found is not None:
+            return found
+    return text.strip()
+
+
+EXTRACTORS: Mapping[str, Callable[[str], str | None]] = {
+    "text": str.strip,
+    "boxed": extract_boxed,
+    "last_number": extract_last_number,
+    "hashes": extract_hashes,
+    "tagged": extract_tagged,
+    "final": extract_final,
+}
+
+
+def grade_exact(answer: str, completion: str) -> float:
+    """1.0 if the completion is the answer, white space around it aside."""
+    return float(completion.strip() == answer.strip())
+
+
+def grade_last_number(answer: str, completion: str) -> float:
+    """1.0 if the last numbers of both have one value; the answer must have a number."""
+    expected = extract_last_number(answer)
+    return float(expected is not None and extract_last_number(completion) == expected)
+
+
+def grade_boxed(answer: str, completion: str) -> float:
+    """1.0 if the last box holds the answer, all white space aside; no box is wrong."""
+    found = extract_boxed(completion)
+    return float(found is not None and "".join(found.split()) == "".join(answer.split()))
+
+
+def grade_math_verify(answer: str, completion: str) -> float:
+    """1.0 if the last box is mathematically equal to the answer; only for a `GraderPool`.
+
+    Follows the official evaluation: a missing box is wrong, both sides are parsed without
+    fallback, the reference goes first (the comparison is not symmetric), and equal text counts
+    whatever the parser says. Unlike there, both sides are parsed as LaTeX: as plain text
+    `5\\pi` is read as 5. The time limits of math-verify are off: the pool's cannot be evaded.
+    """
+    found = extract_boxed(completion)
+    if found is None or len(found) > _MAX_MATH_LEN:
+        return 0.0
+    if grade_boxed(answer, completion):
+        return 1.0
+    import math_verify
+
+    reference, prediction = (
+        math_verify.parse(
+            f"\\boxed{{{text.strip().strip('$')}}}",
+            fallback_mode="no_fallback",
+            parsing_timeout=None,
+        )
+        for text in (answer, found)
+    )
+    return float(math_verify.verify(reference, prediction, timeout_seconds=None))
+
+
+GRADERS: Mapping[str, Grader] = {
+    "exact": grade_exact,
+    "last_number": grade_last_number,
+    "boxed": grade_boxed,
+    "math_verify": grade_math_verify,
+}
+
+
+def find_grader(grader: str | Grader, setting: str = "grader") -> Grader:
+    """The grader of that name, or the function itself.
+
+    Raises:
+      UserError: an unknown name, or math-verify chosen without being installed.
+    """
+    if callable(grader):
+        return grader
+    if grader not in GRADERS:
+        raise UserError(
+            f"{setting} is {grader!r}; choose one of {', '.join(GRADERS)}, or a function "
+            "(answer, completion) -> float."
+        )
+    if grader == "math_verify":
+        try:
+            import math_verify  # noqa: F401
+        except ImportError:
+            raise UserError(
+                f"{setting} 'math_verify' needs the package math-verify; install "
+                "opsd_jax[math] or choose 'boxed'."
+            ) from None
+    return GRADERS[grader]
