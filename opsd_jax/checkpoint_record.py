@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record that makes a checkpoint believable: what each leaf is, and its checksum.
+
+The record is a json file beside the arrays. It says whether a checkpoint fits a run (same
+leaves, shapes, dtypes: otherwise the user mixed up models or optimisers) and whether its bytes
+are still those that were saved (otherwise the disk failed): two different things to tell.
+"""
+
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from opsd_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+class Damaged(Exception):
+    """A step that cannot be believed; its predecessor may be whole."""
+
+
+# ------------------------------------------------------------------------------ checksums
+
+
+@jax.jit
+def leaf_checksum(leaf: jax.Array) -> jax.Array:
+    """Sum over the elements of hash(bits + index * odd) mod 2**32, as a uint32 scalar.
+
+    Integer addition is exact and commutes and `index` counts in the global array, so every
+    sharding gives the same number. The hash ("lowbias32", Wellons 2018) is a bijection: a
+    change within one word always shows, any other with probability 1 - 2**-32.
+
+    Args:
+      leaf: any dtype, typed PRNG keys included; any sharding.
+    """
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        leaf = jnp.stack([leaf.real, leaf.imag], axis=-1)
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    info = jnp.finfo if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.iinfo
+    width = min(info(leaf.dtype).bits, 32)  # 64-bit elements become pairs of words
+    words = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32)
+    index = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):  # not by a reshape, which would move shards
+        index = index * jnp.uint32(size % 2**32)
+        index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    hashed = words + index * jnp.uint32(0x9E3779B1)
+    hashed = (hashed ^ (hashed >> 16)) * jnp.uint32(0x7FEB352D)
+    hashed = (hashed ^ (hashed >> 15)) * jnp.uint32(0x846CA68B)
+    return jnp.sum(hashed ^ (hashed >> 16), dtype=jnp.uint32)
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """The checksum of every leaf by its path; the same numbers on every process."""
+    pending = {path: leaf_checksum(leaf) for path, leaf in leaves(tree).items()}
+    return {path: int(value) for path, value in jax.device_get(pending).items()}
+
+
+def leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by path, `params/layers/q/kernel`: dataclass fields and dict keys look alike."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in flat}
+
+
+def _kind(leaf: jax.ShapeDtypeStruct) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"  # float32[8, 16]
+
+
+# ------------------------------------------------------------------------------- writing
+
+
+def make_record(
+    state: Any, data_iterator: Any, meta: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything said about one step; every process of the run must call it."""
+    sums = checksums(state)
+    described = {
+        path: {"kind": _kind(leaf), "checksum": sums[path]}
+        for path, leaf in leaves(jax.eval_shape(lambda tree: tree, state)).items()
+    }
+    return {
+        "leaves": described,
+        "data": None if data_iterator is None else _position_checksums(data_iterator),
+        "metrics": {name: float(value) for name, value in metrics.items()},
+        "meta": dict(meta),
+    }
+
+
+def seal(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the sha256 of the record, so that a flipped byte in the json itself shows."""
+    plain = json.loads(json.dumps(record))  # tuples become lists now, as they will on reading
+    return {"sha256": _digest(plain), "record": plain}
+
+
+def _digest(plain: Any) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _position_checksums(data_iterator: Any) -> list[int]:
+    """One CRC-32 of the iterator's position per process."""
+    position = data_iterator.get_state()
+    if not isinstance(position, bytes):
+        position = json.dumps(position, sort_keys=True).encode()
+    mine = np.asarray(zlib.crc32(position), np.uint32)
+    return [int(crc) for crc in np.atleast_1d(multihost_utils.process_allgather(mine))]
+
+
+# ------------------------------------------------------------------------------- reading
+
+
+def read_record(folder: epath.Path) -> dict[str, Any]:
+    """The record of the step in `folder`; raises Damaged if it is not the one written."""
+    try:
+        sealed = json.loads((folder / "meta" / "metadata").read_text())
+        intact = sealed["sha256"] == _digest(sealed["record"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"its record cannot be read: {one_line(error)}") from error
+    if not intact:
+        raise Damaged("its record was altered")
+    return sealed["record"]
+
+
+def read_step(
+    folder: epath.Path, abstract: Any, data_iterator: Any, partial: bool
+) -> tuple[Any, dict[str, Any]]:
+    """The verified state and meta of one step; with `partial`, only what `abstract` names.
+
+    Raises:
+      Damaged: something of it is missing, unreadable or altered (on whichever process).
+      UserError: it is whole as far as the record tells, but not of this run.
+    """
+    record = _agreed(lambda: read_record(folder))
+    check_fit(folder, record, abstract, data_iterator, partial)
+    state = _agreed(lambda: _read_arrays(folder, abstract))
+    kinds = leaves(jax.eval_shape(lambda tree: tree, state))
+    for path, checksum in checksums(state).items():
+        saved = record["leaves"][path]  # a flipped byte can turn a typed key into plain words
+        if checksum != saved["checksum"] or _kind(kinds[path]) != saved["kind"]:
+            raise Damaged(f"leaf {path} differs from what was saved")
+    if data_iterator is not None:
+        args = grain.checkpoint.CheckpointRestore(data_iterator)
+        handler = grain.checkpoint.CheckpointHandler()
+        _agreed(lambda: handler.restore(folder / "data", args=args))
+        if _position_checksums(data_iterator) != record["data"]:
+            raise Damaged("the data position differs from what was saved")
+    return state, record["meta"]
+
+
+def check_fit(
+    folder: epath.Path, record: Mapping[str, Any], abstract: Any, data_iterator: Any, partial: bool
+) -> None:
+    """Raises a UserError that names the first leaf in which checkpoint and run differ."""
+    saved = record["leaves"]
+    wanted = leaves(jax.eval_shape(lambda tree: tree, abstract))
+    hint = "is this the checkpoint of another model or optimiser?"
+    for path, leaf in wanted.items():
+        if path not in saved:
+            raise UserError(f"checkpoint {folder} has no leaf {path}; {hint}")
+        if (here := _kind(leaf)) != (there := saved[path]["kind"]):
+            raise UserError(f"leaf {path} is {there} in {folder} and {here} here; {hint}")
+    extra = None if partial else next((path for path in saved if path not in wanted), None)
+    if extra is not None:
+        raise UserError(f"checkpoint {folder} has a leaf {extra} that this run has not; {hint}")
+    if data_iterator is None:
+        return
+    writers = len(record["data"] or [])
+    if writers != jax.process_count():
+        raise UserError(
+            f"checkpoint {folder} holds the data positions of {writers} processes and cannot "
+            f"set those of {jax.process_count()}; run on as many processes as wrote it"
+        )
+
+
+def _read_arrays(folder: epath.Path, abstract: Any) -> Any:
+    """Orbax's handler without its manager: no barrier to hang in when one process fails."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+        kind = jax.eval_shape(lambda x: x, leaf)
+        sharding = getattr(leaf, "sharding", None) or device
+        return jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=sharding)
+
+    target = jax.tree.map(placed, abstract)
+    args = ocp.args.PyTreeRestore(
+        item=target,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+        partial_restore=True,
+    )
+    return ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args)
+
+
+def _agreed(read: Callable[[], T]) -> T:
+    """Runs `read`; any failure, on this or another process, becomes Damaged on all of them."""
+    result: T | None = None
+    failure: Exception | None = None
+    try:
+        result = read()
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise  # the machine failed, not the checkpoint
+    except Exception as error:
+        failure = error
+    if jax.process_count() > 1:
+        whole = multihost_utils.process_allgather(np.asarray(failure is None))
+        if failure is None and not np.all(whole):
+            failure = Damaged(f"process {int(np.argmin(whole))} could not read its part")
+    if failure is not None:
+        raise failure if isinstance(failure, Damaged) else Damaged(one_line(failure))
+    return result  # type: ignore[return-value]
+
+
+def one_line(error: BaseException, limit: int = 160) -> str:
+    """The first line of an error's text, cut to `limit`, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def finite_metric(record: Mapping[str, Any], name: str | None) -> float | None:
+    """The metric `name` of the step, None where it is missing or not finite."""
+    value = record["metrics"].get(name)
+    return value if value is not None and math.isfinite(value) else None
