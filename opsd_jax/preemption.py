@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A polite end: SIGTERM and Ctrl-C ask the loop to save and stop after the current step."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Preemption:
+    """Tells the training loop, at the same step on every process, that it should stop.
+
+    Alone, a process listens to SIGTERM and SIGINT itself; the second signal kills as usual.
+    After jax.distributed.initialize JAX owns SIGTERM: whichever process receives it, all agree
+    on one later step. Ctrl-C is then handed on as SIGTERM, for the same agreement.
+
+        with Preemption() as preemption:
+            for step in ...:
+                ...
+                if preemption.requested(step):
+                    break  # save, exit 0
+    """
+
+    def __init__(self) -> None:
+        self._signalled = False
+        self._distributed = jax.distributed.is_initialized()
+        self._previous: dict[int, Any] = {}
+
+    def requested(self, step: int) -> bool:
+        """True once the run should stop; ask after every step, with consecutive numbers."""
+        if not self._signalled and self._distributed:
+            self._signalled = multihost_utils.reached_preemption_sync_point(step)
+        return self._signalled
+
+    def __enter__(self) -> "Preemption":
+        if threading.current_thread() is threading.main_thread():  # Python's rule for handlers
+            numbers = [signal.SIGINT] if self._distributed else [signal.SIGINT, signal.SIGTERM]
+            self._previous = {number: signal.signal(number, self._ask) for number in numbers}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        for each in self._previous:
+            signal.signal(each, signal.SIG_DFL)  # also when the main thread is stuck in C++
+        # Not print: a handler may interrupt one.
+        os.write(2, b"\nstopping after this step to save; the same signal again kills\n")
+        if self._distributed:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self._signalled = True
