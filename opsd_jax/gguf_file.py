@@ -7,12 +7,15 @@ Needs the `gguf` package (extra "smollm2"). Format: github.com/ggml-org/ggml, do
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from typing import Any
 
 import numpy as np
 
 from opsd_jax.errors import UserError
+from opsd_jax.gguf_header import TensorInfo, read_header
 from opsd_jax.tokenizer import HFTokenizer
 
 # GGUF tensor name -> Hugging Face name; {l} is the layer.
@@ -68,28 +71,24 @@ class GGUFFile:
     """
 
     def __init__(self, path: str):
-        gguf = _gguf()
         self.path = path
-        try:
-            self._reader = gguf.GGUFReader(path)
-        except (OSError, ValueError, IndexError) as error:
-            raise UserError(f"{path}: not a readable GGUF file: {error}") from error
-        self.architecture = self._field("general.architecture")
+        self._data = np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.empty(0)
+        header = read_header(path, self._data)
+        self._metadata = header.metadata
+        self.architecture = self._metadata.get("general.architecture")
         if self.architecture not in ("llama", "qwen2", "qwen3"):
             raise UserError(
                 f"{path}: GGUF architecture {self.architecture!r} is not supported; "
                 "use a llama, qwen2 or qwen3 file, or a Hugging Face directory"
             )
-        self._tensors: dict[str, Any] = {}
+        self._tensors: dict[str, TensorInfo] = {}
         rope_divisors = None
-        for tensor in self._reader.tensors:
+        for tensor in header.tensors:
             if tensor.name == "rope_freqs.weight":
-                rope_divisors = np.asarray(tensor.data, np.float32)
-                continue
-            self._tensors[self._hf_name(tensor.name)] = tensor
-        self.shapes = {
-            name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()
-        }
+                rope_divisors = self._expand(tensor, slice(0, tensor.shape[0]))
+            else:
+                self._tensors[self._hf_name(tensor.name)] = tensor
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         self.config = self._config(rope_divisors)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -99,29 +98,38 @@ class GGUFFile:
         Raises:
           UserError: a quantisation that the `gguf` package cannot expand.
         """
-        gguf = _gguf()
         tensor = self._tensors[name]
-        rows = index[0]
+        start, stop, _ = index[0].indices(tensor.shape[0])
         head_rows = self._rows_per_head(name)
-        if head_rows:  # a head's rows are interleaved: expand whole heads
-            stop = self.shapes[name][0] if rows.stop is None else rows.stop
-            first = (rows.start or 0) // head_rows * head_rows
-            last = -(-stop // head_rows) * head_rows
-            rows = slice(first, last)
-            index = (slice((index[0].start or 0) - first, stop - first), *index[1:])
-        else:
-            index = (slice(None), *index[1:])
+        if not head_rows:
+            return self._expand(tensor, slice(start, stop))[(slice(None), *index[1:])]
+        # The rows of a head are interleaved: expand whole heads and cut afterwards.
+        first, last = start // head_rows * head_rows, -(-stop // head_rows) * head_rows
+        values = _unpermute(self._expand(tensor, slice(first, last)), head_rows)
+        return values[(slice(start - first, stop - first), *index[1:])]
+
+    def _expand(self, tensor: TensorInfo, rows: slice) -> np.ndarray:
+        gguf = _gguf()
         try:
-            values = gguf.dequantize(tensor.data[rows], tensor.tensor_type)
-        except NotImplementedError as error:
+            kind = gguf.GGMLQuantizationType(tensor.kind)
+            block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+            row_bytes = math.prod(tensor.shape[1:]) * block_bytes // block
+            if len(tensor.shape) == 1:  # one row of numbers, never quantised
+                row_bytes = block_bytes
+            begin = tensor.offset + rows.start * row_bytes
+            end = tensor.offset + rows.stop * row_bytes
+            if end > len(self._data):
+                raise UserError(f"{self.path}: truncated; {tensor.name} ends after the file")
+            data = np.asarray(self._data[begin:end]).reshape(rows.stop - rows.start, row_bytes)
+            values = gguf.dequantize(data, kind) if block > 1 else _plain(gguf, data, kind)
+        except (NotImplementedError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(
-                f"{self.path}: tensor {tensor.name} has the unsupported quantisation "
-                f"{tensor.tensor_type.name}; re-quantise the file to Q8_0 or F16"
+                f"{self.path}: {tensor.name} has an unsupported quantisation (ggml type "
+                f"{tensor.kind}: {error}); re-quantise the file to Q8_0 or F16"
             ) from error
-        values = np.asarray(values, np.float32)
-        if head_rows:
-            values = _unpermute(values, head_rows)
-        return values[index]
+        return np.asarray(values, np.float32).reshape(-1, *tensor.shape[1:])
 
     def tokenizer(self) -> HFTokenizer:
         """The byte-level BPE tokenizer, with its special tokens and chat template."""
@@ -135,7 +143,7 @@ class GGUFFile:
                 f"(gpt2 with smollm, {', '.join(_SPLITS)} is); use the model's Hugging Face files"
             )
         tokens = self._field("tokenizer.ggml.tokens")
-        merges = [tuple(m.split(" ", 1)) for m in self._field("tokenizer.ggml.merges")]
+        merges = [tuple(m.split(" ", 1)) for m in self._field("tokenizer.ggml.merges") or ()]
         vocab = {token: i for i, token in enumerate(tokens)}
         # Merged ids win over merge ranks for llama-bpe, as in its Hugging Face tokenizer.
         bpe = models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe")
@@ -172,8 +180,7 @@ class GGUFFile:
         return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
 
     def _field(self, key: str) -> Any:
-        field = self._reader.fields.get(key)
-        return None if field is None else field.contents()
+        return self._metadata.get(key)
 
     def _hf_name(self, name: str) -> str:
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
@@ -256,6 +263,16 @@ def _unpermute(rows: np.ndarray, head_rows: int) -> np.ndarray:
     """llama.cpp pairs (x1, x2) of the rotation row by row; we keep the two halves apart."""
     split = rows.reshape(-1, head_rows // 2, 2, *rows.shape[1:])
     return split.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _plain(gguf: Any, data: np.ndarray, kind: Any) -> np.ndarray:
+    types = gguf.GGMLQuantizationType
+    dtypes = {types.F32: np.float32, types.F16: np.float16, types.F64: np.float64}
+    if kind == types.BF16:
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if kind not in dtypes:
+        raise NotImplementedError(kind.name)
+    return data.view(dtypes[kind])
 
 
 def _gguf():
