@@ -3,6 +3,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -15,6 +16,7 @@ COMPLETIONS = ("renormalise", "tail", "truncate")
 IMPLEMENTATIONS = ("dense", "fused")
 
 Terms = Callable[[jax.Array, jax.Array], jax.Array]
+Weight = Callable[[Any, jax.Array], jax.Array]
 Target = Callable[[tuple[jax.Array, ...]], jax.Array]
 
 
@@ -37,6 +39,8 @@ class DivergenceConfig:
       completion: what a truncated support does with the rest: "renormalise" it away, keep it
         as one "tail" entry, or "truncate" (plain partial sum: not a divergence, can be
         negative, and its gradient at student = teacher is not zero).
+      weights: functions (tokens: TokenDivergence, mask) -> [B, C] whose product multiplies the
+        objective, constant for differentiation (`token_weights.py`).
       target: makes one target out of several teachers (`targets.py`), or None for one teacher.
       implementation: "dense" holds [B, C, V] logits; "fused" never does.
       token_block: rows of logits alive at a time in the fused implementation.
@@ -51,6 +55,7 @@ class DivergenceConfig:
     support: str = "full"
     top_k: int = 50
     completion: str = "renormalise"
+    weights: tuple[Weight, ...] = ()
     target: Target | None = None
     implementation: str = "dense"
     token_block: int = 128

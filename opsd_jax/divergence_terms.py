@@ -5,12 +5,14 @@ Every divergence here is a sum over the vocabulary of terms l(log pS, log pT); l
 S is the student, T the teacher. A side with probability 0 has log-probability -inf.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
 from opsd_jax.divergence_config import DivergenceConfig, Terms
+from opsd_jax.vocabulary import Vocabulary
 
 
 def forward_kl_terms(student_logps: jax.Array, teacher_logps: jax.Array) -> jax.Array:
@@ -23,6 +25,7 @@ def reverse_kl_terms(student_logps: jax.Array, teacher_logps: jax.Array) -> jax.
     return _weighted_gap(student_logps, teacher_logps)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def jensen_shannon_terms(
     student_logps: jax.Array, teacher_logps: jax.Array, beta: float
 ) -> jax.Array:
@@ -31,12 +34,24 @@ def jensen_shannon_terms(
     As beta -> 0 the sum behaves like beta KL(T || S), as beta -> 1 like (1 - beta) KL(S || T):
     it vanishes at both ends, so the KLs have their own names instead of being end points.
     """
-    mixture = jnp.logaddexp(
-        jnp.log(beta) + _floored(teacher_logps), jnp.log1p(-beta) + _floored(student_logps)
-    )
+    mixture = _mixture(student_logps, teacher_logps, beta)
     teacher = _weighted_gap(teacher_logps, mixture)
     student = _weighted_gap(student_logps, mixture)
     return beta * teacher + (1 - beta) * student
+
+
+@jensen_shannon_terms.defjvp
+def _jensen_shannon_jvp(beta, primals, tangents):
+    # d term / d log pS = (1 - beta) pS (log pS - log m): the mixture's own change cancels
+    # within each entry. The teacher is a constant everywhere in this package.
+    student_logps, teacher_logps = primals
+    gap = _weighted_gap(student_logps, _mixture(student_logps, teacher_logps, beta))
+    return jensen_shannon_terms(*primals, beta), (1 - beta) * gap * tangents[0]
+
+
+def _mixture(student_logps, teacher_logps, beta):
+    """log m for log m = log(beta pT + (1 - beta) pS)."""
+    return jnp.logaddexp(jnp.log(beta) + teacher_logps, jnp.log1p(-beta) + student_logps)
 
 
 def sampled_token_terms(student_logps: jax.Array, teacher_logps: jax.Array) -> jax.Array:
@@ -62,27 +77,51 @@ def entry_terms(config: DivergenceConfig) -> Terms:
     return named[config.name]
 
 
-def clip_terms(config: DivergenceConfig, terms: jax.Array, sum_terms=jnp.sum):
-    """Sums terms [..., K] under the configured clip.
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """What a clip made of terms [..., K].
 
-    Returns:
-      objective [...]: the clipped sum; clipped [...]: bool, the clip acted; kept [..., K]:
-      bool, entries whose gradient the clip did not remove.
+    Args:
+      objective: [...], the clipped sum.
+      clipped: [...] bool, whether the clip acted.
+      kept: [..., K] bool, entries below the threshold; None when the clip is not per entry.
+      scale: [...], d objective / d term of a kept entry; None for 1.
+    """
+
+    objective: jax.Array
+    clipped: jax.Array
+    kept: jax.Array | None = None
+    scale: jax.Array | None = None
+
+    def slope(self, terms: jax.Array) -> jax.Array:
+        """[..., K]: d objective / d terms."""
+        ones = jnp.ones_like(terms)
+        if self.kept is not None:
+            return jnp.where(self.kept, ones, 0)
+        return ones if self.scale is None else ones * self.scale[..., None]
+
+
+def clip_terms(config: DivergenceConfig, over: Vocabulary, terms: jax.Array) -> Clip:
+    """Sums terms [..., K] under the configured clip with threshold tau.
+
+    "entry": sum_v min(l_v, tau), the official recipe; no longer a divergence, can be negative.
+    "token": min(sum_v l_v, tau); a clipped token teaches nothing.
+    "rescale": sg[min(1, tau / sum_v l_v)] sum_v l_v; keeps the direction of the gradient.
     """
     tau = config.clip_threshold
-    kept = jnp.ones(terms.shape, bool)
     if config.clip == "entry":
         kept = terms < tau
-        objective = sum_terms(jnp.where(kept, terms, tau), axis=-1)
-        return objective, sum_terms(~kept, axis=-1) > 0, kept
-    total = sum_terms(terms, axis=-1)
+        objective = over.sum(jnp.where(kept, terms, tau))
+        return Clip(objective, over.max(jax.lax.stop_gradient(terms)) >= tau, kept=kept)
+    total = over.sum(terms)
+    clipped = (total >= tau) if config.clip != "none" else jnp.zeros(total.shape, bool)
     if config.clip == "none":
-        return total, jnp.zeros(total.shape, bool), kept
-    clipped = total >= tau
+        return Clip(total, clipped)
     if config.clip == "token":
-        return jnp.where(clipped, tau, total), clipped, kept & ~clipped[..., None]
-    scale = tau / jnp.where(clipped, total, tau)
-    return jax.lax.stop_gradient(scale) * total, clipped, kept
+        scale = jnp.where(clipped, jnp.zeros_like(total), 1)
+        return Clip(jnp.where(clipped, tau, total), clipped, scale=scale)
+    scale = jax.lax.stop_gradient(tau / jnp.where(clipped, total, tau))
+    return Clip(scale * total, clipped, scale=scale)
 
 
 def _weighted_gap(logps: jax.Array, reference_logps: jax.Array) -> jax.Array:
@@ -90,11 +129,6 @@ def _weighted_gap(logps: jax.Array, reference_logps: jax.Array) -> jax.Array:
     possible = logps > -jnp.inf
     gap = jnp.where(possible, logps, 0) - jnp.where(possible, reference_logps, 0)
     return jnp.exp(logps) * gap
-
-
-def _floored(logps: jax.Array) -> jax.Array:
-    # logaddexp(-inf, -inf) has a NaN gradient; any finite floor below all real logs will do.
-    return jnp.maximum(logps, jnp.finfo(logps.dtype).min / 4)
 
 
 def _defined_everywhere(terms: Terms) -> Terms:
