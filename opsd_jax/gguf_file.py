@@ -196,6 +196,8 @@ class GGUFFile:
                 config[hf_key] = value
         if "rms_norm_eps" in config:  # stored as float32: 1e-05 comes back as 9.99999975e-06
             config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")
+        # qwen3 has another default in config.json; GGUF's is this for every architecture.
+        config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
         config["vocab_size"] = self.shapes["model.embed_tokens.weight"][0]
         config["tie_word_embeddings"] = "lm_head.weight" not in self.shapes
         if self.architecture == "llama":

@@ -308,9 +308,8 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     if take("mlp_bias", False):
         biases |= dict.fromkeys(MLP_PROJECTIONS)
     fields["biases"] = tuple(biases)
-    fields["activation"] = _activation(
-        take("hidden_activation", None) or take("hidden_act", "silu"), model_type
-    )
+    activation = take("hidden_act", "silu")
+    fields["activation"] = _activation(take("hidden_activation", activation), model_type)
     fields |= _layer_fields(known, family, fields["num_layers"])
     fields |= _rope_fields(known)
     _refuse_unknown(known, used)
@@ -480,7 +479,9 @@ def _write(config: ModelConfig, model_type: str) -> dict[str, Any]:
         "attention_dropout": 0.0,
     }
     activation = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}[config.activation]
-    raw["hidden_act"] = raw["hidden_activation"] = activation
+    raw["hidden_activation" if model_type in ("gemma2", "gemma3_text") else "hidden_act"] = (
+        activation
+    )
     for field, key in family.keys.items():
         value = getattr(config, field)
         if field == "query_scale" and value is None:
@@ -492,8 +493,10 @@ def _write(config: ModelConfig, model_type: str) -> dict[str, Any]:
     if own:
         del raw["attention_bias"]
     local = [config.windows(layer) for layer in range(config.num_layers)]
-    raw["sliding_window"] = config.window
-    raw["use_sliding_window"] = any(local)
+    if "sliding_window" in family.defaults:
+        raw["sliding_window"] = config.window
+    if "use_sliding_window" in family.defaults:
+        raw["use_sliding_window"] = any(local)
     if family.is_local not in (None, _all_layers) or model_type == "smollm3":
         kinds = {True: "sliding_attention", False: "full_attention"}
         raw["layer_types"] = [kinds[is_local] for is_local in local]
