@@ -19,7 +19,7 @@ _MAX_MATH_LEN = 2000  # parsing longer garbage would take the whole time limit, 
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text, not a bracket
 _NUMBER = re.compile(
-    r"(?:(?<![\w.)\]}])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
+    r"(?:(?<![\w.)\]}])[-\u2212])?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
 )
 
 
@@ -54,8 +54,9 @@ def extract_last_number(text: str) -> str | None:
         number = match
     if number is None:
         return None
-    whole, _, fraction = number.group().replace(",", "").partition(".")
-    sign, whole = whole[: whole.startswith("-")], whole.lstrip("-").lstrip("0") or "0"
+    digits = number.group().replace(",", "").replace("\u2212", "-")
+    whole, _, fraction = digits.lstrip("-").partition(".")
+    sign, whole = "-" * digits.startswith("-"), whole.lstrip("0") or "0"
     fraction = fraction.rstrip("0")
     value = f"{whole}.{fraction}" if fraction else whole
     return value if value == "0" else sign + value

@@ -10,6 +10,7 @@ import dataclasses
 import glob
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Protocol, TypeGuard
@@ -131,11 +132,13 @@ class _TableProblems:
         """
         del cache_dir
         problems: dict[str, Problem] = {}
-        for path in self._paths():
-            rows = 0
+        paths = self._paths()
+        root = os.path.commonpath([path.parent for path in paths])
+        for path in paths:
+            name, rows = path.relative_to(root), 0
             for row_number, row in self._rows(path):
                 rows += 1
-                problem = self._problem(f"{path}:{row_number}", row)
+                problem = self._problem(f"{path}:{row_number}", f"{name}:{row_number}", row)
                 if problem.id in problems:
                     raise UserError(
                         f"{path}:{row_number}: the id {problem.id!r} occurs a second time; make "
@@ -170,7 +173,7 @@ class _TableProblems:
         """Row numbers from 1 and the rows."""
         raise NotImplementedError
 
-    def _problem(self, place: str, row: dict[str, Any]) -> Problem:
+    def _problem(self, place: str, default_id: str, row: dict[str, Any]) -> Problem:
         solution = ""
         if self.solution_column is not None:
             solution = self._text(place, row, "solution")
@@ -183,7 +186,7 @@ class _TableProblems:
             )
         has_id = row.get(self.id_column) is not None
         return Problem(
-            id=self._text(place, row, "id") if has_id else place,
+            id=self._text(place, row, "id") if has_id else default_id,
             question=self._text(place, row, "question"),
             solution=solution,
             answer=answer,
@@ -262,6 +265,29 @@ class ParquetProblems(_TableProblems):
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0][:100]
             raise UserError(f"{path}: not a readable parquet file ({reason}).") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherReferences:
+    """A control: every problem keeps its answer and gets the solution of the next problem.
+
+    A student that still improves learns from the form of the teacher's context, not from what
+    it says.
+    """
+
+    source: ProblemSource
+
+    def load(self, cache_dir: str | None = None) -> LoadedProblems:
+        """The problems of `source` with their solutions moved on by one."""
+        original = self.source.load(cache_dir)
+        problems = [original[i] for i in range(len(original))]
+        if len(problems) < 2:
+            raise UserError("OtherReferences needs a source of at least two problems.")
+        moved = zip(problems, problems[1:] + problems[:1], strict=True)
+        return LoadedProblems(
+            tuple(dataclasses.replace(p, solution=other.solution) for p, other in moved),
+            original.grade,
+        )
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
