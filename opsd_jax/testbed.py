@@ -21,6 +21,8 @@ library may change, so that splits and weak facts are the same everywhere.
 import dataclasses
 import functools
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +41,7 @@ _ANSWER_PATTERN = re.compile(r"[^#]*#([0-9])(?: [^#]*)?")
 
 
 class ChainTokenizer:
-    """The 37 tokens of the testbed; implements `opsd_jax.tokenizer.Tokenizer`.
+    """The 37 tokens of the testbed; implements `tokenizer.Tokenizer`.
 
     A space is no token: `encode` skips it and `decode` writes one between two adjacent digits,
     which is where the notation has them. So decode(encode(text)) == text for every well formed
@@ -71,7 +73,7 @@ class ChainTokenizer:
             at = match.end()
         return ids
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` up to the first stop token, padding left out."""
         text: list[str] = []
         previous_is_digit = False
@@ -87,7 +89,7 @@ class ChainTokenizer:
             previous_is_digit = is_digit
         return "".join(text)
 
-    def render(self, prompt: str, **template_kwargs) -> list[int]:
+    def render(self, prompt: str, **template_kwargs: Any) -> list[int]:
         """Ids of `prompt` as it stands: the testbed has no chat template."""
         del template_kwargs
         return self.encode(prompt)
@@ -223,15 +225,15 @@ def own_notation(question: str) -> str:
     return "".join([*lines, f"#{left}"])
 
 
-def grade(answer: str, completion: str) -> float:
-    """1.0 if the completion states the answer once and in place, else 0.0.
+def grade(problem: Problem, completion: str) -> float:
+    """1.0 if the completion states the problem's answer once and in place, else 0.0.
 
     There must be exactly one `#`, the digit after it must be the answer, and it must end the text
     (own notation) or stand before a space (reference notation). Text that goes on in any other
     way is wrong: that is how a response without its stop token looks once decoded.
     """
     match = _ANSWER_PATTERN.fullmatch(completion)
-    return float(match is not None and match.group(1) == answer)
+    return float(match is not None and match.group(1) == problem.answer)
 
 
 def _hash(*parts) -> np.ndarray:
@@ -240,7 +242,7 @@ def _hash(*parts) -> np.ndarray:
     The shift between two steps breaks the generator's linearity (without it only three of the
     six orders of three lemmas would ever occur). Only the upper bits are good.
     """
-    code = np.uint64(0)
+    code = np.zeros((), np.uint64)
     with np.errstate(over="ignore"):
         for part in (*parts, 0, 0):
             code = (code + np.asarray(part).astype(np.uint64) + np.uint64(1)) * np.uint64(

@@ -1,36 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The testbed's problems as a TFDS data set (array_record, no TensorFlow) and as a source.
+"""The testbed's problems as a source: procedural, seeded, split by the problems' own hash."""
 
-The builder is procedural: it downloads nothing and always writes the same records. They are
-read back at random by index, which is what Grain wants.
-"""
-
-import contextlib
 import dataclasses
-import io
-import tempfile
+import functools
+from collections.abc import Iterator
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from opsd_jax.errors import UserError
-from opsd_jax.problems import Problem
+from opsd_jax.problem_builder import ProblemBuilder, generated_problems
+from opsd_jax.problems import LoadedProblems, Problem
 from opsd_jax.testbed import ChainTask, grade
 
 SPLITS = ("train", "heldout")
-_FIELDS = tuple(field.name for field in dataclasses.fields(Problem))
 
 
 @dataclasses.dataclass(frozen=True)
 class ChainArithmetic:
-    """Source of testbed problems (see testbed.py).
+    """Source of testbed problems (testbed.py).
 
     Attributes:
-      split: "train" (nine problems in ten) or "heldout"; the two never share a problem.
+      split: "train", nine problems in ten, or "heldout"; the two never share a problem.
       num_problems: how many to draw, without repetition.
       num_ops: steps of a problem.
-      seed: chooses which problems of the split are drawn; the first n of a larger draw with the
-        same seed are the same problems.
+      seed: chooses which problems of the split are drawn, and their order.
     """
 
     split: str = "train"
@@ -43,89 +36,40 @@ class ChainArithmetic:
             raise UserError(
                 f"ChainArithmetic.split must be one of {', '.join(SPLITS)}, got {self.split!r}."
             )
-        available = int(_members(self.split, self.num_ops).sum())
-        if not 1 <= self.num_problems <= available:
+        if not 1 <= self.num_problems <= len(self._members):
             raise UserError(
-                f"ChainArithmetic.num_problems must be 1 to {available} for the {self.split} "
-                f"split with num_ops = {self.num_ops}, got {self.num_problems}."
+                f"ChainArithmetic.num_problems must be 1 to {len(self._members)} for the "
+                f"{self.split} split with num_ops = {self.num_ops}, got {self.num_problems}."
             )
 
-    @property
-    def indices(self) -> np.ndarray:
-        """[num_problems] numbers of the problems drawn (`ChainTask.record`)."""
-        members = np.flatnonzero(_members(self.split, self.num_ops))
-        return np.random.RandomState(self.seed).permutation(members)[: self.num_problems]
-
-    def load(self, cache_dir: str | None) -> "ChainProblems":
-        """The problems, built once below `cache_dir` (None: in a temporary directory)."""
-        scratch = None if cache_dir else tempfile.TemporaryDirectory(prefix="chain_arithmetic_")
-        builder = ChainArithmeticBuilder(
-            config=_BuilderConfig.of(self),
-            data_dir=cache_dir or scratch.name,
-            file_format="array_record",
+    def load(self, cache_dir: str | None = None) -> LoadedProblems:
+        """The problems, built once below `cache_dir` (None: anew each time)."""
+        problems = generated_problems(
+            ChainArithmeticBuilder,
+            name=f"ops{self.num_ops}_{self.split}",
+            key=repr(self),
+            problem_type=Problem,
+            generate=self._generate,
+            cache_dir=cache_dir,
         )
-        # TFDS announces a download, which there is none of, and draws progress bars.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            builder.download_and_prepare()
-        return ChainProblems(builder.as_data_source(self.split), scratch)
+        return LoadedProblems(problems, grade)
+
+    @functools.cached_property
+    def _members(self) -> np.ndarray:
+        """Numbers of the problems of the split (`ChainTask.record`)."""
+        heldout = ChainTask(num_ops=self.num_ops).heldout
+        return np.flatnonzero(heldout if self.split == "heldout" else ~heldout)
+
+    def _generate(self) -> Iterator[Problem]:
+        task = ChainTask(num_ops=self.num_ops)
+        # RandomState, not Generator: NumPy promises that its stream never changes.
+        order = np.random.RandomState(self.seed).permutation(self._members)
+        for index in order[: self.num_problems]:
+            yield task.record(int(index))
 
 
-@dataclasses.dataclass(frozen=True)
-class ChainProblems:
-    """A problem set over the built records."""
-
-    records: object
-    scratch: tempfile.TemporaryDirectory | None = None  # Holds the files while we live.
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> Problem:
-        record = self.records[index]
-        return Problem(**{name: record[name].decode() for name in _FIELDS})
-
-    def grade(self, problem: Problem, completion: str) -> float:
-        """1.0 if the completion states the problem's answer (`testbed.grade`), else 0.0."""
-        return grade(problem.answer, completion)
-
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class _BuilderConfig(tfds.core.BuilderConfig):
-    source: ChainArithmetic
-
-    @classmethod
-    def of(cls, source: ChainArithmetic) -> "_BuilderConfig":
-        name = f"{source.split}_{source.num_problems}_ops{source.num_ops}_seed{source.seed}"
-        return cls(name=name, source=source)
-
-
-class ChainArithmeticBuilder(tfds.core.GeneratorBasedBuilder):
-    """Writes the records of one `ChainArithmetic` source; use `ChainArithmetic.load`."""
+class ChainArithmeticBuilder(ProblemBuilder):
+    """Testbed problems on disk; the name of the data set below the cache directory."""
 
     name = "chain_arithmetic"
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        text = {name: tfds.features.Text() for name in _FIELDS}
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Chained arithmetic mod 10 with keyed lemmas in random order.",
-            features=tfds.features.FeaturesDict(text),
-        )
-
-    def _split_generators(self, dl_manager):
-        del dl_manager
-        source = self.builder_config.source
-        return {source.split: self._generate_examples(source)}
-
-    def _generate_examples(self, source: ChainArithmetic):
-        task = ChainTask(num_ops=source.num_ops)
-        for index in source.indices:
-            problem = task.record(int(index))
-            yield problem.id, dataclasses.asdict(problem)
-
-
-def _members(split: str, num_ops: int) -> np.ndarray:
-    """[num_problems of the task] bool: which problems belong to the split."""
-    heldout = ChainTask(num_ops=num_ops).heldout
-    return heldout if split == "heldout" else ~heldout
+    skip_registration = True
