@@ -28,7 +28,7 @@ import cloudpickle
 from opsd_jax.errors import UserError
 
 _MAX_REPLY_BYTES = 4096
-_START_LIMIT_S = 120.0  # imports only; a busy host can take long over them
+_START_LIMIT_S = 120.0  # for imports; a busy host can take long over them
 _BOOT = "from opsd_jax import grader_pool; grader_pool.serve({fd}, {limit_s!r}, {memory_bytes})"
 _REFUSED_EVENTS = frozenset(
     "os.system os.exec os.posix_spawn os.spawn os.fork os.forkpty os.kill os.killpg os.remove "
@@ -57,7 +57,8 @@ class GraderPool:
 
     Args:
       grade: (problem, completion) -> float in [0, 1], for example the `grade` of a problem set.
-        It is sent to the workers once, so it should be light.
+        It is sent to the workers once, so it should be light. Its method `warm_up()`, if it
+        has one, runs first and outside the limit: for imports and first-use costs.
       num_workers: processes, started when first needed. 0 grades in this process, without any
         protection: for graders that cannot hang, and for debugging.
       time_limit_s: after so long an answer is worth 0 and its worker is killed.
@@ -84,6 +85,8 @@ class GraderPool:
         self._threads = concurrent.futures.ThreadPoolExecutor(num_workers or 1, "grader")
         self._own = threading.local()  # each thread talks to a worker of its own
         self._workers: set[_Worker] = set()
+        self._closed = False
+        self._lock = threading.Lock()  # guards the two above
         self._pickled = b"" if self._in_process else cloudpickle.dumps(grade)
 
     def submit(self, problem: Any, completion: str) -> concurrent.futures.Future[Grade]:
@@ -98,10 +101,13 @@ class GraderPool:
 
     def close(self) -> None:
         """Drops what is queued and ends the workers, whatever they are doing."""
-        for wait in (False, True):  # the second round ends a worker that was just starting
-            self._threads.shutdown(wait=wait, cancel_futures=True)
-            for worker in list(self._workers):
-                worker.kill()
+        with self._lock:
+            self._closed = True
+            workers = list(self._workers)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.kill()
+        self._threads.shutdown()
 
     def __enter__(self):
         return self
@@ -113,24 +119,30 @@ class GraderPool:
         return _read_reply(_reply(self._grade, problem, completion))
 
     def _run_in_worker(self, problem: Any, completion: str) -> Grade:
-        worker = getattr(self._own, "worker", None)
-        if worker is None:
-            worker = _Worker(self._pickled, self._time_limit_s, self._memory_bytes)
-            self._own.worker = worker
-            self._workers.add(worker)
-        message = pickle.dumps((problem, completion))
-        reply = worker.ask(message, self._time_limit_s)
+        worker = getattr(self._own, "worker", None) or self._start_worker()
+        reply = worker.ask(pickle.dumps((problem, completion)), self._time_limit_s)
         if reply is None:
             self._own.worker = None
-            self._workers.discard(worker)
+            with self._lock:
+                self._workers.discard(worker)
             return Grade(0.0, "timeout" if worker.timed_out else "died")
         return _read_reply(reply)
+
+    def _start_worker(self) -> "_Worker":
+        worker = _Worker(self._time_limit_s, self._memory_bytes)
+        with self._lock:
+            self._workers.add(worker)
+            if self._closed:
+                worker.kill()
+        worker.load(self._pickled)
+        self._own.worker = worker
+        return worker
 
 
 class _Worker:
     """One child process and the pipe to it."""
 
-    def __init__(self, pickled_grader: bytes, time_limit_s: float, memory_bytes: int):
+    def __init__(self, time_limit_s: float, memory_bytes: int):
         self.timed_out = False
         self._pipe, child_end = Pipe()
         boot = _BOOT.format(fd=child_end.fileno(), limit_s=time_limit_s, memory_bytes=memory_bytes)
@@ -147,6 +159,9 @@ class _Worker:
             },
         )
         child_end.close()
+
+    def load(self, pickled_grader: bytes) -> None:
+        """Waits until the worker has the grader."""
         ready = self.ask(pickled_grader, _START_LIMIT_S)
         if ready != b"ready":
             self.kill()
@@ -186,6 +201,7 @@ def serve(fd: int, time_limit_s: float, memory_bytes: int) -> None:
     pipe = Connection(fd)
     try:
         grade = pickle.loads(pipe.recv_bytes())
+        getattr(grade, "warm_up", lambda: None)()
     except EOFError:
         return
     except Exception as error:

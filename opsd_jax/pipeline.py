@@ -34,28 +34,24 @@ class PipelineConfig:
       shuffle: a new order in each epoch; False keeps the order of the set.
       num_epochs: None repeats for ever. Batches run across the ends of epochs; rows that do not
         fill a last batch are left out.
-      too_long: "drop" leaves problems without a rendering out, "error" stops.
       num_workers: processes that render; 0 renders in a thread. A position taken with one number
-        of workers does not fit another.
+        of workers does not fit another, and with processes an iterator needs `close()`.
     """
 
     batch_size: int
     seed: int = 0
     shuffle: bool = True
     num_epochs: int | None = None
-    too_long: str = "drop"
     num_workers: int = 0
 
     def __post_init__(self):
         if self.batch_size < 1 or self.seed < 0 or self.num_workers < 0:
             raise UserError(
-                "pipeline.batch_size must be >= 1, .seed and .num_workers >= 0, got "
+                "batch_size must be >= 1, .seed and .num_workers >= 0, got "
                 f"{self.batch_size}, {self.seed} and {self.num_workers}."
             )
         if self.num_epochs is not None and self.num_epochs < 1:
-            raise UserError(f"pipeline.num_epochs must be >= 1 or None, got {self.num_epochs}.")
-        if self.too_long not in ("drop", "error"):
-            raise UserError(f"pipeline.too_long must be drop or error, got {self.too_long!r}.")
+            raise UserError(f"num_epochs must be >= 1 or None, got {self.num_epochs}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +95,15 @@ def make_batches(
       host, num_hosts: `jax.process_index()` and `jax.process_count()`.
 
     Raises:
-      UserError: nothing fits, fewer problems than a batch has rows, a batch that does not divide
-        among the hosts, or a problem that does not fit and may not be dropped.
+      UserError: nothing fits, fewer problems than a batch has rows, or a batch that does
+        not divide among the hosts.
     """
     if config.batch_size % num_hosts:
         raise UserError(
-            f"pipeline.batch_size {config.batch_size} does not divide among {num_hosts} hosts; "
+            f"batch_size {config.batch_size} does not divide among {num_hosts} hosts; "
             f"make it a multiple of {num_hosts}."
         )
-    fitting = np.array(list(_fitting(problems, render, config.too_long)), np.int32)
+    fitting = np.array(list(_fitting(problems, render)), np.int32)
     num_dropped = len(problems) - len(fitting)
     if num_dropped:
         log.warning(
@@ -117,7 +113,7 @@ def make_batches(
         )
     if len(fitting) < config.batch_size:
         raise UserError(
-            f"pipeline.batch_size {config.batch_size} is more than the {len(fitting)} problems "
+            f"batch_size {config.batch_size} is more than the {len(fitting)} problems "
             f"there are ({num_dropped} of {len(problems)} were dropped because a prompt is longer "
             "than its budget); take a smaller batch, more problems or larger budgets."
         )
@@ -141,18 +137,13 @@ def make_batches(
     return Batches(dataset, len(fitting), num_dropped)
 
 
-def _fitting(problems: ProblemSet, render: Render, too_long: str) -> Iterator[int]:
+def _fitting(problems: ProblemSet, render: Render) -> Iterator[int]:
     """Positions of the problems with a rendering."""
     shapes = None
     for index in range(len(problems)):
         problem = problems[index]
         row = render(problem)
         if row is None:
-            if too_long == "error":
-                raise UserError(
-                    f"Problem {problem.id}: a prompt is longer than its budget; raise the budget "
-                    "or set pipeline.too_long = 'drop'."
-                )
             continue
         these = {name: (array.shape, array.dtype) for name, array in row.items()}
         shapes = shapes or these

@@ -79,6 +79,10 @@ class AnswerGrader:
     def __call__(self, problem: Problem, completion: str) -> float:
         return self.grader(problem.answer, completion)
 
+    def warm_up(self) -> None:
+        """Has a parser of mathematics import and build what it builds on first use."""
+        self.grader(r"\frac{1}{2}", r"\boxed{0.5}")
+
 
 @dataclasses.dataclass(frozen=True)
 class _TableProblems:

@@ -151,6 +151,10 @@ class ReasoningScorer:
         score = self._dataset.score_answer(answer, ast.literal_eval(problem.entry))
         return min(max(float(score), 0.0), 1.0)
 
+    def warm_up(self) -> None:
+        """Imports the library and makes the data set."""
+        self._dataset  # noqa: B018
+
     @functools.cached_property
     def _dataset(self) -> Any:
         return _create(self.name, self.params)
