@@ -2,6 +2,7 @@
 """Checkpoints: exact round trips, and every way a checkpoint can go wrong."""
 
 import errno
+import gc
 import json
 import os
 import resource
@@ -69,15 +70,28 @@ def assert_same(left, right):
         assert (a.dtype, a.shape, bits(a)) == (b.dtype, b.shape, bits(b))
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
     """A folder with steps 1, 2, 3; step n holds make_state(n) and a data position of its own."""
+    folder = tmp_path_factory.mktemp("saved")
     iterator = make_iterator()
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    with Checkpoints(folder) as checkpoints:
         for step in (1, 2, 3):
             next(iterator)
             checkpoints.save(step, make_state(step), iterator, {"note": f"at {step}"})
-    return tmp_path / "checkpoints"
+    return folder
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "checkpoints")
+
+
+@pytest.fixture(autouse=True)
+def collect_what_orbax_leaves():
+    """Its coroutines of a failed read complain when collected: here, not in another test."""
+    yield
+    gc.collect()
 
 
 def position_after(num_batches):
@@ -243,23 +257,36 @@ def test_a_damaged_step_falls_back_loudly_and_nothing_is_deleted(run, damage):
 
 
 def test_any_flipped_byte_is_harmless_or_caught(run):
-    """Orbax alone restores about two in three of these silently wrong."""
-    abstract, expected = make_state(0), make_state(3)
+    """In the files of the tree; some turn a typed key into plain words, the same bits."""
     rng = np.random.default_rng(0)
-    caught = 0
     files = sorted(p for p in (run / "3" / "state").rglob("*") if p.is_file())
-    weights = np.array([p.stat().st_size for p in files], float)
+    sizes = np.array([p.stat().st_size for p in files], float)
     for _ in range(25):
-        path = files[rng.choice(len(files), p=weights / weights.sum())]
+        path = files[rng.choice(len(files), p=sizes / sizes.sum())]
         original = path.read_bytes()
         flip(path, int(rng.integers(len(original))))
         said = []
-        step, state, _ = Checkpoints(run, warn=said.append).restore(abstract)
-        caught += step == 2
-        assert_same(state, expected if step == 3 else make_state(2))
-        assert (step == 2) == bool(said)
+        step, state, _ = Checkpoints(run, warn=said.append).restore(make_state(0))
+        assert_same(state, make_state(step))
+        assert (step, len(said)) in [(3, 0), (2, 1)]
         path.write_bytes(original)
-    assert caught > 0
+
+
+def test_a_flipped_byte_that_orbax_restores_silently_is_caught(tmp_path):
+    tree = {"w": jax.random.normal(jax.random.key(0), (256, 64))}
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, tree)
+    path = largest(tmp_path / "2" / "state")
+    original = path.read_bytes()
+    said = []
+    for offset in np.linspace(0.1, 0.9, 8) * len(original):
+        flip(path, int(offset))
+        restored = Checkpoints(tmp_path, warn=said.append).restore(tree)
+        assert restored.step == 1
+        assert_same(restored.state, tree)
+        path.write_bytes(original)
+    assert len(said) == 8 and "leaf w differs from what was saved" in said[3]
 
 
 def test_no_whole_step_is_one_clear_error(run):
@@ -400,6 +427,7 @@ def test_kill_9_during_saves_leaves_a_whole_step(tmp_path):
         for i in range(8):
             np.testing.assert_array_equal(state[f"x{i}"], step + i)
         last = step
+    (tmp_path / f"{last + 9}.orbax-checkpoint-tmp").mkdir(exist_ok=True)  # as a kill leaves it
     with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
         checkpoints.save(last + 1, {"x": jnp.zeros(1)})
     assert sorted(p.name for p in tmp_path.iterdir()) == [str(last), str(last + 1)]
@@ -474,12 +502,12 @@ def test_two_processes_save_and_another_mesh_restores(tmp_path, free_port):
         for i in (0, 1)
     ]
     for child in pair:
-        _, errors = child.communicate(timeout=60)
+        _, errors = child.communicate(timeout=180)
         assert child.returncode == 0, errors[-2000:]
     assert (tmp_path / "2.bad").is_dir()
     eight = "--xla_force_host_platform_device_count=8"
     child = python(script + textwrap.dedent(load), tmp_path, address, 1, 0, 4, 2, XLA_FLAGS=eight)
-    _, errors = child.communicate(timeout=60)
+    _, errors = child.communicate(timeout=180)
     assert child.returncode == 0, errors[-2000:]
 
 

@@ -70,7 +70,7 @@ def test_two_processes_agree_on_the_step(number):
     pair[1].send_signal(number)
     ends = []
     for child in pair:
-        output, errors = child.communicate(timeout=60)
+        output, errors = child.communicate(timeout=180)
         assert child.returncode == 0, errors[-1000:]
         ends.append(output.splitlines()[-1])
     assert ends[0].startswith("saved") and ends[0] == ends[1]
