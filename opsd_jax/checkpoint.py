@@ -17,6 +17,7 @@ save renames the failed folder to `30.bad` and deletes nothing of it.
 
 import contextlib
 import errno
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -194,8 +195,6 @@ class Checkpoints:
                 raise
             self._warn(one_line(error))  # the error on its way out matters more
 
-    # -------------------------------------------------------------------------- writing
-
     def _open_manager(self) -> ocp.CheckpointManager:
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
@@ -213,8 +212,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             for step in self._bad:
                 source = self._directory / str(step)
-                numbers = ("", *(f"-{n}" for n in range(2, 1000)))
-                targets = (self._directory / f"{step}.bad{number}" for number in numbers)
+                targets = (self._directory / f"{step}.bad{n or ''}" for n in itertools.count())
                 with self._disk_trouble_told():
                     source.rename(next(path for path in targets if not path.exists()))
         if jax.process_count() > 1:
@@ -234,8 +232,6 @@ class Checkpoints:
                 "the checkpoints before it are untouched"
             ) from error
 
-    # -------------------------------------------------------------------------- the best
-
     def _best_of(self, steps: Sequence[int]) -> int | None:
         if self._best_metric is None:
             return None
@@ -246,8 +242,6 @@ class Checkpoints:
                     self._scores[step] = finite_metric(record, self._best_metric)
         scored = [(self._scores[s], s) for s in steps if self._scores.get(s) is not None]
         return max(scored)[1] if scored else None
-
-    # -------------------------------------------------------------------------- reading
 
     def _restore(
         self, abstract: Any, data_iterator: Any, step: int | None, partial: bool
