@@ -9,8 +9,12 @@ to a read-only `KVCache`; with `return_kv=True` it hands back the new keys and v
 caller stores them. Which cached slots a query sees is decided by positions alone: an empty slot
 carries `EMPTY_POSITION`, which no query ever reaches.
 
+Model families differ in the switches of `ModelConfig` only. What differs from layer to layer is
+a number (the window, the rotary frequencies, the query scale) and is scanned with the layers: no
+window is a very wide one, and no rotation is frequency zero.
+
 Alphabet: B batch, T queries, S keys, D model width, F MLP width, L layers, N query heads,
-K key/value heads, G = N / K, H head width, R LoRA rank, V vocabulary.
+K key/value heads, G = N / K, H head width, R LoRA rank, V vocabulary, E experts, M = B · T.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from opsd_jax.model_config import LoraConfig, ModelConfig
+from opsd_jax.model_config import LoraConfig, ModelConfig, layer_numbers
 
 EMPTY_POSITION = 2**30
 
@@ -50,30 +54,46 @@ class KVCache:
     positions: jax.Array
 
 
+@flax.struct.dataclass
+class LayerNumbers:
+    """Where layers differ; leading L when stacked, none inside a layer.
+
+    rope: [H/2] radians per position; query_scale: []; window: [] int32, positions seen.
+    """
+
+    rope: jax.Array
+    query_scale: jax.Array
+    window: jax.Array
+
+
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · scale, computed in float32 (arXiv 1910.07467)."""
+    """x / sqrt(mean(x²) + eps) · (offset + scale), computed in float32 (arXiv 1910.07467)."""
 
     eps: float
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        ones = nn.with_logical_partitioning(nn.initializers.ones, (None,))
-        scale = self.param("scale", ones, (x.shape[-1],))
+        init = nn.initializers.constant(1.0 - self.offset)
+        scale = self.param("scale", nn.with_logical_partitioning(init, (None,)), x.shape[-1:])
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * scale).astype(x.dtype)
+        gain = self.offset + scale.astype(jnp.float32)
+        return (x32 * jnp.expand_dims(gain, tuple(range(x.ndim - 1)))).astype(x.dtype)
 
 
 class Projection(nn.Module):
-    """A bias-free linear map over the trailing `in_shape` axes, with an optional adapter.
+    """A linear map over the trailing `in_shape` axes, with an optional bias and adapter.
 
-    y = x W + scale · (x A) B, where A and B live in the "lora" collection and B starts at zero.
+    y = x W + bias + scale · (x A) B, where A and B live in the "lora" collection and B starts
+    at zero.
     """
 
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
     in_axes: tuple[str, ...]
     out_axes: tuple[str, ...]
+    use_bias: bool = False
     lora: LoraConfig | None = None
 
     @nn.compact
@@ -92,6 +112,10 @@ class Projection(nn.Module):
             self.in_shape + self.out_shape,
         )
         y = jnp.tensordot(x, kernel.astype(x.dtype), num_in)
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.out_axes)
+            bias = self.param("bias", zeros, self.out_shape).astype(x.dtype)
+            y = y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
         # Absent collection = base model; during init the collection is mutable and is created.
         if self.lora and (self.has_variable("lora", "a") or self.is_mutable_collection("lora")):
             y = y + self._adapter(x, num_in, self.lora)
@@ -113,51 +137,60 @@ class Projection(nn.Module):
 
         a = self.variable("lora", "a", init_a).value
         b = self.variable("lora", "b", init_b).value
+        if lora.dropout and self.has_rng("dropout"):
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - lora.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - lora.dropout), 0)
         x_R = jnp.tensordot(x, a.astype(x.dtype), num_in)
         return jnp.tensordot(x_R, b.astype(x.dtype), 1) * lora.scale
 
 
-def rotate(x_BTxH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding on halves: (x1, x2) turned by position · theta^(-2i/H).
+def rotate(
+    x_BTxH: jax.Array, positions_BT: jax.Array, rope_H: jax.Array, scale: jax.Array | float = 1.0
+) -> jax.Array:
+    """scale · (x1, x2) turned by position · rope, the rotary embedding on halves.
 
     Source: arXiv 2104.09864 in the half-split layout of the Hugging Face Llama models.
 
     Args:
       x_BTxH: [B, T, heads, H].
       positions_BT: [B, T] int32.
-      theta: base of the frequencies.
+      rope_H: [H/2] radians per position.
+      scale: scalar factor, applied before rounding to the dtype of x.
     """
-    half = x_BTxH.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions_BT[:, :, None, None].astype(jnp.float32) * frequency
+    angle = positions_BT[:, :, None, None].astype(jnp.float32) * rope_H[None, None, None]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     x1, x2 = jnp.split(x_BTxH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-    return turned.astype(x_BTxH.dtype)
+    return (turned * scale).astype(x_BTxH.dtype)
 
 
 def attend(
     q_BKGTH: jax.Array,
     sources: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
     positions_BT: jax.Array,
+    window: jax.Array,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Softmax attention over several stores of keys and values as if they were one.
 
     Args:
       q_BKGTH: queries, already scaled; every group of G query heads shares a key head.
-      sources: (keys [B, K, H, S], values [B, K, S, H], positions [B, S]) each; a key is seen
-        by the queries whose position is not before its own.
+      sources: (keys [B, K, H, S], values [B, K, S, H], positions [B, S]) each; a query sees
+        the keys whose positions are its own or up to `window` - 1 before it.
       positions_BT: positions of the queries.
+      window: [] int32.
+      softcap: c > 0 replaces a score s by c · tanh(s / c).
 
     Returns:
       [B, K, G, T, H] in the dtype of the queries; softmax in float32.
     """
     scores = []
     for keys_BKHS, _, positions_BS in sources:
-        s = jnp.einsum(
-            "bkgth,bkhs->bkgts", q_BKGTH, keys_BKHS, preferred_element_type=jnp.float32
-        )
-        seen_BTS = positions_BS[:, None, :] <= positions_BT[:, :, None]
+        s = jnp.einsum("bkgth,bkhs->bkgts", q_BKGTH, keys_BKHS, preferred_element_type=jnp.float32)
+        if softcap is not None:
+            s = softcap * jnp.tanh(s / softcap)
+        distance_BTS = positions_BT[:, :, None] - positions_BS[:, None, :]
+        seen_BTS = (distance_BTS >= 0) & (distance_BTS < window)
         # Finite, so that a padded query that sees nothing averages instead of giving NaN.
         scores.append(jnp.where(seen_BTS[:, None, None], s, jnp.float32(-1e30)))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
@@ -170,6 +203,14 @@ def attend(
     return out
 
 
+def project(config: ModelConfig, name: str, in_shape, out_shape, in_axes, out_axes):
+    """The named projection with the bias and the adapter that the config gives it."""
+    lora = config.lora if config.lora and config.lora.covers(name) else None
+    return Projection(
+        in_shape, out_shape, in_axes, out_axes, name in config.biases, lora, name=name
+    )
+
+
 class Attention(nn.Module):
     """Grouped-query causal self-attention with rotary positions."""
 
@@ -177,71 +218,114 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cached: tuple | None
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        numbers: LayerNumbers,
+        cached: tuple | None,
     ) -> tuple[jax.Array, KV]:
         c = self.config
         B, T, D = x_BTD.shape
         q_shape, kv_shape = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
-
-        def project(name, out_shape, heads):
-            lora = c.lora if c.lora and name in c.lora.targets else None
-            return Projection(
-                (D,), out_shape, ("embed",), (heads, "head_dim"), lora, name=name
-            )(x_BTD)
-
-        q = project("q_proj", q_shape, "heads")
-        k = project("k_proj", kv_shape, "kv_heads")
-        v = project("v_proj", kv_shape, "kv_heads")
+        q_axes, kv_axes = ("heads", "head_dim"), ("kv_heads", "head_dim")
+        q = project(c, "q_proj", (D,), q_shape, ("embed",), q_axes)(x_BTD)
+        k = project(c, "k_proj", (D,), kv_shape, ("embed",), kv_axes)(x_BTD)
+        v = project(c, "v_proj", (D,), kv_shape, ("embed",), kv_axes)(x_BTD)
         if c.qk_norm:
-            q = RMSNorm(c.norm_eps, name="q_norm")(q)
-            k = RMSNorm(c.norm_eps, name="k_norm")(k)
-        q = rotate(q, positions_BT, c.rope_theta) * c.head_dim**-0.5
-        k = rotate(k, positions_BT, c.rope_theta)
+            q, k = self._norm(q, "q_norm"), self._norm(k, "k_norm")
+        q = rotate(q, positions_BT, numbers.rope, numbers.query_scale)
+        k = rotate(k, positions_BT, numbers.rope)
         q_BKGTH = q.reshape(B, T, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
         kv = KV(keys=k.transpose(0, 2, 3, 1), values=v.transpose(0, 2, 1, 3))
         own = (kv.keys, kv.values, positions_BT)
-        out = attend(q_BKGTH, (own,) if cached is None else (cached, own), positions_BT)
+        sources = (own,) if cached is None else (cached, own)
+        out = attend(q_BKGTH, sources, positions_BT, numbers.window, c.attention_softcap)
         out_BTNH = out.transpose(0, 3, 1, 2, 4).reshape(B, T, c.num_heads, c.head_dim)
-        lora = c.lora if c.lora and "o_proj" in c.lora.targets else None
-        o_proj = Projection(
-            q_shape, (D,), ("heads", "head_dim"), ("embed",), lora, name="o_proj"
-        )
-        return o_proj(out_BTNH), kv
+        return project(c, "o_proj", q_shape, (D,), q_axes, ("embed",))(out_BTNH), kv
+
+    def _norm(self, x_BTxH: jax.Array, name: str) -> jax.Array:
+        norm = RMSNorm(self.config.norm_eps, self.config.norm_offset, name=name)
+        if self.config.qk_norm_over_heads:
+            return norm(x_BTxH.reshape(*x_BTxH.shape[:2], -1)).reshape(x_BTxH.shape)
+        return norm(x_BTxH)
+
+
+def activate(config: ModelConfig, x: jax.Array) -> jax.Array:
+    return nn.gelu(x, approximate=True) if config.activation == "gelu" else nn.silu(x)
 
 
 class MLP(nn.Module):
-    """Gated MLP: down(silu(gate(x)) · up(x))."""
+    """Gated MLP: down(activation(gate(x)) · up(x))."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        c, D, F = self.config, (self.config.embed_dim,), (self.config.mlp_dim,)
+        gate = project(c, "gate_proj", D, F, ("embed",), ("mlp",))(x_BTD)
+        up = project(c, "up_proj", D, F, ("embed",), ("mlp",))(x_BTD)
+        return project(c, "down_proj", F, D, ("mlp",), ("embed",))(activate(c, gate) * up)
+
+
+class Experts(nn.Module):
+    """A router picks a few gated MLPs per token; only those are computed (arXiv 1701.06538).
+
+    y = Σ_e p_e(x) · down_e(activation(gate_e(x)) · up_e(x)) over the tokens' top experts, p the
+    softmax over all experts. Tokens are sorted by expert for a grouped matmul.
+    """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
+        D, F, E, k = c.embed_dim, c.mlp_dim, c.num_experts, c.experts_per_token
+        x_MD = x_BTD.reshape(-1, D)
 
-        def project(name, x, n_in, n_out, in_axis, out_axis):
-            lora = c.lora if c.lora and name in c.lora.targets else None
-            return Projection((n_in,), (n_out,), (in_axis,), (out_axis,), lora, name=name)(x)
+        def weight(name, shape, axes):
+            init = nn.initializers.lecun_normal(batch_axis=(0,) if len(shape) == 3 else ())
+            param = self.param(name, nn.with_logical_partitioning(init, axes), shape)
+            return param.astype(x_BTD.dtype)
 
-        gate = project("gate_proj", x_BTD, c.embed_dim, c.mlp_dim, "embed", "mlp")
-        up = project("up_proj", x_BTD, c.embed_dim, c.mlp_dim, "embed", "mlp")
-        hidden_BTF = nn.silu(gate) * up
-        return project("down_proj", hidden_BTF, c.mlp_dim, c.embed_dim, "mlp", "embed")
+        router = weight("router", (D, E), ("embed", "experts"))
+        gate = weight("gate_proj", (E, D, F), ("experts", "embed", "mlp"))
+        up = weight("up_proj", (E, D, F), ("experts", "embed", "mlp"))
+        down = weight("down_proj", (E, F, D), ("experts", "mlp", "embed"))
+
+        scores_ME = jnp.matmul(x_MD, router, preferred_element_type=jnp.float32)
+        share_Mk, expert_Mk = jax.lax.top_k(jax.nn.softmax(scores_ME), k)
+        if c.norm_topk_prob:
+            share_Mk = share_Mk / share_Mk.sum(axis=-1, keepdims=True)
+        by_expert = jnp.argsort(expert_Mk.reshape(-1))
+        sizes_E = jnp.bincount(expert_Mk.reshape(-1), length=E).astype(jnp.int32)
+        x = x_MD[by_expert // k]
+        hidden = activate(c, jax.lax.ragged_dot(x, gate, sizes_E))
+        hidden = hidden * jax.lax.ragged_dot(x, up, sizes_E)
+        y = jax.lax.ragged_dot(hidden, down, sizes_E)
+        y_MkD = y[jnp.argsort(by_expert)].reshape(-1, k, D)
+        return (y_MkD * share_Mk[:, :, None]).sum(axis=1).astype(x_BTD.dtype).reshape(x_BTD.shape)
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer, in the (carry, scanned) form that `nn.scan` wants."""
+    """One transformer layer, in the (carry, scanned) form that `nn.scan` wants."""
 
     config: ModelConfig
     return_kv: bool
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, kv, cache_positions_BS):
+    def __call__(self, x_BTD, positions_BT, numbers, kv, cache_positions_BS):
         c = self.config
         cached = None if kv is None else (kv.keys, kv.values, cache_positions_BS)
-        normed = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
-        out, new_kv = Attention(c, name="attention")(normed, positions_BT, cached)
-        x_BTD = x_BTD + out
-        x_BTD = x_BTD + MLP(c, name="mlp")(RMSNorm(c.norm_eps, name="mlp_norm")(x_BTD))
+
+        def norm(x, name, wanted):
+            return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x) if wanted else x
+
+        y = norm(x_BTD, "attention_norm", c.pre_norm)
+        y, new_kv = Attention(c, name="attention")(y, positions_BT, numbers, cached)
+        x_BTD = x_BTD + c.residual_scale * norm(y, "attention_post_norm", c.post_norm)
+        y = norm(x_BTD, "mlp_norm", c.pre_norm)
+        y = Experts(c, name="experts")(y) if c.num_experts else MLP(c, name="mlp")(y)
+        x_BTD = x_BTD + c.residual_scale * norm(y, "mlp_post_norm", c.post_norm)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", None))
         return x_BTD, (new_kv if self.return_kv else None)
 
@@ -284,19 +368,21 @@ class Decoder(nn.Module):
                 ),
                 (c.vocab_size, c.embed_dim),
             )
-        x_BTD = embed[ids_BT].astype(c.dtype)
+        x_BTD = c.embed_scale * embed[ids_BT].astype(c.dtype)
         block = nn.remat(Block, prevent_cse=False) if c.remat and not return_kv else Block
         layers = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0, nn.broadcast),
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, 0, 0, nn.broadcast),
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, return_kv, name="layers")
         kv, cache_positions = (cache.kv, cache.positions) if cache else (None, None)
-        x_BTD, new_kv = layers(x_BTD, positions_BT, kv, cache_positions)
-        return RMSNorm(c.norm_eps, name="final_norm")(x_BTD), new_kv
+        numbers = LayerNumbers(**{k: jnp.asarray(v) for k, v in layer_numbers(c).items()})
+        x_BTD, new_kv = layers(x_BTD, positions_BT, numbers, kv, cache_positions)
+        x_BTD = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x_BTD)
+        return c.output_scale * x_BTD, new_kv
 
 
 def init_variables(model: Decoder, key: jax.Array) -> dict:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from opsd_jax.huggingface import FAMILIES, TENSORS
+from opsd_jax.families import FAMILIES, TENSORS
 from opsd_jax.model_config import ModelConfig
 
 Index = tuple[slice, ...]
