@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from opsd_jax.errors import UserError
-from opsd_jax.problems import Problem
+from opsd_jax.problems import Problem, ProblemSet
 from opsd_jax.tokenizer import Tokenizer
 
 BOXED = "Reason step by step and put your final answer in \\boxed{}."
@@ -150,6 +150,46 @@ def render(
             f"contexts.{name} = {budget}; raise it, or set contexts.too_long = 'drop'"
         )
     return None
+
+
+class TrainingPrompts:
+    """The student's and the teacher's prompts of a problem set, rendered once.
+
+    The arrays are as wide as the longest prompt that fits its budget, rounded up to a multiple
+    of 8: one shape for the whole run, and no more padding than the data needs.
+
+    Args:
+      config: templates and budgets.
+      tokenizer: of the model.
+      problems: the training problems.
+    """
+
+    ROLES = ("student", "teacher")
+
+    def __init__(self, config: ContextConfig, tokenizer: Tokenizer, problems: ProblemSet):
+        self._pad_id = tokenizer.pad_id
+        self._rows: dict[str, tuple[np.ndarray, ...] | None] = {}
+        for i in range(len(problems)):
+            problem = problems[i]
+            ids = [render(config, tokenizer, problem, role) for role in self.ROLES]
+            kept = [np.array(row, np.int32) for row in ids if row is not None]
+            self._rows[problem.id] = tuple(kept) if len(kept) == len(ids) else None
+        fitting = [row for row in self._rows.values() if row is not None]
+        self.widths = tuple(
+            -(-max((len(row[role]) for row in fitting), default=1) // 8) * 8 for role in range(2)
+        )
+
+    def __call__(self, problem: Problem) -> dict[str, np.ndarray] | None:
+        """Arrays <role>_ids [P or Q] and <role>_length [] int32; None if over budget."""
+        rows = self._rows[problem.id]
+        if rows is None:
+            return None
+        out = {}
+        for role, row, width in zip(self.ROLES, rows, self.widths, strict=True):
+            out[f"{role}_ids"] = np.full(width, self._pad_id, np.int32)
+            out[f"{role}_ids"][: len(row)] = row
+            out[f"{role}_length"] = np.int32(len(row))
+        return out
 
 
 def pad(rows: list[list[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:

@@ -67,6 +67,9 @@ class EvaluateConfig:
             )
 
 
+Grade = Callable[[list[Problem], list[str]], list[float]]
+
+
 class Prompt(NamedTuple):
     """A held-out problem and its rendered prompt."""
 
@@ -139,8 +142,8 @@ class Sampler:
 
     def __call__(
         self, variables: dict, prompts: list[list[int]], config: RolloutConfig, key: jax.Array
-    ) -> Iterator[tuple[int, list[int], bool]]:
-        """Yields (row, completion ids, stopped) for every prompt, in order.
+    ) -> Iterator[tuple[list[int], bool]]:
+        """Yields (completion ids, stopped) for every prompt, in order.
 
         A last, short batch is filled with copies of its first row, which are thrown away.
         """
@@ -155,8 +158,8 @@ class Sampler:
             with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules):
                 out = self._rollout(config)(variables, ids, lengths, jax.random.fold_in(key, start))
             out = jax.device_get(out)
-            for i, completion in enumerate(completion_rows(out)[:count]):
-                yield start + i, completion, bool(out.stopped[i])
+            stopped = out.stopped.tolist()
+            yield from list(zip(completion_rows(out), stopped, strict=True))[:count]
 
 
 def process_rows(batch_size: int) -> tuple[int, int]:
@@ -167,16 +170,14 @@ def process_rows(batch_size: int) -> tuple[int, int]:
 
 def completion_rows(completion: Completion) -> list[list[int]]:
     """The sampled ids of every row, stop token included, padding removed."""
-    return [
-        ids[mask].tolist() for ids, mask in zip(completion.ids, completion.mask, strict=True)
-    ]
+    return [ids[mask].tolist() for ids, mask in zip(completion.ids, completion.mask, strict=True)]
 
 
 def generate(
     sampler: Sampler,
     variables: dict,
     prompts: list[Prompt],
-    problems: ProblemSet,
+    grade: Grade,
     config: RolloutConfig,
     num_samples: int,
     key: jax.Array,
@@ -185,13 +186,16 @@ def generate(
 
     A completion that ran into the length limit is graded like any other.
     """
-    repeated = [p for p in prompts for _ in range(num_samples)]
-    out = []
-    for row, ids, stopped in sampler(variables, [p.ids for p in repeated], config, key):
-        text = sampler.tokenizer.decode(ids)
-        problem = repeated[row].problem
-        out.append(Generation(problem, text, len(ids), stopped, problems.grade(problem, text)))
-    return out
+    problems = [p.problem for p in prompts for _ in range(num_samples)]
+    ids = [p.ids for p in prompts for _ in range(num_samples)]
+    sampled = list(sampler(variables, ids, config, key))
+    texts = [sampler.tokenizer.decode(row) for row, _ in sampled]
+    return [
+        Generation(problem, text, len(row), stopped, reward)
+        for problem, text, (row, stopped), reward in zip(
+            problems, texts, sampled, grade(problems, texts), strict=True
+        )
+    ]
 
 
 def accuracy(generations: list[Generation], num_samples: int) -> tuple[float, float]:
@@ -211,6 +215,7 @@ class Evaluator:
       settings: rollout settings of training; stop and pad ids are taken from it.
       sampler: compiled rollouts.
       problems: held-out problems.
+      grade: (problems, completions) -> rewards in [0, 1].
     """
 
     def __init__(
@@ -220,8 +225,9 @@ class Evaluator:
         settings: RolloutConfig,
         sampler: Sampler,
         problems: ProblemSet,
+        grade: Grade,
     ):
-        self.config, self.sampler, self.problems = config, sampler, problems
+        self.config, self.sampler, self.grade = config, sampler, grade
         self.settings = dataclasses.replace(
             settings,
             max_new_tokens=config.max_new_tokens or settings.max_new_tokens,
@@ -256,7 +262,7 @@ class Evaluator:
 
     def _one_role(self, role: str, variables: dict, prompts: list[Prompt]) -> tuple[Any, list]:
         n, key = self.config.num_samples, jax.random.key(self.config.seed)
-        run = partial(generate, self.sampler, variables, prompts, self.problems)
+        run = partial(generate, self.sampler, variables, prompts, self.grade)
         sampled = run(self.settings, n, key)
         mean, error = accuracy(sampled, n)
         metrics = {

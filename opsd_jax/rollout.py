@@ -10,6 +10,7 @@ lengths: completion token t of a row stands at position `length + t`, whatever t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import flax
 import jax
@@ -94,17 +95,59 @@ def rollout(
       key: typed PRNG key; row b draws from fold_in(fold_in(key, b), t) at step t.
       config: see `RolloutConfig`.
     """
+    first, step = unrolled(model, variables, prompt_ids, prompt_lengths, key, config)
+    carry, out = first()
+    (_, _, done_B), rest = jax.lax.scan(step, carry, jnp.arange(1, config.max_new_tokens))
+    ids, mask, logps = (
+        jnp.concatenate([f[:, None], r.T], axis=1) for f, r in zip(out, rest, strict=True)
+    )
+    return Completion(ids=ids, mask=mask, logps=logps, stopped=done_B)
+
+
+def stream(
+    model: Decoder,
+    variables: dict,
+    prompt_ids: jax.Array,
+    prompt_lengths: jax.Array,
+    key: jax.Array,
+    config: RolloutConfig,
+) -> Iterator[int]:
+    """The tokens that `rollout` gives for a batch of one, each as soon as it is sampled."""
+
+    def parts(variables):
+        return unrolled(model, variables, prompt_ids, prompt_lengths, key, config)
+
+    carry, out = jax.jit(lambda v: parts(v)[0]())(variables)
+    step = jax.jit(lambda v, carry, t: parts(v)[1](carry, t), donate_argnums=1)
+    for t in range(1, config.max_new_tokens + 1):
+        yield int(out[0][0])
+        if bool(carry[2][0]) or t == config.max_new_tokens:
+            return
+        carry, out = step(variables, carry, t)
+
+
+def unrolled(model, variables, prompt_ids, prompt_lengths, key, config):
+    """The two functions that a rollout consists of.
+
+    first() -> (carry, out) reads the prompts and samples token 0; step(carry, t) -> (carry, out)
+    feeds token t - 1 and samples token t. carry is (cache, ids [B], done [B]); out is
+    (ids, mask, logps), each [B].
+    """
     variables = jax.lax.stop_gradient(variables)
     B, P = prompt_ids.shape
     head = output_head(variables["params"], model.config)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
 
-    def next_token(hidden_BD, t, done_B):
+    def next_token(cache, hidden_BD, t, done_B):
         ids_B, logps_B = choose(head_logits(head, hidden_BD), row_keys, t, config)
         mask_B = ~done_B
         ids_B = jnp.where(mask_B, ids_B, config.pad_id)
-        stop_B = jnp.isin(ids_B, jnp.array(config.stop_ids, jnp.int32)) & mask_B
-        return ids_B, mask_B, jnp.where(mask_B, logps_B, 0.0), done_B | stop_B
+        done_B = done_B | jnp.isin(ids_B, jnp.array(config.stop_ids, jnp.int32))
+        return (cache, ids_B, done_B), (ids_B, mask_B, jnp.where(mask_B, logps_B, 0.0))
+
+    def first():
+        cache, hidden_BD = prefill(model, variables, prompt_ids, prompt_lengths, config)
+        return next_token(cache, hidden_BD, 0, jnp.zeros((B,), bool))
 
     def step(carry, t):
         cache, ids_B, done_B = carry
@@ -113,18 +156,9 @@ def rollout(
             variables, ids_B[:, None], positions_B1, cache=cache, return_kv=True
         )
         cache = write(cache, kv, positions_B1, P + t - 1)
-        ids_B, mask_B, logps_B, done_B = next_token(hidden[:, 0], t, done_B)
-        return (cache, ids_B, done_B), (ids_B, mask_B, logps_B)
+        return next_token(cache, hidden[:, 0], t, done_B)
 
-    cache, hidden_BD = prefill(model, variables, prompt_ids, prompt_lengths, config)
-    *first, done_B = next_token(hidden_BD, 0, jnp.zeros((B,), bool))
-    (_, _, done_B), rest = jax.lax.scan(
-        step, (cache, first[0], done_B), jnp.arange(1, config.max_new_tokens)
-    )
-    ids, mask, logps = (
-        jnp.concatenate([f[:, None], r.T], axis=1) for f, r in zip(first, rest, strict=True)
-    )
-    return Completion(ids=ids, mask=mask, logps=logps, stopped=done_B)
+    return first, step
 
 
 def prefill(

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a run's base model comes from: files, a random start, or the testbed's warm start."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from opsd_jax.errors import UserError
+from opsd_jax.experiment import Base
+from opsd_jax.huggingface import config_from_hf, read_config
+from opsd_jax.model import Decoder, init_variables
+from opsd_jax.model_config import ModelConfig
+from opsd_jax.pretrained import load_pretrained
+from opsd_jax.sharding import Rules, variable_shardings
+from opsd_jax.testbed import ChainTokenizer
+from opsd_jax.tokenizer import Tokenizer, load_tokenizer
+from opsd_jax.warm_start import TESTBED_MODEL, WarmStartConfig, load_or_train
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedModel:
+    """A model from files.
+
+    Args:
+      path: a Hugging Face directory, a GGUF file, or "smollm2" (the installed package).
+      dtype: of the parameters; keep "float32" when all of them are trained.
+    """
+
+    path: str
+    dtype: str = "float32"
+
+    def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Say) -> Base:
+        del cache_dir
+        found = load_pretrained(self.path, self.dtype, mesh, rules)
+        if found.tokenizer is None:
+            raise UserError(f"{self.path}: no tokenizer files; copy the model's own into it")
+        say(f"model: {self.path}, {found.config.num_layers} layers, width {found.config.embed_dim}")
+        return Base(found.config, found.params, found.tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomModel:
+    """Random parameters, to train from nothing or to test a shape.
+
+    Args:
+      tokenizer: "testbed", or a directory with tokenizer files.
+      config: a `ModelConfig`, or a directory whose config.json is read.
+      seed: of the parameters.
+    """
+
+    tokenizer: str = "testbed"
+    config: ModelConfig | str = TESTBED_MODEL
+    seed: int = 0
+
+    def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Say) -> Base:
+        del cache_dir
+        config = self.config
+        if isinstance(config, str):
+            config = config_from_hf(read_config(os.path.join(config, "config.json")))
+        model = Decoder(config)
+
+        def init(key: jax.Array) -> dict:
+            return init_variables(model, key)["params"]
+
+        key = jax.random.key(self.seed)
+        shardings = variable_shardings(jax.eval_shape(init, key), mesh, rules)
+        params = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(key)
+        say(f"model: random, {config.num_layers} layers, width {config.embed_dim}")
+        tokenizer: Tokenizer = (
+            ChainTokenizer() if self.tokenizer == "testbed" else load_tokenizer(self.tokenizer)
+        )
+        return Base(config, params, tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class TestbedBase:
+    """The testbed's warm-started base, trained on first use and kept below the cache directory.
+
+    Args:
+      warm_start: the recipe.
+    """
+
+    __test__ = False  # Not a test class, whatever pytest makes of its name.
+
+    warm_start: WarmStartConfig = WarmStartConfig()
+
+    def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Say) -> Base:
+        del mesh, rules
+        base = load_or_train(self.warm_start, TESTBED_MODEL, cache_dir, say)
+        return Base(TESTBED_MODEL, base.params, ChainTokenizer())

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gin at the edge: files and bindings in, one frozen `Experiment` out.
+
+This is the only module that knows gin. It fills the dataclasses of the other modules and is done:
+nothing configurable is called inside jit, where it would keep its first value for ever.
+"""
+
+from __future__ import annotations
+
+import importlib.util  # noqa: F401  gin 0.5.0 uses importlib.util without importing it
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import gin
+
+from opsd_jax import base_model, problems, probe, reasoning, testbed_builder
+from opsd_jax.contexts import ContextConfig
+from opsd_jax.divergence import DivergenceConfig
+from opsd_jax.errors import UserError
+from opsd_jax.evaluate import EvaluateConfig
+from opsd_jax.experiment import Experiment, TrainConfig
+from opsd_jax.model_config import LoraConfig, ModelConfig
+from opsd_jax.optimizer import OptimizerConfig
+from opsd_jax.rollout import RolloutConfig
+from opsd_jax.sharding import MeshConfig
+from opsd_jax.teacher import TeacherConfig
+from opsd_jax.testbed_corpus import CorpusConfig
+from opsd_jax.warm_start import WarmStartConfig
+
+# The areas of a gin file, `area.field = value`, in the order in which an Experiment holds them.
+AREAS = {
+    "train": TrainConfig,
+    "contexts": ContextConfig,
+    "rollout": RolloutConfig,
+    "divergence": DivergenceConfig,
+    "teacher": TeacherConfig,
+    "optimizer": OptimizerConfig,
+    "mesh": MeshConfig,
+    "evaluate": EvaluateConfig,
+}
+# What the values of train.model, train.problems, train.heldout, train.lora and train.probes may
+# be, written @Name().
+SOURCES = {
+    "lora": LoraConfig,
+    "ModelConfig": ModelConfig,
+    "WarmStart": WarmStartConfig,
+    "WarmStartCorpus": CorpusConfig,
+    "PretrainedModel": base_model.PretrainedModel,
+    "RandomModel": base_model.RandomModel,
+    "TestbedBase": base_model.TestbedBase,
+    "JsonlProblems": problems.JsonlProblems,
+    "ParquetProblems": problems.ParquetProblems,
+    "OtherReferences": problems.OtherReferences,
+    "ReasoningGym": reasoning.ReasoningGym,
+    "ChainArithmetic": testbed_builder.ChainArithmetic,
+    "wrong_prefix_probe": probe.probe,
+}
+_CONFIGURABLE = {
+    name: gin.external_configurable(value, name=name, module="opsd_jax")
+    for name, value in (AREAS | SOURCES).items()
+}
+
+# Bindings that a resumed run may change: they alter neither the state nor the trajectory.
+FREE_TO_CHANGE = (
+    "train.num_steps train.log_every_steps train.eval_every_steps train.checkpoint_every_steps "
+    "train.keep_checkpoints train.num_samples_logged train.tensorboard train.wandb "
+    "mesh.data mesh.model mesh.fully_sharded"
+).split()
+
+
+def load_experiment(
+    gin_files: Sequence[str], bindings: Sequence[str] = ()
+) -> tuple[Experiment, str]:
+    """Parses gin files and bindings, later ones winning.
+
+    Args:
+      gin_files: paths; includes inside them are looked up beside the file and in the cwd.
+      bindings: lines such as "train.num_steps = 3".
+
+    Returns:
+      The experiment and its operative config: every binding that took part, defaults included,
+      itself a gin file that gives the same experiment.
+
+    Raises:
+      UserError: what is wrong, with the file, line or binding.
+    """
+    for path in gin_files:
+        if not os.path.exists(path):
+            raise UserError(f"--gin_file={path}: no such file")
+    gin.clear_config()
+    with _gin_errors_told(), _quiet_gin():
+        for path in gin_files:
+            gin.add_config_file_search_path(os.path.dirname(os.path.abspath(path)))
+        gin.parse_config_files_and_bindings(list(gin_files), list(bindings), skip_unknown=False)
+        experiment = Experiment(**{name: _CONFIGURABLE[name]() for name in AREAS})
+        return experiment, gin.operative_config_str(max_line_length=96)
+
+
+def first_difference(old: str, new: str) -> str | None:
+    """The first binding in which two operative configs differ, as a sentence; None if none does.
+
+    Bindings in `FREE_TO_CHANGE` do not count.
+    """
+    before, after = _bindings(old), _bindings(new)
+    for name in sorted(before | after):
+        if name not in FREE_TO_CHANGE and before.get(name) != after.get(name):
+            was, now = (x.get(name, "(not bound)") for x in (before, after))
+            return f"{name} was {was} and is now {now}"
+    return None
+
+
+def _bindings(text: str) -> dict[str, str]:
+    """name -> value of every binding of a gin text; continued lines are joined."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    joined = re.sub(r"\n[ \t]+", " ", "\n".join(lines)).replace("\\ ", "").replace("\\\n", "")
+    found = {}
+    for line in joined.splitlines():
+        name, equals, value = line.partition("=")
+        if equals:
+            found[name.strip()] = " ".join(value.split())
+    return found
+
+
+@contextmanager
+def _gin_errors_told() -> Iterator[None]:
+    """Gin's and the dataclasses' complaints as a UserError of one line."""
+    try:
+        yield
+    except UserError as error:
+        # Gin appends where the configurable was called; the first line is ours.
+        raise UserError(str(error).splitlines()[0]) from None
+    except (ValueError, TypeError, RuntimeError, SyntaxError, ImportError, OSError) as error:
+        raise UserError("gin: " + _one_line(error)) from error
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    missing = re.search(r"required positional argument[s]?: (.*)", lines[0]) if lines else None
+    if missing and "macro()" in lines[0]:
+        scope = re.search(r"scope \"(\S+?)\"|'(\S+?)/macro'", " ".join(lines))
+        name = next((g for g in scope.groups() if g), "?") if scope else "?"
+        return f"the macro %{name} is used but never defined"
+    if missing:
+        return f"{missing.group(1)} must be bound: {' '.join(lines)}"
+    return " ".join(lines)
+
+
+@contextmanager
+def _quiet_gin() -> Iterator[None]:
+    """Gin logs an absl error for every search path that it merely probes."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

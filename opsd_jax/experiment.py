@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the numbers of an experiment to the parts of a run, ready to place on a mesh.
+
+`Experiment` is what a gin file says; `assemble` turns it into a model, a method and the
+shardings of a state, without touching a weight; `initial_state` fills that state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from opsd_jax.contexts import ContextConfig
+from opsd_jax.divergence import DivergenceConfig
+from opsd_jax.errors import UserError
+from opsd_jax.evaluate import EvaluateConfig
+from opsd_jax.model import Decoder, init_variables
+from opsd_jax.model_config import LoraConfig, ModelConfig
+from opsd_jax.optimizer import OptimizerConfig, make_optimizer
+from opsd_jax.problems import ProblemSource
+from opsd_jax.rollout import RolloutConfig
+from opsd_jax.sharding import MeshConfig, Rules, check_batch, variable_shardings
+from opsd_jax.teacher import TeacherConfig
+from opsd_jax.tokenizer import Tokenizer
+from opsd_jax.train_step import Method, TrainState, init_state, state_shardings
+
+
+class Base(NamedTuple):
+    """The model a run starts from: its shape, its parameters and its tokenizer."""
+
+    config: ModelConfig
+    params: dict
+    tokenizer: Tokenizer
+
+
+class BaseSource(Protocol):
+    """Anything that config can name as the base model."""
+
+    def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Callable[[str], None]) -> Base:
+        """Parameters on the mesh; `cache_dir` may keep what was costly to make."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One run.
+
+    Args:
+      model: where the base model comes from.
+      problems: what is trained on.
+      heldout: what is evaluated on; None evaluates nothing.
+      num_steps: optimiser steps.
+      batch_size: B, problems per step over all devices, one rollout each.
+      learning_rate: peak of the schedule.
+      seed: of rollouts, data order and adapter initialisation.
+      num_micro_batches: A, the loss is computed on B / A rows at a time.
+      lora: train adapters only; None trains all parameters.
+      dtype: compute dtype; trained parameters and moments are float32 whatever it is.
+      remat: recompute layers in the backward pass.
+      log_every_steps, eval_every_steps, checkpoint_every_steps: periods; 0 = never (a
+        checkpoint is always written at the end).
+      keep_checkpoints: the latest so many, and the best by eval/student/accuracy.
+      num_samples_logged: graded completions kept in samples/ at each evaluation.
+      probes: functions (model, student, teacher variables, tokenizer) -> metrics, called at
+        each evaluation.
+      grader_workers: processes that grade completions, each under a hard time limit; 0 grades in
+        the training process, for graders that cannot hang.
+      tensorboard, wandb: further writers, behind the extras of the same names.
+    """
+
+    model: BaseSource
+    problems: ProblemSource
+    num_steps: int
+    batch_size: int
+    learning_rate: float
+    heldout: ProblemSource | None = None
+    seed: int = 0
+    num_micro_batches: int = 1
+    lora: LoraConfig | None = None
+    dtype: str = "float32"
+    remat: bool = True
+    log_every_steps: int = 1
+    eval_every_steps: int = 20
+    checkpoint_every_steps: int = 20
+    keep_checkpoints: int = 2
+    num_samples_logged: int = 16
+    probes: tuple[Callable[..., dict[str, float]], ...] = ()
+    grader_workers: int = 2
+    tensorboard: bool = False
+    wandb: bool = False
+
+    def __post_init__(self):
+        for name in ("num_steps", "batch_size", "num_micro_batches", "log_every_steps"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise UserError(
+                    f"train.{name} must be an integer >= 1, not {getattr(self, name)!r}"
+                )
+        for name in ("eval_every_steps", "checkpoint_every_steps", "seed"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise UserError(
+                    f"train.{name} must be an integer >= 0, not {getattr(self, name)!r}"
+                )
+        if not isinstance(self.learning_rate, (int, float)) or self.learning_rate <= 0:
+            raise UserError(f"train.learning_rate must be positive, not {self.learning_rate!r}")
+        for name in ("model", "problems"):
+            if not hasattr(getattr(self, name), "load"):
+                raise UserError(
+                    f"train.{name} must be a source such as @PretrainedModel() or @JsonlProblems() "
+                    f"(with @ and parentheses), not {getattr(self, name)!r}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """All that a gin file says, one validated value per area."""
+
+    train: TrainConfig
+    contexts: ContextConfig
+    rollout: RolloutConfig
+    divergence: DivergenceConfig
+    teacher: TeacherConfig
+    optimizer: OptimizerConfig
+    mesh: MeshConfig
+    evaluate: EvaluateConfig
+
+
+class Assembly(NamedTuple):
+    """The parts of a run that do not hold weights.
+
+    model: the decoder with the run's dtype and adapters; method: what the step is made of;
+    variables: shardings of {"params"[, "lora"]}; abstract: the state as shapes with shardings.
+    """
+
+    model: Decoder
+    method: Method
+    mesh: Mesh
+    rules: Rules
+    variables: dict
+    abstract: TrainState
+
+    @property
+    def shardings(self) -> TrainState:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+
+
+def model_of(train: TrainConfig, config: ModelConfig) -> Decoder:
+    """The decoder of a run: the base's shape with the run's numerics and adapters."""
+    return Decoder(
+        dataclasses.replace(config, dtype=train.dtype, remat=train.remat, lora=train.lora)
+    )
+
+
+def assemble(
+    experiment: Experiment, base: ModelConfig, tokenizer: Tokenizer, mesh: Mesh
+) -> Assembly:
+    """Model, method and state layout for a base of this shape; no weight is read.
+
+    Raises:
+      UserError: a batch that does not divide, or a tokenizer larger than the embedding.
+    """
+    train = experiment.train
+    check_batch(train.batch_size, train.num_micro_batches, mesh)
+    if tokenizer.vocab_size > base.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids but the model only {base.vocab_size} "
+            "embedding rows; use the tokenizer that belongs to the model"
+        )
+    model = model_of(train, base)
+    method = Method(
+        model=model,
+        rollout=dataclasses.replace(
+            experiment.rollout, stop_ids=tuple(tokenizer.stop_ids), pad_id=tokenizer.pad_id
+        ),
+        divergence=experiment.divergence,
+        teacher=experiment.teacher.build(),
+        optimizer=make_optimizer(experiment.optimizer, train.learning_rate),
+        num_micro_batches=train.num_micro_batches,
+    )
+    boxed = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
+    variables = variable_shardings(boxed, mesh, experiment.mesh.rules)
+    trainable, frozen = split(nn.meta.unbox(boxed))
+    state = jax.eval_shape(
+        lambda t, f, key: init_state(method, t, f, key), trainable, frozen, jax.random.key(0)
+    )
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_shardings(method, state, variables, mesh),
+    )
+    return Assembly(model, method, mesh, experiment.mesh.rules, variables, abstract)
+
+
+def split(variables: dict) -> tuple[dict, dict]:
+    """(trainable, frozen): the adapters over fixed parameters, or the parameters themselves."""
+    if "lora" in variables:
+        return {"lora": variables["lora"]}, {"params": variables["params"]}
+    return {"params": variables["params"]}, {}
+
+
+def initial_variables(parts: Assembly, params: dict, seed: int) -> dict:
+    """{"params"[, "lora"]} on the mesh: the base's parameters and fresh adapters."""
+    variables = {"params": jax.device_put(params, parts.variables["params"])}
+    if "lora" in parts.variables:
+
+        def adapters(key):
+            return nn.meta.unbox(init_variables(parts.model, key))["lora"]
+
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        with jax.set_mesh(parts.mesh):
+            variables["lora"] = jax.jit(adapters, out_shardings=parts.variables["lora"])(key)
+    return variables
+
+
+def initial_state(parts: Assembly, params: dict, seed: int) -> TrainState:
+    """The state before the first step, laid out on the mesh."""
+
+    def build(trainable, frozen, key):
+        return init_state(parts.method, trainable, frozen, key)
+
+    trainable, frozen = split(initial_variables(parts, params, seed))
+    with jax.set_mesh(parts.mesh):
+        return jax.jit(build, out_shardings=parts.shardings)(
+            trainable, frozen, jax.random.key(seed)
+        )
+
+
+def teacher_variables(parts: Assembly, state: TrainState) -> dict[str, Any]:
+    """The variables that teach at this state."""
+    return parts.method.teacher.variables(state.trainable, state.frozen, state.teacher)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `opsd train | eval | generate | export`.
+
+Exit status: 0 done; 2 a usage or input error, told in one sentence; 1 a bug, with a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from opsd_jax.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command and runs it; returns the exit status."""
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"opsd {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        print(f"opsd {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        # A full disk or a forbidden folder is the user's to mend; anything else is a bug.
+        if error.filename is None and error.errno is None:
+            raise
+        print(f"opsd {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and flags."""
+    root = argparse.ArgumentParser(
+        prog="opsd", description="On-policy self-distillation of language models, in JAX."
+    )
+    commands = root.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser("train", help="run an experiment; resumes a workdir")
+    add_gin(train, required=True)
+    train.add_argument("--workdir", required=True, help="made if missing; resumed if it has a run")
+    train.set_defaults(run=run_train)
+
+    evaluate = commands.add_parser("eval", help="accuracy of a run or a model on held-out problems")
+    add_gin(evaluate, required=False)
+    add_model(evaluate)
+    evaluate.add_argument("--out", help="folder of the generations (default: WORKDIR/eval)")
+    evaluate.set_defaults(run=run_eval)
+
+    generate = commands.add_parser("generate", help="stream an answer to the terminal")
+    add_model(generate)
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
+    generate.add_argument("--top_k", type=int, default=0)
+    generate.add_argument("--top_p", type=float, default=1.0)
+    generate.add_argument("--max_tokens", type=int, default=256)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(run=run_generate)
+
+    export = commands.add_parser("export", help="write a model for transformers, vLLM or PEFT")
+    export.add_argument("--workdir", required=True)
+    export.add_argument("--step", type=int, help="default: the latest")
+    export.add_argument("--out", required=True, help="folder to write")
+    export.add_argument("--format", choices=("hf", "peft"), default="hf")
+    export.set_defaults(run=run_export)
+    return root
+
+
+def add_gin(command: argparse.ArgumentParser, required: bool) -> None:
+    """--gin_file and --gin_bindings, both repeatable."""
+    command.add_argument("--gin_file", action="append", default=[], required=required)
+    command.add_argument(
+        "--gin_bindings", action="append", default=[], help="e.g. 'train.num_steps = 3'"
+    )
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """Exactly one of --workdir [--step] and --model."""
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--workdir", help="a training run")
+    which.add_argument("--model", help="a Hugging Face directory, a .gguf file, or 'smollm2'")
+    command.add_argument("--step", type=int, help="checkpoint of --workdir (default: the latest)")
+
+
+# The commands import late: `opsd --help` must not wait for jax.
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    from opsd_jax.config import load_experiment
+    from opsd_jax.train import summary, train
+
+    experiment, text = load_experiment(arguments.gin_file, arguments.gin_bindings)
+    train(experiment, text, arguments.workdir)
+    print(summary(arguments.workdir))
+
+
+def run_eval(arguments: argparse.Namespace) -> None:
+    from opsd_jax.finished_run import evaluate_command
+
+    evaluate_command(
+        arguments.gin_file,
+        arguments.gin_bindings,
+        arguments.workdir,
+        arguments.model,
+        arguments.step,
+        arguments.out,
+    )
+
+
+def run_generate(arguments: argparse.Namespace) -> None:
+    from opsd_jax.finished_run import generate_command
+    from opsd_jax.rollout import RolloutConfig
+
+    settings = RolloutConfig(
+        arguments.max_tokens, arguments.temperature, arguments.top_k, arguments.top_p
+    )
+    generate_command(
+        arguments.workdir,
+        arguments.model,
+        arguments.step,
+        arguments.prompt,
+        settings,
+        arguments.seed,
+    )
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    from opsd_jax.finished_run import export_command
+
+    export_command(arguments.workdir, arguments.step, arguments.out, arguments.format)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

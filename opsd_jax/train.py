@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: it places the parts of a run, and then only calls them.
+
+Each step is dispatched before the numbers of the step before it are read, so the device never
+waits for grading, logging or the disk. A step's line in metrics.jsonl is written before the
+checkpoint of that step; a run that is killed anywhere goes on from its last whole checkpoint,
+with the same batches, keys and numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from opsd_jax.checkpoint import Checkpoints
+from opsd_jax.config import first_difference
+from opsd_jax.contexts import TrainingPrompts
+from opsd_jax.errors import UserError
+from opsd_jax.evaluate import (
+    Evaluator,
+    Generation,
+    Sampler,
+    completion_rows,
+    mean_over_processes,
+)
+from opsd_jax.experiment import (
+    Assembly,
+    Experiment,
+    assemble,
+    initial_state,
+    initial_variables,
+    split,
+    teacher_variables,
+)
+from opsd_jax.grader_pool import GraderPool
+from opsd_jax.metrics import MetricWriters
+from opsd_jax.objective import Batch
+from opsd_jax.pipeline import PipelineConfig, make_batches
+from opsd_jax.preemption import Preemption
+from opsd_jax.problems import Problem, ProblemSet
+from opsd_jax.progress import ProgressLine
+from opsd_jax.rollout import Completion, Context
+from opsd_jax.sharding import batch_sharding, make_mesh, num_bytes, shard_batch
+from opsd_jax.tokenizer import Tokenizer
+from opsd_jax.train_step import TrainState, jit_step, sample_completion
+
+BEST_METRIC = "eval/student/accuracy"
+
+
+class Step(NamedTuple):
+    """A dispatched step whose numbers nobody has read yet."""
+
+    number: int
+    metrics: dict[str, jax.Array]
+    completion: Completion
+    index: np.ndarray
+
+
+def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict[str, float]:
+    """Runs or resumes an experiment in `workdir`; returns the last evaluation's metrics.
+
+    Args:
+      experiment: what to run.
+      config_text: its operative config, kept as workdir/config.gin.
+      workdir: made if missing; if it holds a checkpoint of the same config, the run goes on.
+
+    Raises:
+      UserError: another config in the workdir, data or model that do not fit, a full disk, or
+        a loss that is not finite.
+    """
+    workdir = Path(workdir)
+    claim(workdir, config_text)
+    settings = experiment.train
+    mesh = make_mesh(experiment.mesh)
+    with ExitStack() as stack:
+        progress = stack.enter_context(ProgressLine(settings.num_steps))
+        base = settings.model.load(
+            mesh, experiment.mesh.rules, str(workdir / "base"), progress.note
+        )
+        parts = assemble(experiment, base.config, base.tokenizer, mesh)
+        problems = settings.problems.load(str(workdir / "problems"))
+        batches = training_batches(experiment, problems, base.tokenizer)
+        evaluator = make_evaluator(experiment, parts, base.tokenizer, workdir, stack)
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                workdir / "checkpoints", settings.keep_checkpoints, BEST_METRIC, progress.note
+            )
+        )
+        state, tokens, start = start_or_resume(
+            checkpoints, parts, batches, base.params, settings.seed
+        )
+        progress.note(
+            f"{num_bytes(state.trainable) // 4:,} trainable parameters, {len(problems):,} "
+            f"problems, mesh {dict(mesh.shape)}, from step {start}"
+        )
+        writers = stack.enter_context(
+            MetricWriters(
+                workdir,
+                settings.tensorboard,
+                settings.wandb,
+                resumed_step=start or None,
+                config=config_text,
+            )
+        )
+        loop = Loop(
+            experiment,
+            parts,
+            base.tokenizer,
+            problems,
+            grading(problems, settings.grader_workers, stack),
+            evaluator,
+            writers,
+            checkpoints,
+            progress,
+            tokens_total=tokens,
+            meta={"config": config_text},
+        )
+        preemption = stack.enter_context(Preemption())
+        return loop.run(state, batches, start, preemption)
+
+
+def claim(workdir: Path, config_text: str) -> None:
+    """Writes config.gin, or checks that the one already there is the same experiment."""
+    path = workdir / "config.gin"
+    if path.exists():
+        difference = first_difference(path.read_text(), config_text)
+        if difference is not None:
+            raise UserError(
+                f"{path} belongs to another experiment: {difference}; use another --workdir, or "
+                "the old setting"
+            )
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            path.write_text(config_text)
+        except OSError as error:
+            raise UserError(f"--workdir: cannot write {path}: {error.strerror}") from error
+
+
+def training_batches(experiment: Experiment, problems: ProblemSet, tokenizer: Tokenizer) -> Any:
+    """This process's batches as a Grain iterator whose position can be saved."""
+    settings = experiment.train
+    prompts = TrainingPrompts(experiment.contexts, tokenizer, problems)
+    config = PipelineConfig(batch_size=settings.batch_size, seed=settings.seed)
+    hosts = {"host": jax.process_index(), "num_hosts": jax.process_count()}
+    return iter(make_batches(problems, prompts, config, **hosts))
+
+
+def grading(
+    problems: ProblemSet, num_workers: int, stack: ExitStack
+) -> Callable[[list[Problem], list[str]], list[float]]:
+    """(problems, completions) -> rewards, in worker processes that `stack` will end."""
+    pool = stack.enter_context(GraderPool(problems.grade, num_workers=num_workers))
+    return lambda asked, texts: [grade.value for grade in pool.grade(asked, texts)]
+
+
+def make_evaluator(
+    experiment: Experiment,
+    parts: Assembly,
+    tokenizer: Tokenizer,
+    workdir: Path,
+    stack: ExitStack,
+) -> Evaluator | None:
+    """The evaluator of an experiment, None without held-out problems."""
+    settings = experiment.train
+    if settings.heldout is None:
+        return None
+    problems = settings.heldout.load(str(workdir / "problems"))
+    sampler = Sampler(
+        parts.model, tokenizer, parts.mesh, parts.rules, experiment.evaluate.batch_size
+    )
+    return Evaluator(
+        experiment.evaluate,
+        experiment.contexts,
+        experiment.rollout,
+        sampler,
+        problems,
+        grading(problems, settings.grader_workers, stack),
+    )
+
+
+def start_or_resume(
+    checkpoints: Checkpoints, parts: Assembly, batches: Any, params: dict, seed: int
+) -> tuple[TrainState, int, int]:
+    """(state, tokens generated so far, finished steps); `batches` is set to its position."""
+    if not checkpoints.steps():
+        return initial_state(parts, params, seed), 0, 0
+    step, state, meta = checkpoints.restore(saved(parts.abstract), batches)
+    frozen = split(initial_variables(parts, params, seed))[1]
+    return state.replace(frozen=frozen), meta["tokens_total"], step
+
+
+def saved(state: TrainState) -> TrainState:
+    """What a checkpoint holds: all but the frozen base, which its source gives again."""
+    return state.replace(frozen={})
+
+
+@dataclasses.dataclass
+class Loop:
+    """Dispatches steps and reports on them."""
+
+    experiment: Experiment
+    parts: Assembly
+    tokenizer: Tokenizer
+    problems: ProblemSet
+    grade: Callable[[list[Problem], list[str]], list[float]]
+    evaluator: Evaluator | None
+    writers: MetricWriters
+    checkpoints: Checkpoints
+    progress: ProgressLine
+    tokens_total: int
+    meta: dict[str, Any]
+
+    def __post_init__(self):
+        self._step = jit_step(
+            self.parts.method, self.parts.shardings, self.parts.mesh, self.parts.rules
+        )
+        self._time_rollout = rollout_timer(self.parts)
+        self._rollout_s = float("nan")
+        self._best = -np.inf
+        self._read_at = time.monotonic()
+        self.evaluated: dict[str, float] = {}
+
+    def run(
+        self, state: TrainState, batches: Iterator, start: int, preemption: Preemption
+    ) -> dict[str, float]:
+        """Steps start + 1 … num_steps; saves and returns early when asked to stop."""
+        settings = self.experiment.train
+        if start == 0 and settings.eval_every_steps:
+            self.writers.write(0, self.evaluate(0, state) | {"rollout/tokens_total": 0})
+            self.progress.update(0, self.evaluated)
+        waiting: Step | None = None
+        for number in range(start + 1, settings.num_steps + 1):
+            rows = next(batches)
+            batch = shard_batch(to_batch(rows), self.parts.mesh)
+            state, metrics, completion = self._step(state, batch)
+            if waiting:
+                self.report(waiting)
+            waiting = Step(number, metrics, completion, rows["index"])
+            last = number == settings.num_steps
+            stop = preemption.requested(number)
+            evaluated: dict[str, float] = {}
+            if due(number, settings.eval_every_steps, last):
+                jax.block_until_ready(metrics)
+                self._rollout_s = self._time_rollout(state, batch)
+                evaluated = self.evaluate(number, state)
+            save = due(number, settings.checkpoint_every_steps, last or stop)
+            save = save or self.is_best(evaluated)
+            if evaluated or save:
+                self.report(waiting, evaluated)
+                waiting = None
+            if save:
+                meta = self.meta | {"tokens_total": self.tokens_total}
+                self.checkpoints.save(number, saved(state), batches, meta, evaluated)
+            if stop and not last:
+                self.progress.note(
+                    f"stopped after step {number}; the same command goes on from here"
+                )
+                break
+        self.checkpoints.wait()
+        return self.evaluated
+
+    def is_best(self, evaluated: dict[str, float]) -> bool:
+        """Whether this evaluation beats all before it in this process; it is then remembered."""
+        accuracy = evaluated.get(BEST_METRIC, -np.inf)
+        better = accuracy > self._best
+        self._best = max(self._best, accuracy)
+        return better
+
+    def evaluate(self, number: int, state: TrainState) -> dict[str, float]:
+        """Held-out accuracy of student and teacher, probes, and sample texts on disk."""
+        metrics: dict[str, float] = {}
+        teacher = teacher_variables(self.parts, state)
+        if self.evaluator:
+            metrics, generations = self.evaluator(state.student, teacher)
+            count = self.experiment.train.num_samples_logged
+            rows = [
+                {"role": role} | sample_row(generation)
+                for role, found in generations.items()
+                for generation in found[:count]
+            ]
+            self.writers.write_samples(number, rows)
+        for probe in self.experiment.train.probes:
+            metrics |= probe(self.parts.model, state.student, teacher, self.tokenizer)
+        self.evaluated = metrics
+        self._read_at = time.monotonic()  # An evaluation is not part of a step's time.
+        return metrics
+
+    def report(self, step: Step, evaluated: dict[str, float] | None = None) -> None:
+        """Reads a step's numbers (waiting for them), grades its completions, writes its line."""
+        metrics = {name: float(value) for name, value in jax.device_get(step.metrics).items()}
+        now = time.monotonic()
+        step_s, self._read_at = now - self._read_at, now
+        if not np.isfinite(metrics["loss/objective"]) or not np.isfinite(
+            metrics["optim/grad_norm"]
+        ):
+            raise UserError(
+                f"step {step.number}: the loss is {metrics['loss/objective']} and the gradient norm "
+                f"{metrics['optim/grad_norm']}; the last checkpoint is untouched: resume from it "
+                "with a smaller train.learning_rate, or inspect samples/"
+            )
+        self.tokens_total += int(metrics.pop("rollout/tokens"))
+        metrics |= {"rollout/tokens_total": self.tokens_total}
+        if step.number % self.experiment.train.log_every_steps and not evaluated:
+            return
+        metrics |= {
+            "rollout/reward_mean": self.reward_mean(step),
+            "time/step_s": step_s,
+            "time/rollout_s": self._rollout_s,
+            "time/update_s": step_s - self._rollout_s,
+        }
+        metrics |= evaluated or {}
+        self.writers.write(step.number, metrics)
+        self.progress.update(step.number, metrics)
+
+    def reward_mean(self, step: Step) -> float:
+        """Mean grade of the step's completions over all processes; NaN without answers."""
+        local = jax.tree.map(local_rows, step.completion)
+        texts = [self.tokenizer.decode(ids) for ids in completion_rows(local)]
+        asked = [self.problems[int(i)] for i in step.index]
+        answered = [(p, t) for p, t in zip(asked, texts, strict=True) if p.answer]
+        rewards = self.grade([p for p, _ in answered], [t for _, t in answered])
+        return mean_over_processes(sum(rewards), len(rewards))
+
+
+def due(number: int, every: int, final: bool) -> bool:
+    return final or bool(every and number % every == 0)
+
+
+def to_batch(rows: dict[str, np.ndarray]) -> Batch:
+    """The pipeline's arrays as the two contexts of a step."""
+    return Batch(
+        student=Context(rows["student_ids"], rows["student_length"]),
+        teacher=Context(rows["teacher_ids"], rows["teacher_length"]),
+    )
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """This process's rows of an array sharded over the batch, in their order."""
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+def rollout_timer(parts: Assembly) -> Callable[[TrainState, Batch], float]:
+    """Seconds that the rollout half takes alone, the first (compiling) call not counted."""
+    compiled = jax.jit(
+        partial(sample_completion, parts.method),
+        in_shardings=(parts.shardings, batch_sharding(parts.mesh)),
+    )
+    warm: list[bool] = []
+
+    def measure(state: TrainState, batch: Batch) -> float:
+        with jax.set_mesh(parts.mesh), nn.logical_axis_rules(parts.rules):
+            if not warm:
+                jax.block_until_ready(compiled(state, batch))
+                warm.append(True)
+            start = time.monotonic()
+            jax.block_until_ready(compiled(state, batch))
+        return time.monotonic() - start
+
+    return measure
+
+
+def sample_row(generation: Generation) -> dict[str, Any]:
+    problem = generation.problem
+    return {
+        "id": problem.id,
+        "question": problem.question,
+        "answer": problem.answer,
+        "completion": generation.text,
+        "reward": generation.reward,
+        "num_tokens": generation.num_tokens,
+        "stopped": generation.stopped,
+    }
+
+
+def summary(workdir: str | Path) -> str:
+    """Before and after, from the first and the last evaluation in metrics.jsonl."""
+    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    found = [line for line in map(json.loads, lines) if BEST_METRIC in line]
+    if not found:
+        return "no evaluation was made (train.heldout or train.eval_every_steps is unset)"
+    first, last = found[0], found[-1]
+    rows = [f"{'':34}{'step ' + str(first['step']):>14}{'step ' + str(last['step']):>14}"]
+    for name in (n for n in first if n.startswith(("eval/", "probe/")) and not n.endswith("_se")):
+        cells = []
+        for line in (first, last):
+            error = line.get(f"{name}_se")
+            value = line.get(name)
+            text = "-" if value is None else f"{value:.3f}"
+            cells.append(text + (f" ±{error:.3f}" if error is not None else ""))
+        rows.append(f"{name:34}{cells[0]:>14}{cells[1]:>14}")
+    rows.append(f"{'generated tokens':34}{0:>14,}{last['rollout/tokens_total']:>14,}")
+    return "\n".join(rows)

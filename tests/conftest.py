@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight virtual devices for every test, and tiny models shared by several files."""
+
+import functools
+import os
+
+# Before jax is imported: the device count cannot change afterwards.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from flax import linen as nn  # noqa: E402
+
+from opsd_jax.model import Decoder, init_variables  # noqa: E402
+from opsd_jax.model_config import LoraConfig, ModelConfig  # noqa: E402
+from opsd_jax.objective import Batch  # noqa: E402
+from opsd_jax.rollout import Context  # noqa: E402
+
+# A broadcast that nobody wrote is a wrong loss that nobody sees.
+jax.config.update("jax_numpy_rank_promotion", "warn")
+
+VOCAB = 24
+
+
+def tiny_config(**changes) -> ModelConfig:
+    shape = dict(
+        vocab_size=VOCAB,
+        num_layers=2,
+        embed_dim=16,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_dim=24,
+        rope_theta=100.0,
+        remat=False,
+    )
+    return ModelConfig(**(shape | changes))
+
+
+def tiny_variables(config: ModelConfig, seed: int = 0) -> dict:
+    """Random parameters, sharp enough that distributions differ; adapters are not zero."""
+    variables = nn.meta.unbox(init_variables(Decoder(config), jax.random.key(seed)))
+    keys = iter(jax.random.split(jax.random.key(seed + 1), 1000))
+    return jax.tree.map(
+        lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape, x.dtype), variables
+    )
+
+
+def tiny_batch(batch_size: int = 8, student_len: int = 6, teacher_len: int = 11, seed: int = 0):
+    """Ragged prompts of both roles, right-padded."""
+    rng = np.random.default_rng(seed)
+
+    def context(width):
+        lengths = rng.integers(1, width + 1, batch_size).astype(np.int32)
+        ids = rng.integers(1, VOCAB, (batch_size, width)).astype(np.int32)
+        ids[np.arange(width) >= lengths[:, None]] = 0
+        return Context(ids=jnp.asarray(ids), lengths=jnp.asarray(lengths))
+
+    return Batch(student=context(student_len), teacher=context(teacher_len))
+
+
+@functools.cache
+def text_hidden(config: ModelConfig):
+    """Jitted (variables, ids) -> hidden of one text, without cache, batch or prompt padding.
+
+    The text is filled up to 32 tokens on the right, which causal attention cannot see, so that
+    a slow loop over growing texts compiles once.
+    """
+    model = Decoder(config)
+    run = jax.jit(lambda v, ids: model.apply(v, ids, jnp.arange(32)[None])[0])
+
+    def hidden(variables, ids):
+        filled = np.zeros((1, 32), np.int32)
+        filled[0, : len(ids)] = ids
+        return run(variables, filled)[0, : len(ids)]
+
+    return hidden
+
+
+@pytest.fixture(params=["full", "lora"])
+def any_config(request) -> ModelConfig:
+    """The tiny model, fully trained and with adapters."""
+    return tiny_config(lora=LoraConfig(rank=3, alpha=6.0) if request.param == "lora" else None)
