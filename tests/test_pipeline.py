@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opsd_jax.errors import UserError
+from opsd_jax.pipeline import PipelineConfig, make_batches
+from opsd_jax.problems import LoadedProblems, Problem
+
+
+def problem_set(size):
+    problems = tuple(Problem(str(i), str(i), "s", "a") for i in range(size))
+    return LoadedProblems(problems, lambda problem, completion: 0.0)
+
+
+def render(problem):
+    number = int(problem.question)
+    return {"ids": np.full(3, number, np.int32), "length": np.int32(number % 3)}
+
+
+def render_most(problem):
+    return None if int(problem.question) % 5 == 4 else render(problem)
+
+
+def take(batches, count):
+    iterator = iter(batches)
+    return [next(iterator) for _ in range(count)]
+
+
+def test_batches_hold_what_render_gave():
+    for batch in take(make_batches(problem_set(10), render, PipelineConfig(4)), 5):
+        assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+            "index": ((4,), np.int32),
+            "ids": ((4, 3), np.int32),
+            "length": ((4,), np.int32),
+        }
+        np.testing.assert_array_equal(batch["ids"], np.repeat(batch["index"][:, None], 3, 1))
+        np.testing.assert_array_equal(batch["length"], batch["index"] % 3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    size=st.integers(4, 20),
+    hosts=st.sampled_from([1, 2, 4]),
+    seed=st.integers(0, 2**31),
+    epochs=st.integers(1, 3),
+)
+def test_every_epoch_shows_every_problem_once_whatever_the_hosts(size, hosts, seed, epochs):
+    config = PipelineConfig(4, seed=seed, num_epochs=epochs)
+    problems = problem_set(size)
+    shards = [
+        [b["index"] for b in make_batches(problems, render, config, host=h, num_hosts=hosts)]
+        for h in range(hosts)
+    ]
+    assert len({len(shard) for shard in shards}) == 1
+    stream = np.concatenate([np.concatenate(rows) for rows in zip(*shards, strict=True)])
+    alone = np.concatenate([b["index"] for b in make_batches(problems, render, config)])
+    np.testing.assert_array_equal(stream, alone)
+    assert len(stream) == size * epochs // 4 * 4
+    for epoch in range(len(stream) // size):
+        assert set(stream[epoch * size : (epoch + 1) * size]) == set(range(size))
+
+
+def test_epochs_and_seeds_shuffle_differently():
+    def order(seed):
+        batches = take(make_batches(problem_set(16), render, PipelineConfig(16, seed)), 2)
+        return [tuple(batch["index"]) for batch in batches]
+
+    assert len({*order(0), *order(1)}) == 4
+    assert order(0) == order(0)
+
+
+def test_unshuffled_batches_keep_the_order():
+    config = PipelineConfig(2, shuffle=False, num_epochs=1)
+    batches = take(make_batches(problem_set(5), render, config), 2)
+    assert [list(batch["index"]) for batch in batches] == [[0, 1], [2, 3]]
+
+
+def test_what_does_not_fit_is_dropped_and_counted(caplog):
+    batches = make_batches(problem_set(10), render_most, PipelineConfig(8, num_epochs=1))
+    assert (batches.num_problems, batches.num_dropped) == (8, 2)
+    assert "2 of 10 problems are dropped" in caplog.text
+    (batch,) = batches
+    assert set(batch["index"]) == {0, 1, 2, 3, 5, 6, 7, 8}
+
+
+@pytest.mark.parametrize("position", [0, 1, 7, 30])
+def test_a_position_resumes_exactly(position):
+    """Across the end of an epoch, on a pipeline made anew."""
+    batches = make_batches(problem_set(11), render_most, PipelineConfig(3))
+    straight = take(batches, position + 5)
+    iterator = iter(batches)
+    for _ in range(position):
+        next(iterator)
+    state = iterator.get_state()
+    assert state == {"next_index": position}
+    resumed = iter(make_batches(problem_set(11), render_most, PipelineConfig(3)))
+    next(resumed)
+    resumed.set_state(state)
+    for expected in straight[position:]:
+        np.testing.assert_equal(next(resumed), expected)
+
+
+def test_orbax_keeps_the_position(tmp_path):
+    batches = make_batches(problem_set(11), render, PipelineConfig(3))
+    iterator = iter(batches)
+    for _ in range(5):
+        next(iterator)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        save = grain.checkpoint.CheckpointSave(iterator)
+        manager.save(5, args=ocp.args.Composite(data=save))
+        expected = [next(iterator) for _ in range(4)]  # while the save may still be running
+        manager.wait_until_finished()
+        restored = iter(batches)
+        restore = grain.checkpoint.CheckpointRestore(restored)
+        manager.restore(5, args=ocp.args.Composite(data=restore))
+    for batch in expected:
+        np.testing.assert_equal(next(restored), batch)
+
+
+@pytest.mark.slow
+def test_worker_processes_keep_the_order():
+    config = PipelineConfig(3, num_workers=2)
+    iterator = iter(make_batches(problem_set(11), render, config))
+    found = [next(iterator) for _ in range(6)]
+    iterator.close()
+    for batch, expected in zip(
+        found, take(make_batches(problem_set(11), render, PipelineConfig(3)), 6), strict=True
+    ):
+        np.testing.assert_equal(batch, expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "render", "hosts", "message"),
+    [
+        (3, render, 1, r"batch_size 4 is more than the 3 problems there are \(0 of 3 were"),
+        (4, render_most, 1, None),
+        (5, lambda problem: None, 1, r"more than the 0 problems there are \(5 of 5 were dropped"),
+        (0, render, 1, r"more than the 0 problems there are \(0 of 0"),
+        (9, render, 3, "batch_size 4 does not divide among 3 hosts"),
+    ],
+)
+def test_too_little_is_told(size, render, hosts, message):
+    def make():
+        return make_batches(problem_set(size), render, PipelineConfig(4), num_hosts=hosts)
+
+    if message is None:
+        assert make().num_problems == 4
+        return
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("setting", [{"batch_size": 0}, {"seed": -1}, {"num_epochs": 0}])
+def test_settings_are_checked(setting):
+    with pytest.raises(UserError, match=next(iter(setting))):
+        PipelineConfig(**({"batch_size": 4} | setting))
+
+
+def test_shapes_that_change_are_a_bug_of_render():
+    def ragged(problem):
+        return {"ids": np.zeros(int(problem.question) + 1, np.int32)}
+
+    with pytest.raises(ValueError, match="for 1, but"):
+        make_batches(problem_set(4), ragged, PipelineConfig(2))
