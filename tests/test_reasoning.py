@@ -44,6 +44,8 @@ def test_the_cache_gives_the_same_and_is_read_only_once_made(cache_dir, monkeypa
     source = ReasoningGym("chain_sum", SUMS, num_problems=20)
     fresh = source.load(None)
     assert source.load(cache_dir) == fresh
+    draws = [int(p.id.split("/")[-1]) for p in fresh.problems]
+    assert draws == sorted(draws)  # though TFDS stores in an order of its own
 
     def fail(self):
         raise AssertionError("generated again")
