@@ -87,7 +87,8 @@ def save_pretrained(
     if writer:
         os.makedirs(out_dir, exist_ok=True)
         _write_json(out_dir, "config.json", raw | ids)
-        _write_json(out_dir, "generation_config.json", ids)
+        known = {key: value for key, value in ids.items() if value is not None}
+        _write_json(out_dir, "generation_config.json", known)
         if isinstance(tokenizer, HFTokenizer):
             tokenizer.save(out_dir)
     itemsize = np.dtype(jnp.dtype(dtype)).itemsize
@@ -178,14 +179,13 @@ def _rows(x: np.ndarray) -> np.ndarray:
 
 
 def _token_ids(tokenizer: Any) -> dict[str, Any]:
-    if tokenizer is None:
-        return {}
-    stop_ids = list(tokenizer.stop_ids)
-    ids: dict[str, Any] = {"pad_token_id": tokenizer.pad_id}
-    if stop_ids:
-        ids["eos_token_id"] = stop_ids[0] if len(stop_ids) == 1 else stop_ids
-    bos = getattr(getattr(tokenizer, "inner", None), "bos_token_id", None)
-    return ids if bos is None else ids | {"bos_token_id": bos}
+    """Explicit even where unknown: an absent id means the family's, maybe beyond the vocabulary."""
+    stop_ids = list(tokenizer.stop_ids) if tokenizer else []
+    return {
+        "bos_token_id": getattr(getattr(tokenizer, "inner", None), "bos_token_id", None),
+        "eos_token_id": stop_ids if len(stop_ids) > 1 else next(iter(stop_ids), None),
+        "pad_token_id": tokenizer.pad_id if tokenizer else None,
+    }
 
 
 def _on_host(x: Any) -> np.ndarray:

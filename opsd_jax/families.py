@@ -94,14 +94,24 @@ def all_but_every(period: int) -> IsLocal:
     return lambda raw, layer: (layer + 1) % raw.get("sliding_window_pattern", period) != 0
 
 
-_QWEN = {"use_sliding_window": False, "sliding_window": 4096, "rms_norm_eps": 1e-6}
+_QWEN = {
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "rms_norm_eps": 1e-6,
+    "num_key_value_heads": 32,
+}
 _GEMMA = {
     "head_dim": 256,
+    "num_key_value_heads": 16,
     "tie_word_embeddings": True,
     "rms_norm_eps": 1e-6,
     "hidden_act": "gelu_pytorch_tanh",
 }
-_GEMMA23 = _GEMMA | {"query_pre_attn_scalar": 256, "sliding_window": 4096}
+_GEMMA23 = _GEMMA | {
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
 _GEMMA23_KEYS = {
     "attention_softcap": "attn_logit_softcapping",
     "final_softcap": "final_logit_softcapping",
@@ -124,6 +134,7 @@ FAMILIES: dict[str, Family] = {
         "Qwen3MoeForCausalLM",
         _QWEN
         | {
+            "num_key_value_heads": 4,
             "norm_topk_prob": False,
             "num_experts": 128,
             "num_experts_per_tok": 8,

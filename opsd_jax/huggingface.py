@@ -29,6 +29,8 @@ _ENCODE = {
 }
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
 
+_ALIASES = {"num_local_experts": "num_experts"}  # transformers 5 renames it on the way out
+
 # Keys that do not touch the logits of a forward pass.
 _INERT = frozenset(
     "architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id "
@@ -76,7 +78,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
                 f"config.json: architecture {architecture!r} is not supported; "
                 f"{model_type} is read as {family.architecture}"
             )
-    known = dict(family.defaults) | dict(raw)
+    known = dict(family.defaults) | {_ALIASES.get(key, key): raw[key] for key in raw}
     used: set[str] = set()
 
     def take(key: str, *default: Any) -> Any:
