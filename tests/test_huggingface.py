@@ -155,7 +155,8 @@ def torch_logits(model, ids):
 
 def our_logits(config, params, ids):
     positions = jnp.broadcast_to(jnp.arange(T), ids.shape)
-    hidden, _ = jax.jit(Decoder(config).apply)({"params": params}, jnp.asarray(ids), positions)
+    with jax.disable_jit():  # small shapes shared by all families: less compilation
+        hidden, _ = Decoder(config).apply({"params": params}, jnp.asarray(ids), positions)
     return np.asarray(head_logits(output_head(params, config), hidden))
 
 
