@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import gin
 
-from opsd_jax import base_model, problems, probe, reasoning, testbed_builder
+from opsd_jax import base_model, probe, problems, reasoning, testbed_builder
 from opsd_jax.contexts import ContextConfig
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.errors import UserError
@@ -56,7 +56,7 @@ SOURCES = {
     "OtherReferences": problems.OtherReferences,
     "ReasoningGym": reasoning.ReasoningGym,
     "ChainArithmetic": testbed_builder.ChainArithmetic,
-    "wrong_prefix_probe": probe.probe,
+    "wrong_prefix_probe": probe.wrong_prefix_probe,
 }
 _CONFIGURABLE = {
     name: gin.external_configurable(value, name=name, module="opsd_jax")
@@ -93,7 +93,10 @@ def load_experiment(
     gin.clear_config()
     with _gin_errors_told(), _quiet_gin():
         for path in gin_files:
-            gin.add_config_file_search_path(os.path.dirname(os.path.abspath(path)))
+            # A file's folder and the one above it, so that ablations include "quickstart.gin".
+            folder = os.path.dirname(os.path.abspath(path))
+            gin.add_config_file_search_path(folder)
+            gin.add_config_file_search_path(os.path.dirname(folder))
         gin.parse_config_files_and_bindings(list(gin_files), list(bindings), skip_unknown=False)
         experiment = Experiment(**{name: _CONFIGURABLE[name]() for name in AREAS})
         return experiment, gin.operative_config_str(max_line_length=96)
@@ -150,11 +153,9 @@ def _one_line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet_gin() -> Iterator[None]:
-    """Gin logs an absl error for every search path that it merely probes."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """Gin logs an error for every search path that it merely probes."""
+    logging.disable(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logging.disable(logging.NOTSET)

@@ -91,7 +91,8 @@ class _TableProblems:
     Attributes:
       path: a file, a directory (searched with its sub-directories) or a glob pattern; several
         files are read in the order of their names.
-      question_column, answer_column: text, or a number for the answer.
+      question_column: text.
+      answer_column: text or a number; None says that there are no answers, so nothing is graded.
       solution_column: text; None says that the source has no solutions.
       id_column: a row without it is named `file:row`.
       answer_from: how to read the answer out of its column: "text" takes all of it, "boxed",
@@ -104,7 +105,7 @@ class _TableProblems:
     path: str
     question_column: str = "question"
     solution_column: str | None = "solution"
-    answer_column: str = "answer"
+    answer_column: str | None = "answer"
     id_column: str = "id"
     answer_from: str = "text"
     grader: str | grading.Grader = "boxed"
@@ -181,19 +182,21 @@ class _TableProblems:
         solution = ""
         if self.solution_column is not None:
             solution = self._text(place, row, "solution")
-        answer = grading.EXTRACTORS[self.answer_from](self._text(place, row, "answer"))
-        if not answer:
-            raise UserError(
-                f"{place}: no answer of the kind {self.answer_from!r} in "
-                f"`{self.answer_column}`; correct the row or set "
-                f"{type(self).__name__}.answer_from."
-            )
+        answer: str | None = ""
+        if self.answer_column is not None:
+            answer = grading.EXTRACTORS[self.answer_from](self._text(place, row, "answer"))
+            if not answer:
+                raise UserError(
+                    f"{place}: no answer of the kind {self.answer_from!r} in "
+                    f"`{self.answer_column}`; correct the row or set "
+                    f"{type(self).__name__}.answer_from."
+                )
         has_id = row.get(self.id_column) is not None
         return Problem(
             id=self._text(place, row, "id") if has_id else default_id,
             question=self._text(place, row, "question"),
             solution=solution,
-            answer=answer,
+            answer=answer or "",
         )
 
     def _text(self, place: str, row: dict[str, Any], field: str) -> str:

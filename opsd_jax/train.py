@@ -305,7 +305,7 @@ class Loop:
             metrics["optim/grad_norm"]
         ):
             raise UserError(
-                f"step {step.number}: the loss is {metrics['loss/objective']} and the gradient norm "
+                f"step {step.number}: loss {metrics['loss/objective']}, gradient norm "
                 f"{metrics['optim/grad_norm']}; the last checkpoint is untouched: resume from it "
                 "with a smaller train.learning_rate, or inspect samples/"
             )

