@@ -24,7 +24,7 @@ from opsd_jax.evaluate import EvaluateConfig
 from opsd_jax.experiment import Experiment, TrainConfig
 from opsd_jax.model_config import LoraConfig, ModelConfig
 from opsd_jax.optimizer import OptimizerConfig
-from opsd_jax.rollout import RolloutConfig
+from opsd_jax.rollouts import RolloutConfig
 from opsd_jax.sharding import MeshConfig
 from opsd_jax.teacher import TeacherConfig
 from opsd_jax.testbed_corpus import CorpusConfig

@@ -176,7 +176,8 @@ def _on_mesh(plan, function, *static):
     rows = PartitionSpec(place.batch_axis)
     kernel = PartitionSpec(place.vocab_axis)
     partial = PartitionSpec(place.batch_axis, place.vocab_axis)
-    operands = Operands(rows, kernel, (rows, kernel), rows, rows)
+    teachers = ((rows, kernel),) * (len(plan.softcaps) - 1)
+    operands = Operands(rows, kernel, teachers, rows, rows)
     forward = function is _forward
     mapped = jax.shard_map(
         local,

@@ -84,11 +84,8 @@ def prepare_rows(
     teacher_logits = jax.lax.stop_gradient(teacher_logits)
 
     def log_probs(temperature):
-        def scaled(logits):
-            return logits if temperature == 1 else logits / temperature
-
-        student = vocabulary.log_softmax(scaled(student_logits))
-        teachers = tuple(vocabulary.log_softmax(scaled(z)) for z in teacher_logits)
+        student = vocabulary.log_softmax(student_logits, temperature)
+        teachers = tuple(vocabulary.log_softmax(z, temperature) for z in teacher_logits)
         if config.target is None:
             (teacher,) = teachers
         else:

@@ -125,10 +125,16 @@ def clip_terms(config: DivergenceConfig, over: Vocabulary, terms: jax.Array) -> 
 
 
 def _weighted_gap(logps: jax.Array, reference_logps: jax.Array) -> jax.Array:
-    """p (log p - log q), and exactly 0, also in the gradient, where p = 0."""
+    """p (log p - log q), and exactly 0, also in the gradient, where p = 0.
+
+    Where q = 0 < p it is infinite, and says so, but has gradient 0: an infinite pull on one
+    entry would make every gradient of the step NaN.
+    """
     possible = logps > -jnp.inf
-    gap = jnp.where(possible, logps, 0) - jnp.where(possible, reference_logps, 0)
-    return jnp.exp(logps) * gap
+    finite = possible & (reference_logps > -jnp.inf)
+    gap = jnp.where(finite, logps, 0) - jnp.where(finite, reference_logps, 0)
+    infinite = jnp.where(possible, jnp.inf, 0)
+    return jnp.where(finite, jnp.exp(logps) * gap, infinite)
 
 
 def _defined_everywhere(terms: Terms) -> Terms:

@@ -23,7 +23,7 @@ from opsd_jax.contexts import ContextConfig, pad, render
 from opsd_jax.errors import UserError
 from opsd_jax.model import Decoder
 from opsd_jax.problems import Problem, ProblemSet
-from opsd_jax.rollout import Completion, RolloutConfig, rollout
+from opsd_jax.rollouts import Completion, RolloutConfig, rollout
 from opsd_jax.sharding import Rules, batch_sharding, replicated, shard_batch
 from opsd_jax.tokenizer import Tokenizer
 

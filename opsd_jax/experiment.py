@@ -23,7 +23,7 @@ from opsd_jax.model import Decoder, init_variables
 from opsd_jax.model_config import LoraConfig, ModelConfig
 from opsd_jax.optimizer import OptimizerConfig, make_optimizer
 from opsd_jax.problems import ProblemSource
-from opsd_jax.rollout import RolloutConfig
+from opsd_jax.rollouts import RolloutConfig
 from opsd_jax.sharding import MeshConfig, Rules, check_batch, variable_shardings
 from opsd_jax.teacher import TeacherConfig
 from opsd_jax.tokenizer import Tokenizer

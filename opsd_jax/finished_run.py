@@ -22,7 +22,7 @@ from opsd_jax.errors import UserError
 from opsd_jax.experiment import Assembly, Experiment, assemble, split, teacher_variables
 from opsd_jax.export import save_adapter, save_pretrained
 from opsd_jax.problems import Problem
-from opsd_jax.rollout import RolloutConfig, stream
+from opsd_jax.rollouts import RolloutConfig, stream
 from opsd_jax.sharding import make_mesh
 from opsd_jax.tokenizer import Tokenizer
 from opsd_jax.train import make_evaluator, sample_row

@@ -115,7 +115,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
 
 def run_generate(arguments: argparse.Namespace) -> None:
     from opsd_jax.finished_run import generate_command
-    from opsd_jax.rollout import RolloutConfig
+    from opsd_jax.rollouts import RolloutConfig
 
     settings = RolloutConfig(
         arguments.max_tokens, arguments.temperature, arguments.top_k, arguments.top_p

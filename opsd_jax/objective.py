@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from opsd_jax.divergence import DivergenceConfig, TokenDivergence, token_divergence
 from opsd_jax.head import output_head
 from opsd_jax.model import Decoder
-from opsd_jax.rollout import Completion, Context
+from opsd_jax.rollouts import Completion, Context
 from opsd_jax.scoring import completion_hidden
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax.model import Decoder
-from opsd_jax.rollout import Completion, Context
+from opsd_jax.rollouts import Completion, Context
 
 
 def join(context: Context, completion_ids: jax.Array) -> jax.Array:

@@ -49,7 +49,7 @@ from opsd_jax.pipeline import PipelineConfig, make_batches
 from opsd_jax.preemption import Preemption
 from opsd_jax.problems import Problem, ProblemSet
 from opsd_jax.progress import ProgressLine
-from opsd_jax.rollout import Completion, Context
+from opsd_jax.rollouts import Completion, Context
 from opsd_jax.sharding import batch_sharding, make_mesh, num_bytes, shard_batch
 from opsd_jax.tokenizer import Tokenizer
 from opsd_jax.train_step import TrainState, jit_step, sample_completion

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model import Decoder
 from opsd_jax.objective import Batch, compare, token_sums
-from opsd_jax.rollout import Completion, RolloutConfig, rollout
+from opsd_jax.rollouts import Completion, RolloutConfig, rollout
 from opsd_jax.sharding import Rules, batch_sharding, optimizer_shardings, replicated
 from opsd_jax.teacher import Teacher
 

@@ -43,14 +43,16 @@ class Vocabulary:
         position = self._offset(logits) + jnp.arange(logits.shape[-1])
         return jnp.where(position < self.size, logits, -jnp.inf)
 
-    def log_softmax(self, logits: jax.Array) -> jax.Array:
-        """log p of logits [..., U] in which at least one entry of the vocabulary is finite.
+    def log_softmax(self, logits: jax.Array, temperature: float = 1.0) -> jax.Array:
+        """log p of logits / temperature [..., U], at least one of which is finite.
 
-        The maximum is subtracted first and never added back: z - (max + log sum) would round
-        logits of 1e4 to 1e-3.
+        The maximum is subtracted first and never added back: at logits of 1e4, dividing
+        before it or subtracting max + log sum would cost an absolute error of 1e-3.
         """
         top = jax.lax.stop_gradient(self.max(logits))
         shifted = logits - top[..., None]
+        if temperature != 1:
+            shifted = shifted / temperature
         return shifted - jnp.log(self.sum(jnp.exp(shifted)))[..., None]
 
     def log_sum_exp(self, logps: jax.Array) -> jax.Array:

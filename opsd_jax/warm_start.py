@@ -22,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from optax.contrib import MuonDimensionNumbers, muon
 
 from opsd_jax.errors import UserError
 from opsd_jax.head import head_logits, output_head
 from opsd_jax.model import Decoder, init_variables
 from opsd_jax.model_config import ModelConfig
 from opsd_jax.probe import after_wrong_step, fact_beliefs
-from opsd_jax.rollout import RolloutConfig, rollout
+from opsd_jax.rollouts import RolloutConfig, rollout
 from opsd_jax.testbed import ChainTask, ChainTokenizer, grade
 from opsd_jax.testbed_corpus import CorpusConfig, write_rows
 
@@ -62,6 +63,7 @@ class WarmStartConfig:
       plain_rows: rows without one.
       learning_rate: peak of the first round; further rounds take `extra_learning_rate`.
       extra_learning_rate: see there.
+      muon_scale: Muon's learning rate, for the matrices of the layers, as a multiple of Adam's.
       warmup_steps: linear warm-up of every round; a cosine to 5 % follows.
       corpus: how the rows are disturbed.
       task: the world.
@@ -77,6 +79,7 @@ class WarmStartConfig:
     plain_rows: int = 24
     learning_rate: float = 3e-3
     extra_learning_rate: float = 2e-3
+    muon_scale: float = 7.0
     warmup_steps: int = 50
     corpus: CorpusConfig = CorpusConfig()
     task: ChainTask = ChainTask()
@@ -86,7 +89,7 @@ class WarmStartConfig:
         for name in ("num_steps", "extra_steps", "max_rounds", "hinted_rows", "plain_rows"):
             if (value := getattr(self, name)) < 1:
                 raise UserError(f"WarmStartConfig.{name} must be at least 1, got {value}.")
-        for name in ("learning_rate", "extra_learning_rate"):
+        for name in ("learning_rate", "extra_learning_rate", "muon_scale"):
             if not (value := getattr(self, name)) > 0:
                 raise UserError(f"WarmStartConfig.{name} must be positive, got {value}.")
 
@@ -250,11 +253,7 @@ def _train_round(config, model, params, rng, round_number, say):
     """One warm-up and cosine; the corpus of each call is written while nothing else runs."""
     steps = config.extra_steps if round_number else config.num_steps
     peak = config.extra_learning_rate if round_number else config.learning_rate
-    warmup = min(config.warmup_steps, steps)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, 0.05 * peak)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
-    )
+    optimizer = _optimizer(config, params, steps, peak)
     memory = jnp.array(config.task.memory.reshape(-1, config.task.memory.shape[-1]), jnp.float32)
     train = jax.jit(
         functools.partial(_train_steps, model, optimizer, memory), donate_argnums=(0, 1)
@@ -271,6 +270,36 @@ def _train_round(config, model, params, rng, round_number, say):
         if done % (5 * _STEPS_PER_CALL) == 0:
             say(f"warm start: step {done + _STEPS_PER_CALL}/{steps}, excess loss {float(loss):.4f}")
     return params
+
+
+def _optimizer(config, params, steps, peak):
+    """Muon for the matrices of the layers, AdamW for embedding, head and norms.
+
+    Comparing two keys at once (left digit and step) is what the base learns last. Muon
+    (https://kellerjordan.github.io/posts/muon) learns it in less than half the steps that AdamW
+    alone takes, at the same cost per step.
+    """
+    warmup = min(config.warmup_steps, steps // 2)
+
+    def schedule(peak):
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, 0.05 * peak)
+
+    def matrix(path, leaf):
+        """Axes of a layer's kernel that are summed over and that come out; axis 0 is the layer."""
+        if path[-1].key != "kernel":
+            return None
+        num_in = 2 if path[-2].key == "o_proj" else 1
+        axes = tuple(range(1, leaf.ndim))
+        return MuonDimensionNumbers(axes[:num_in], axes[num_in:])
+
+    optimizer = muon(
+        schedule(config.muon_scale * peak),
+        weight_decay=0.01,
+        adam_learning_rate=schedule(peak),
+        adam_b2=0.98,
+        muon_weight_dimension_numbers=jax.tree_util.tree_map_with_path(matrix, params),
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optimizer)
 
 
 def _corpus_rows(config, rng, num_rows, hinted):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsd_jax.model import Decoder
-from opsd_jax.rollout import Completion, Context
+from opsd_jax.rollouts import Completion, Context
 from opsd_jax.scoring import completion_hidden, join
 
 jitted_hidden = jax.jit(completion_hidden, static_argnums=0)

@@ -15,7 +15,7 @@ from opsd_jax.errors import UserError
 from opsd_jax.head import head_logits, output_head
 from opsd_jax.model import Decoder
 from opsd_jax.objective import compare
-from opsd_jax.rollout import RolloutConfig, rollout
+from opsd_jax.rollouts import RolloutConfig, rollout
 from opsd_jax.sampling import filter_logits, sample
 
 CONFIG = RolloutConfig(max_new_tokens=7, temperature=1.3, top_k=9, top_p=0.9, stop_ids=(3, 5))
