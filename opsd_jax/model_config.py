@@ -145,6 +145,9 @@ class ModelConfig:
     family: str | None = None
 
     def __post_init__(self):
+        for name in ("no_rope_layers", "window_layers", "biases"):
+            if isinstance(getattr(self, name), list):  # gin gives lists, which do not hash
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in (
             "vocab_size num_layers embed_dim num_heads num_kv_heads head_dim mlp_dim"
         ).split():
