@@ -86,13 +86,15 @@ class TestbedBase:
 
     Args:
       warm_start: the recipe.
+      cache_dir: where bases are kept, to share one between runs; None is the run's workdir.
     """
 
     __test__ = False  # Not a test class, whatever pytest makes of its name.
 
     warm_start: WarmStartConfig = WarmStartConfig()
+    cache_dir: str | None = None
 
     def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Say) -> Base:
         del mesh, rules
-        base = load_or_train(self.warm_start, TESTBED_MODEL, cache_dir, say)
+        base = load_or_train(self.warm_start, TESTBED_MODEL, self.cache_dir or cache_dir, say)
         return Base(TESTBED_MODEL, base.params, ChainTokenizer())

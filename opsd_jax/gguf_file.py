@@ -72,7 +72,9 @@ class GGUFFile:
 
     def __init__(self, path: str):
         self.path = path
-        self._data = np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.empty(0)
+        self._data = (
+            np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.empty(0, np.uint8)
+        )
         header = read_header(path, self._data)
         self._metadata = header.metadata
         self.architecture = self._metadata.get("general.architecture")
@@ -149,7 +151,7 @@ class GGUFFile:
         bpe = models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe")
         core = Tokenizer(bpe)
         if pre == "smollm":
-            split = pre_tokenizers.Digits(individual_digits=True)
+            split: pre_tokenizers.PreTokenizer = pre_tokenizers.Digits(individual_digits=True)
             byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
         else:
             from tokenizers import Regex
@@ -189,16 +191,19 @@ class GGUFFile:
         return f"{_NAMES[match[2]].format(l=match[1])}.{match[3]}"
 
     def _config(self, rope_divisors: np.ndarray | None) -> dict[str, Any]:
-        config = {"model_type": self.architecture}
+        config: dict[str, Any] = {"model_type": self.architecture}
         for key, hf_key in _CONFIG_KEYS.items():
             value = self._field(f"{self.architecture}.{key}")
             if value is not None:
                 config[hf_key] = value
         if "rms_norm_eps" in config:  # stored as float32: 1e-05 comes back as 9.99999975e-06
             config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")
+        for key in ("embedding_length", "attention.head_count", "block_count"):
+            if not config.get(_CONFIG_KEYS[key]):
+                raise UserError(f"{self.path}: {self.architecture}.{key} is missing")
         # qwen3 has another default in config.json; GGUF's is this for every architecture.
         config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
-        config["vocab_size"] = self.shapes["model.embed_tokens.weight"][0]
+        config["vocab_size"] = self.shapes.get("model.embed_tokens.weight", (None,))[0]
         config["tie_word_embeddings"] = "lm_head.weight" not in self.shapes
         if self.architecture == "llama":
             biased = "model.layers.0.self_attn.q_proj.bias" in self.shapes

@@ -41,8 +41,8 @@ class Header:
 
 
 class _Cursor:
-    def __init__(self, data: np.memmap):
-        self.data, self.at = memoryview(data), 0
+    def __init__(self, data: np.ndarray):
+        self.data, self.at = data.data, 0
 
     def scalar(self, code: str) -> Any:
         value = struct.unpack_from("<" + code, self.data, self.at)[0]
@@ -70,8 +70,8 @@ class _Cursor:
         return [self.value(kind) for _ in range(count)]
 
 
-def read_header(path: str, data: np.memmap) -> Header:
-    """Parses the front of a memory-mapped file.
+def read_header(path: str, data: np.ndarray) -> Header:
+    """Parses the front of a file, given (memory-mapped) as bytes.
 
     Raises:
       UserError: not GGUF, another version, or cut short.

@@ -47,15 +47,23 @@ _INERT = frozenset(
 )
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """config.json as a dict."""
+def read_json(path: str) -> dict[str, Any]:
+    """A JSON object of a model directory, such as config.json."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            content = json.load(file)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; name a Hugging Face model directory") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not text
         raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The config.json at `path`."""
+    return read_json(path)
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:

@@ -20,7 +20,8 @@ K key/value heads, G = N / K, H head width, R LoRA rank, V vocabulary, E experts
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax
 import jax
@@ -66,6 +67,11 @@ class LayerNumbers:
     window: jax.Array
 
 
+def logical(init: Callable[..., jax.Array], axes: tuple[str | None, ...]) -> Callable[..., Any]:
+    """The initializer, with the logical names of the axes it fills."""
+    return nn.with_logical_partitioning(init, axes)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · (offset + scale), computed in float32 (arXiv 1910.07467)."""
 
@@ -75,7 +81,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.constant(1.0 - self.offset)
-        scale = self.param("scale", nn.with_logical_partitioning(init, (None,)), x.shape[-1:])
+        scale = self.param("scale", logical(init, (None,)), x.shape[-1:])
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         gain = self.offset + scale.astype(jnp.float32)
@@ -108,12 +114,12 @@ class Projection(nn.Module):
         )
         kernel = self.param(
             "kernel",
-            nn.with_logical_partitioning(init, self.in_axes + self.out_axes),
+            logical(init, self.in_axes + self.out_axes),
             self.in_shape + self.out_shape,
         )
         y = jnp.tensordot(x, kernel.astype(x.dtype), num_in)
         if self.use_bias:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.out_axes)
+            zeros = logical(nn.initializers.zeros, self.out_axes)
             bias = self.param("bias", zeros, self.out_shape).astype(x.dtype)
             y = y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
         # Absent collection = base model; during init the collection is mutable and is created.
@@ -128,12 +134,12 @@ class Projection(nn.Module):
             init = nn.initializers.normal(fan_in**-0.5)
             axes = self.in_axes + ("lora_rank",)
             shape = self.in_shape + (lora.rank,)
-            return nn.with_logical_partitioning(init, axes)(self.make_rng("params"), shape)
+            return logical(init, axes)(self.make_rng("params"), shape)
 
         def init_b():
             axes = ("lora_rank",) + self.out_axes
             shape = (lora.rank,) + self.out_shape
-            return nn.with_logical_partitioning(nn.initializers.zeros, axes)(None, shape)
+            return logical(nn.initializers.zeros, axes)(None, shape)
 
         a = self.variable("lora", "a", init_a).value
         b = self.variable("lora", "b", init_b).value
@@ -194,7 +200,7 @@ def attend(
         # Finite, so that a padded query that sees nothing averages instead of giving NaN.
         scores.append(jnp.where(seen_BTS[:, None, None], s, jnp.float32(-1e30)))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-    out, start = 0.0, 0
+    out, start = jnp.zeros_like(q_BKGTH), 0
     for _, values_BKSH, positions_BS in sources:
         stop = start + positions_BS.shape[1]
         w = weights[..., start:stop].astype(q_BKGTH.dtype)
@@ -284,7 +290,7 @@ class Experts(nn.Module):
 
         def weight(name, shape, axes):
             init = nn.initializers.lecun_normal(batch_axis=(0,) if len(shape) == 3 else ())
-            param = self.param(name, nn.with_logical_partitioning(init, axes), shape)
+            param = self.param(name, logical(init, axes), shape)
             return param.astype(x_BTD.dtype)
 
         router = weight("router", (D, E), ("embed", "experts"))
@@ -357,15 +363,13 @@ class Decoder(nn.Module):
         c = self.config
         embed = self.param(
             "embed",
-            nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed")),
+            logical(nn.initializers.normal(0.02), ("vocab", "embed")),
             (c.vocab_size, c.embed_dim),
         )
         if not c.tie_embeddings:  # Declared here so that init creates it; read by `head.py`.
             self.param(
                 "lm_head",
-                nn.with_logical_partitioning(
-                    nn.initializers.normal(c.embed_dim**-0.5), ("vocab", "embed")
-                ),
+                logical(nn.initializers.normal(c.embed_dim**-0.5), ("vocab", "embed")),
                 (c.vocab_size, c.embed_dim),
             )
         x_BTD = c.embed_scale * embed[ids_BT].astype(c.dtype)

@@ -9,7 +9,7 @@ and every parameter is filled exactly once, or the error lists the names.
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from jax.sharding import Mesh, Sharding
 
 from opsd_jax.errors import UserError
 from opsd_jax.gguf_file import GGUFFile, smollm2_path
-from opsd_jax.huggingface import config_from_hf, read_config
+from opsd_jax.huggingface import config_from_hf, read_json
 from opsd_jax.model import Decoder, init_variables
 from opsd_jax.model_config import ModelConfig
 from opsd_jax.sharding import FULLY_SHARDED, Rules, variable_shardings
@@ -30,7 +30,9 @@ from opsd_jax.tensor_names import Index, Leaf, file_shapes, leaves
 from opsd_jax.tokenizer import TOKENIZER_FILES, HFTokenizer, load_tokenizer
 
 # Mapped file pages count as resident memory until the mapping is closed.
-_REMAP_BYTES = 64 * 2**20
+_REMAP_BYTES = 32 * 2**20
+# Larger tensors are read by ranges of rows of this size (counted in float32).
+_CHUNK_BYTES = 16 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +57,11 @@ class Pretrained:
 class TensorSource(Protocol):
     """Named tensors of which any part can be read."""
 
-    path: str
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
     def read(self, name: str, index: Index) -> np.ndarray: ...
 
@@ -68,12 +73,12 @@ class SafetensorsDirectory:
         self.path = path
         self._file_of: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._open: dict[str, tuple[Any, int]] = {}
+        self._open: dict[str, Any] = {}
+        self._mapped_bytes = 0
         index_path = os.path.join(path, "model.safetensors.index.json")
         whole = os.path.join(path, "model.safetensors")
         if os.path.exists(index_path):
-            with open(index_path, encoding="utf-8") as file:
-                declared = json.load(file)["weight_map"]
+            declared = read_json(index_path).get("weight_map", {})
             files = sorted(set(declared.values()))
         elif os.path.exists(whole):
             declared, files = None, ["model.safetensors"]
@@ -86,11 +91,13 @@ class SafetensorsDirectory:
 
     def read(self, name: str, index: Index) -> np.ndarray:
         file_name = self._file_of[name]
-        handle, read_bytes = self._open.pop(file_name, (None, 0))
-        if handle is None or read_bytes > _REMAP_BYTES:
-            handle, read_bytes = _safe_open(os.path.join(self.path, file_name)), 0
-        values = handle.get_slice(name)[index]
-        self._open[file_name] = (handle, read_bytes + values.nbytes)
+        if self._mapped_bytes > _REMAP_BYTES:
+            self._open.clear()
+            self._mapped_bytes = 0
+        if file_name not in self._open:
+            self._open[file_name] = _safe_open(os.path.join(self.path, file_name))
+        values = self._open[file_name].get_slice(name)[index]
+        self._mapped_bytes += values.nbytes
         return values
 
     def _read_header(self, file_name: str) -> None:
@@ -151,7 +158,7 @@ def load_pretrained(
         path = smollm2_path()
     source: TensorSource
     if os.path.isdir(path):
-        raw = read_config(os.path.join(path, "config.json"))
+        raw = read_json(os.path.join(path, "config.json"))
         source = SafetensorsDirectory(path)
         has_tokenizer = any(os.path.exists(os.path.join(path, f)) for f in TOKENIZER_FILES)
         tokenizer = load_tokenizer(path) if has_tokenizer else None
@@ -206,37 +213,44 @@ def read_params(
 def _place(
     source: TensorSource, leaf: Leaf, sharding: Sharding, dtype: np.dtype, has_nan: list[str]
 ) -> jax.Array:
-    done: dict[tuple, np.ndarray] = {}  # replicas on several devices are read once
-
-    def values(index: Index | None) -> np.ndarray:
-        index = index or tuple(slice(None) for _ in leaf.shape)
-        bounds = [s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True)]
-        key = tuple(bounds)
-        if key not in done:
-            done[key] = _assemble(source, leaf, bounds, dtype, has_nan)
-        return done[key]
-
-    return jax.make_array_from_callback(leaf.shape, sharding, values)
+    """One parameter over this process's devices; the host holds one device's part at a time."""
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        index = index or (slice(None),) * len(leaf.shape)
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    parts = []
+    for bounds, devices in holders.items():  # replicas on several devices are read once
+        values = _assemble(source, leaf, bounds, dtype, has_nan)
+        parts += [jax.device_put(values, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
 
 
 def _assemble(
     source: TensorSource,
     leaf: Leaf,
-    bounds: list[tuple[int, int]],
+    bounds: tuple[tuple[int, int], ...],
     dtype: np.dtype,
     has_nan: list[str],
 ) -> np.ndarray:
     """One device's part of a parameter: the stack of its slices of the tensors."""
     out = _aligned([stop - start for start, stop in bounds], dtype)
-    lead, rest = bounds[: leaf.num_leading], bounds[leaf.num_leading :]
-    read, keep = leaf.file_index(tuple(slice(*b) for b in rest))
-    for at in np.ndindex(*(stop - start for start, stop in lead)):
-        name, first_row = leaf.tensors[tuple(i + b[0] for i, b in zip(at, lead, strict=True))]
-        rows = slice(read[0].start + first_row, read[0].stop + first_row)
-        values = source.read(name, (rows, *read[1:]))
-        if _any_nan(values):
-            has_nan.append(name)
-        out[at] = leaf.from_file(values)[keep].astype(dtype)
+    lead, rest = bounds[: leaf.num_leading], list(bounds[leaf.num_leading :])
+    rows = leaf.ours.index(leaf.theirs[0][0])  # our axis along which a file's rows run
+    first, last = rest[rows]
+    row_bytes = 4 * math.prod(stop - start for start, stop in rest) // max(1, last - first)
+    step = max(1, _CHUNK_BYTES // row_bytes)
+    for start in range(first, last, step):
+        rest[rows] = start, min(start + step, last)
+        read, keep = leaf.file_index(tuple(slice(*b) for b in rest))
+        here = (slice(None),) * rows + (slice(start - first, rest[rows][1] - first),)
+        for at in np.ndindex(*(stop - start for start, stop in lead)):
+            name, block = leaf.tensors[tuple(i + b[0] for i, b in zip(at, lead, strict=True))]
+            cut = slice(read[0].start + block, read[0].stop + block)
+            values = source.read(name, (cut, *read[1:]))
+            if _any_nan(values):
+                has_nan.append(name)
+            out[at][here] = leaf.from_file(values)[keep]
     return out
 
 
@@ -250,16 +264,13 @@ def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
 
 def _any_nan(values: np.ndarray) -> bool:
     # Integer comparison: NumPy has no fast float arithmetic for bfloat16.
-    kinds = {
-        "float32": (np.uint32, 0x7F800000),
-        "bfloat16": (np.uint16, 0x7F80),
-        "float16": (np.uint16, 0x7C00),
-    }
-    if values.dtype.name not in kinds:
+    infinities = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
+    if values.dtype.name not in infinities:
         return bool(np.isnan(values.astype(np.float32)).any())
-    unsigned, infinity = kinds[values.dtype.name]
+    unsigned = np.dtype(f"u{values.dtype.itemsize}")
     bits = np.ascontiguousarray(values).view(unsigned)
-    return bool(((bits & np.iinfo(unsigned).max >> 1) > infinity).any())
+    magnitude = bits & unsigned.type((1 << (8 * unsigned.itemsize - 1)) - 1)
+    return bool((magnitude > infinities[values.dtype.name]).any())
 
 
 def _check_tensors(

@@ -100,10 +100,7 @@ def leaves(config: ModelConfig, shapes: Mapping[str, Any]) -> list[Leaf]:
         name, layout = TENSORS[path]
         stored[path] = (family.names.get(path, name), layout)
     blocks = _block_rows(flat, stored)
-    return [
-        _leaf(path, shape, *stored[path], first_row=blocks.get(path, 0))
-        for path, shape in flat.items()
-    ]
+    return [_leaf(path, shape, stored[path], blocks.get(path, 0)) for path, shape in flat.items()]
 
 
 def _block_rows(flat: Mapping[str, tuple], stored: Mapping[str, tuple]) -> dict[str, int]:
@@ -118,11 +115,12 @@ def _block_rows(flat: Mapping[str, tuple], stored: Mapping[str, tuple]) -> dict[
         first = 0
         for _, path in sorted(members):
             rows[path] = first
-            first += _leaf(path, flat[path], *stored[path], first_row=0).tensor_shape[0]
+            first += _leaf(path, flat[path], stored[path], 0).tensor_shape[0]
     return rows
 
 
-def _leaf(path: str, shape: tuple, name: str, layout: str, first_row: int) -> Leaf:
+def _leaf(path: str, shape: tuple, stored: tuple[str, str], first_row: int) -> Leaf:
+    name, layout = stored
     ours, theirs = layout.split("->")
     num_leading = len(shape) - len(ours)
     name = name.split("#")[0]

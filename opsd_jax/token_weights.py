@@ -43,9 +43,7 @@ def top_student_entropy(
     return ((rank < wanted) & mask).astype(tokens.objective.dtype)
 
 
-def confident_teacher(
-    tokens: TokenDivergence, mask: jax.Array, *, beta: float = 1.0
-) -> jax.Array:
+def confident_teacher(tokens: TokenDivergence, mask: jax.Array, *, beta: float = 1.0) -> jax.Array:
     """exp(-beta H_T), divided by its mean over the tokens of the batch: mean weight 1.
 
     On micro-batches the mean is the micro-batch's. SRPO, arXiv 2604.02288.

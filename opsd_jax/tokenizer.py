@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from opsd_jax.errors import UserError
+from opsd_jax.huggingface import read_json
 
 # What a model without a chat template is shown; base models continue a dialogue written so.
 PLAIN_FORMAT = "User: {prompt}\nAssistant:"
@@ -129,8 +129,7 @@ def declared_stop_ids(directory: str) -> tuple[tuple[int, ...], int | None]:
         path = os.path.join(directory, name)
         if not os.path.exists(path):
             continue
-        with open(path, encoding="utf-8") as file:
-            declared = json.load(file)
+        declared = read_json(path)
         eos = declared.get("eos_token_id")
         if eos is not None:
             stop_ids = tuple(eos) if isinstance(eos, list) else (eos,)

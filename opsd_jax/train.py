@@ -182,7 +182,7 @@ def make_evaluator(
     return Evaluator(
         experiment.evaluate,
         experiment.contexts,
-        experiment.rollout,
+        parts.method.rollout,
         sampler,
         problems,
         grading(problems, settings.grader_workers, stack),

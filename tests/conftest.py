@@ -22,9 +22,6 @@ from opsd_jax.model_config import LoraConfig, ModelConfig  # noqa: E402
 from opsd_jax.objective import Batch  # noqa: E402
 from opsd_jax.rollouts import Context  # noqa: E402
 
-# A broadcast that nobody wrote is a wrong loss that nobody sees.
-jax.config.update("jax_numpy_rank_promotion", "warn")
-
 VOCAB = 24
 
 

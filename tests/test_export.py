@@ -4,6 +4,9 @@
 import dataclasses
 import json
 import os
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +126,59 @@ def test_each_device_reads_its_own_slices_only(family, tmp_path, monkeypatch):
     assert any("data" in s and "model" in s for s in specs), specs
     # Norms are on every device, but read once; everything else is read once in all.
     assert sum(read) == sum(x.size for x in jax.tree.leaves(params))
+
+
+PROCESS = """
+import sys, jax
+from jax.sharding import AxisType
+from opsd_jax.pretrained import SafetensorsDirectory, load_pretrained
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+read, original = [], SafetensorsDirectory.read
+def counting(self, name, index):
+    values = original(self, name, index)
+    read.append(values.size if values.ndim > 1 else 0)
+    return values
+SafetensorsDirectory.read = counting
+mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2)
+params = load_pretrained(sys.argv[1], mesh=mesh).params
+squares = jax.jit(lambda p: sum((x * x).sum() for x in jax.tree.leaves(p)))(params)
+print("RESULT", sum(read), float(squares))
+"""
+
+
+def test_each_process_reads_half(tmp_path):
+    config = model_config()
+    params = variables_of(config)["params"]
+    save_pretrained(str(tmp_path), config, {"params": params})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(tmp_path), address, str(i)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    results = [line.split()[1:] for out in outputs for line in out.splitlines() if "RESULT" in line]
+    matrices = sum(
+        x.size
+        for p, x in jax.tree_util.tree_leaves_with_path(params)
+        if "norm" not in jax.tree_util.keystr(p)
+    )
+    assert [int(size) for size, _ in results] == [matrices // 2] * 2
+    want = sum(
+        float((x.astype(np.float64) ** 2).sum()) for x in map(np.asarray, jax.tree.leaves(params))
+    )
+    np.testing.assert_allclose([float(total) for _, total in results], want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rank_stabilized", [False, True])
@@ -289,6 +345,13 @@ def test_pickles_are_refused(saved):
     (saved / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
     with pytest.raises(UserError, match="pickled weights .pytorch_model.bin.*never opened"):
         load_pretrained(str(saved))
+
+
+def test_broken_json_is_named(saved):
+    for name in ("model.safetensors.index.json", "config.json"):
+        (saved / name).write_text("{,")
+        with pytest.raises(UserError, match=f"{name}: not valid JSON"):
+            load_pretrained(str(saved))
 
 
 def test_no_such_model(tmp_path):

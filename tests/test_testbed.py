@@ -138,7 +138,9 @@ def test_memory_is_right_about_strong_facts_and_mistaken_about_weak_ones():
 def test_the_base_is_expected_to_stand_inside_its_gate():
     """Exact accuracy of a model with these beliefs, by enumeration over the held-out problems."""
     left, steps = TASK.problem(np.flatnonzero(TASK.heldout))
-    answers = np.array([calculate(TASK.record(int(i)).question)[-1][1] for i in np.flatnonzero(TASK.heldout)])
+    answers = np.array(
+        [calculate(TASK.record(int(i)).question)[-1][1] for i in np.flatnonzero(TASK.heldout)]
+    )
     accuracy = []
     for memory in (TASK.memory, np.eye(10)[TASK.memory.argmax(-1)]):
         belief = np.eye(10)[left]

@@ -46,8 +46,11 @@ def test_no_tensorflow():
 
 @pytest.mark.parametrize(
     "fields, word",
-    [({"split": "test"}, "split"), ({"num_problems": 0}, "num_problems"),
-     ({"split": "heldout", "num_problems": 9000}, "num_problems")],
+    [
+        ({"split": "test"}, "split"),
+        ({"num_problems": 0}, "num_problems"),
+        ({"split": "heldout", "num_problems": 9000}, "num_problems"),
+    ],
 )
 def test_bad_sources_are_refused(fields, word):
     with pytest.raises(UserError, match=f"ChainArithmetic.{word}"):

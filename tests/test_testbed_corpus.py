@@ -82,7 +82,7 @@ def test_replacements_are_near_when_asked():
 
 def test_memory_is_drawn_as_often_as_it_is_believed():
     rows = write_rows(TASK, CLEAN, np.random.default_rng(0), 20_000, hinted=False)
-    fact, drawn = rows.target_fact[:, 3::5].ravel(), rows.ids[:, 5 + 3 :: 5].ravel()[: 60_000]
+    fact, drawn = rows.target_fact[:, 3::5].ravel(), rows.ids[:, 5 + 3 :: 5].ravel()[:60_000]
     drawn = rows.ids[:, 5:][:, 3:15:5].ravel()
     fact = rows.target_fact[:, 3:15:5].ravel()
     counts = np.zeros((200, 10))

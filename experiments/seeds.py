@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quickstart over several warm starts and seeds; prints the table of the README.
+
+    python experiments/seeds.py --out=runs/seeds
+
+Finished runs are kept below --out and not repeated.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import jax
+
+from opsd_jax.config import load_experiment
+from opsd_jax.train import train
+
+HERE = Path(__file__).parent
+COLUMNS = {
+    "before": "eval/student/accuracy",
+    "after": "eval/student/accuracy",
+    "greedy": "eval/student/greedy_accuracy",
+    "teacher": "eval/teacher/accuracy",
+    "ok student": "probe/student/ok",
+    "ok teacher": "probe/teacher/ok",
+    "leak teacher": "probe/teacher/leak",
+}
+
+
+def run(gin_file: str, out: Path, warm_seed: int, seed: int) -> tuple[dict, dict]:
+    """First and last evaluation of one run, from its metrics.jsonl."""
+    workdir = out / f"{Path(gin_file).stem}_warm{warm_seed}_seed{seed}"
+    bindings = [
+        f"train.seed = {seed}",
+        "TestbedBase.warm_start = @WarmStart()",
+        f"WarmStart.seed = {warm_seed}",
+        f"TestbedBase.cache_dir = '{out / 'bases'}'",
+        "train.eval_every_steps = 60",
+    ]
+    experiment, text = load_experiment([gin_file], bindings)
+    train(experiment, text, workdir)
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    found = [line for line in lines if "eval/student/accuracy" in line]
+    return found[0], found[-1]
+
+
+def row(label: str, first: dict, last: dict) -> dict:
+    """One line of the table; "before" and the probes are the base's, the rest is the result's."""
+    source = {"before": first, "after": last, "greedy": last}
+    cells = {name: source.get(name, first)[key] for name, key in COLUMNS.items()}
+    return {"run": label} | cells | {"tokens": last["rollout/tokens_total"]}
+
+
+def print_table(rows: list[dict]) -> None:
+    names = [*COLUMNS, "tokens"]
+    print("| run | " + " | ".join(names) + " |")
+    print("|---" * (len(names) + 1) + "|")
+    for each in rows:
+        cells = [f"{each[n]:,}" if n == "tokens" else f"{each[n]:.3f}" for n in names]
+        print(f"| {each['run']} | " + " | ".join(cells) + " |")
+    cells = []
+    for name in names:
+        values = [each[name] for each in rows]
+        mean, spread = statistics.mean(values), statistics.stdev(values)
+        cells.append(f"{mean:,.0f}" if name == "tokens" else f"{mean:.3f} ± {spread:.3f}")
+    print("| mean ± sd | " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--gin_file", default=str(HERE / "quickstart.gin"))
+    parser.add_argument("--warm_seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    # Every run compiles the same programs.
+    jax.config.update("jax_compilation_cache_dir", str(arguments.out / "compiled"))
+    rows = [
+        row(f"warm {w}, seed {s}", *run(arguments.gin_file, arguments.out, w, s))
+        for w in range(arguments.warm_seeds)
+        for s in range(arguments.seeds)
+    ]
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
