@@ -184,7 +184,7 @@ class TrainingPrompts:
         rows = self._rows[problem.id]
         if rows is None:
             return None
-        out = {}
+        out: dict[str, Any] = {}
         for role, row, width in zip(self.ROLES, rows, self.widths, strict=True):
             out[f"{role}_ids"] = np.full(width, self._pad_id, np.int32)
             out[f"{role}_ids"][: len(row)] = row

@@ -64,7 +64,7 @@ def restore_run(
         found = checkpoints.restore_only(wanted, step)
     params = jax.device_put(base.params, parts.variables["params"])
     frozen = split({"params": params} | found.state["trainable"])[1]
-    state = parts.abstract.replace(frozen=frozen, **found.state)
+    state = dataclasses.replace(parts.abstract, frozen=frozen, **found.state)
     teacher = teacher_variables(parts, state)
     return Restored(experiment, parts, base.tokenizer, state.student, teacher, found.step)
 

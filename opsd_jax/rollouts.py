@@ -172,6 +172,7 @@ def prefill(
     B, P = prompt_ids.shape
     positions = jnp.broadcast_to(jnp.arange(P), (B, P))
     hidden, kv = model.apply(variables, prompt_ids, positions, return_kv=True)
+    assert isinstance(kv, KV)
     spare = config.max_new_tokens
     kv = KV(
         keys=jnp.pad(kv.keys, [(0, 0)] * 4 + [(0, spare)]),

@@ -63,7 +63,7 @@ class Step(NamedTuple):
     number: int
     metrics: dict[str, jax.Array]
     completion: Completion
-    index: np.ndarray
+    problems: np.ndarray
 
 
 def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict[str, float]:
@@ -197,12 +197,12 @@ def start_or_resume(
         return initial_state(parts, params, seed), 0, 0
     step, state, meta = checkpoints.restore(saved(parts.abstract), batches)
     frozen = split(initial_variables(parts, params, seed))[1]
-    return state.replace(frozen=frozen), meta["tokens_total"], step
+    return dataclasses.replace(state, frozen=frozen), meta["tokens_total"], step
 
 
 def saved(state: TrainState) -> TrainState:
     """What a checkpoint holds: all but the frozen base, which its source gives again."""
-    return state.replace(frozen={})
+    return dataclasses.replace(state, frozen={})
 
 
 @dataclasses.dataclass
@@ -327,7 +327,7 @@ class Loop:
         """Mean grade of the step's completions over all processes; NaN without answers."""
         local = jax.tree.map(local_rows, step.completion)
         texts = [self.tokenizer.decode(ids) for ids in completion_rows(local)]
-        asked = [self.problems[int(i)] for i in step.index]
+        asked = [self.problems[int(i)] for i in step.problems]
         answered = [(p, t) for p, t in zip(asked, texts, strict=True) if p.answer]
         rewards = self.grade([p for p, _ in answered], [t for _, t in answered])
         return mean_over_processes(sum(rewards), len(rewards))
@@ -337,7 +337,7 @@ def due(number: int, every: int, final: bool) -> bool:
     return final or bool(every and number % every == 0)
 
 
-def to_batch(rows: dict[str, np.ndarray]) -> Batch:
+def to_batch(rows: dict[str, Any]) -> Batch:
     """The pipeline's arrays as the two contexts of a step."""
     return Batch(
         student=Context(rows["student_ids"], rows["student_length"]),

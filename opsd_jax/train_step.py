@@ -111,7 +111,8 @@ def update(
     metrics["optim/grad_norm"] = optax.tree.norm(gradient)
     metrics["optim/update_norm"] = optax.tree.norm(updates)
     metrics["optim/param_norm"] = optax.tree.norm(trainable)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         step=step,
         trainable=trainable,
         teacher=method.teacher.update(state.teacher, trainable, step),
@@ -178,7 +179,7 @@ def state_shardings(method: Method, state: Any, variables: dict, mesh: Mesh) -> 
       mesh: the mesh.
     """
     trainable = {name: variables[name] for name in state.trainable}
-    return TrainState(
+    fields: dict[str, Any] = dict(
         step=replicated(mesh),
         trainable=trainable,
         frozen={name: variables[name] for name in state.frozen},
@@ -186,6 +187,7 @@ def state_shardings(method: Method, state: Any, variables: dict, mesh: Mesh) -> 
         opt_state=optimizer_shardings(method.optimizer, state.opt_state, trainable, mesh),
         key=replicated(mesh),
     )
+    return TrainState(**fields)
 
 
 def jit_step(
@@ -211,5 +213,4 @@ def jit_step(
         with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
             return compiled(state, batch)
 
-    step.compiled = compiled
     return step

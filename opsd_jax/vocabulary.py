@@ -9,6 +9,7 @@ Alphabet: V vocabulary, U = V / devices entries of the local slice, K chosen ent
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ class Vocabulary:
         if self.axis_name is None:
             return index
         # Slices arrive in vocabulary order, so equal values still lose to a lower index.
-        gather = dict(axis_name=self.axis_name, axis=values.ndim - 1, tiled=True)
+        gather: dict[str, Any] = dict(axis_name=self.axis_name, axis=values.ndim - 1, tiled=True)
         top, index = jax.lax.all_gather(top, **gather), jax.lax.all_gather(index, **gather)
         _, place = jax.lax.top_k(top, k)
         return jnp.take_along_axis(index, place, axis=-1)

@@ -65,6 +65,9 @@ def test_gradient_reaches_the_variables():
     model, variables = Decoder(tiny_config(remat=True)), tiny_variables(tiny_config())
     completion = completion_of([[1, 2]])
     context = Context(jnp.array([[3, 4]]), jnp.array([2]))
-    total = lambda v: jitted_hidden(model, v, context, completion).sum()
+
+    def total(v):
+        return jitted_hidden(model, v, context, completion).sum()
+
     gradient = jax.jit(jax.grad(total))(variables)
     assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(gradient["params"]["layers"]))
