@@ -165,9 +165,9 @@ def cached_logits(config, params, ids, prefill=7):
     model, head = Decoder(config), output_head(params, config)
     B = len(ids)
 
-    @jax.jit
     def step(cache, tokens, positions):
-        hidden, kv = model.apply({"params": params}, tokens, positions, cache, return_kv=True)
+        with jax.disable_jit():
+            hidden, kv = model.apply({"params": params}, tokens, positions, cache, return_kv=True)
         return head_logits(head, hidden), kv
 
     positions = jnp.broadcast_to(jnp.arange(prefill), (B, prefill))

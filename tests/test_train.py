@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs of a tiny model through the command line: resume, kill, SIGTERM, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from opsd_jax.main import main
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = str(ROOT / "experiments" / "quickstart.gin")
+TINY = [
+    "train.model = @RandomModel()",
+    "RandomModel.config = @ModelConfig()",
+    "ModelConfig.vocab_size = 37",
+    "ModelConfig.num_layers = 1",
+    "ModelConfig.embed_dim = 16",
+    "ModelConfig.num_heads = 2",
+    "ModelConfig.num_kv_heads = 1",
+    "ModelConfig.head_dim = 8",
+    "ModelConfig.mlp_dim = 16",
+    "train/ChainArithmetic.num_problems = 40",
+    "heldout/ChainArithmetic.num_problems = 16",
+    "train.batch_size = 8",
+    "train.eval_every_steps = 3",
+    "train.checkpoint_every_steps = 2",
+    "evaluate.batch_size = 8",
+    "evaluate.num_problems = 16",
+    "train.probes = ()",
+    "teacher.weights = 'ema'",
+    "rollout.max_new_tokens = 4",
+]
+
+
+def command(workdir, *bindings) -> list[str]:
+    flags = [f"--gin_bindings={b}" for b in [*TINY, *bindings]]
+    return ["train", f"--gin_file={QUICKSTART}", f"--workdir={workdir}", *flags]
+
+
+def lines_of(workdir) -> list[dict]:
+    """metrics.jsonl without what is measured in seconds."""
+    lines = map(json.loads, (Path(workdir) / "metrics.jsonl").read_text().splitlines())
+    timed = ("wall_s", "time/")
+    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Six steps without interruption."""
+    workdir = tmp_path_factory.mktemp("whole")
+    assert main(command(workdir, "train.num_steps = 6")) == 0
+    return workdir
+
+
+def test_a_run_leaves_what_the_contract_names(whole):
+    lines = lines_of(whole)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6]
+    names = """loss/objective loss/divergence loss/clip_fraction loss/negative_fraction
+        student/entropy teacher/entropy teacher/nll_of_rollout rollout/length_mean
+        rollout/truncated_fraction rollout/reward_mean rollout/tokens_total optim/grad_norm"""
+    assert set(names.split()) <= set(lines[1])
+    evaluated = "accuracy accuracy_se greedy_accuracy length_mean truncated_fraction".split()
+    for step in (0, 3, 6):
+        for role in ("student", "teacher"):
+            assert {f"eval/{role}/{name}" for name in evaluated} <= set(lines[step])
+    last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["time/rollout_s"] > 0 and last["time/update_s"] is not None
+    assert lines[6]["rollout/tokens_total"] <= 6 * 8 * 4
+    assert (whole / "config.gin").exists() and (whole / "checkpoints" / "6").is_dir()
+    samples = [json.loads(x) for x in (whole / "samples/step_000006.jsonl").open()]
+    assert {row["role"] for row in samples} == {"student", "teacher"}
+
+
+def test_resume_equals_uninterrupted_bit_for_bit(whole, tmp_path):
+    """Invariant 9: two halves in one workdir give every number of the whole run."""
+    assert main(command(tmp_path, "train.num_steps = 4", "train.eval_every_steps = 3")) == 0
+    assert main(command(tmp_path, "train.num_steps = 6")) == 0
+    first, second = lines_of(whole), lines_of(tmp_path)
+    # The first half also evaluated at its own end.
+    cut = {k: v for k, v in second[4].items() if not k.startswith("eval/")}
+    assert second[:4] + [cut] + second[5:] == first
+
+
+def start(workdir, *bindings) -> subprocess.Popen:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    return subprocess.Popen(
+        [sys.executable, "-m", "opsd_jax", *command(workdir, *bindings)],
+        env=env,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def wait_for_step(process, workdir, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        path = Path(workdir) / "metrics.jsonl"
+        if path.exists() and path.read_text().count("\n") > step:
+            return
+        time.sleep(0.05)
+    process.kill()
+    pytest.fail(f"step {step} was never logged: {process.communicate()[1]}")
+
+
+def test_kill_9_loses_nothing_that_was_committed_and_sigterm_saves(tmp_path):
+    """Killed at some step, resumed, stopped politely, resumed: as if nothing had happened."""
+    long = "train.num_steps = 100000"
+    process = start(tmp_path, long)
+    wait_for_step(process, tmp_path, 7)
+    process.kill()
+    process.communicate()
+    process = start(tmp_path, long)
+    wait_for_step(process, tmp_path, 9)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, errors
+    assert "goes on from here" in errors
+    lines = lines_of(tmp_path)
+    steps = [line["step"] for line in lines]
+    assert steps == list(range(len(steps)))
+    saved = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert saved == steps[-1]
+    straight = tmp_path / "straight"
+    assert main(command(straight, f"train.num_steps = {min(9, steps[-1])}", "mesh.data = -1")) == 0
+    names = ("loss/objective", "rollout/tokens_total")
+    for ours, expected in zip(lines[1:9], lines_of(straight)[1:9], strict=True):
+        for name in names:  # Eight devices there, one here: equal up to rounding.
+            assert ours[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6)
+
+
+def test_a_damaged_checkpoint_falls_back_and_says_so(whole, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(whole, tmp_path / "run")
+    victim = tmp_path / "run" / "checkpoints" / "6" / "state"
+    for path in sorted(victim.rglob("*")):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert main(command(tmp_path / "run", "train.num_steps = 6")) == 0
+    assert "falling back" in capsys.readouterr().err
+    assert lines_of(tmp_path / "run") == lines_of(whole)
+
+
+def test_eval_generate_export_of_a_run(whole, tmp_path, capsys):
+    assert main(["eval", f"--workdir={whole}"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    logged = lines_of(whole)[-1]
+    for role in ("student", "teacher"):
+        assert found[f"eval/{role}/accuracy"] == logged[f"eval/{role}/accuracy"]
+    assert (whole / "eval" / "step_000006_student.jsonl").read_text().count("\n") == 16
+    assert main(["generate", f"--workdir={whole}", "--prompt=1+2*3+4", "--max_tokens=5"]) == 0
+    assert main(["export", f"--workdir={whole}", f"--out={tmp_path / 'hf'}"]) == 0
+    assert (tmp_path / "hf" / "model.safetensors").exists()
+    assert main(["export", f"--workdir={whole}", f"--out={tmp_path}/p", "--format=peft"]) == 2
+    assert "no adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "bindings, words",
+    [
+        (["train.num_stepz = 1"], "num_stepz"),
+        (["train.batch_size = 7"], "multiple of"),
+        (["contexts.student_max_tokens = 1"], "dropped"),
+        (["train.problems = @JsonlProblems()", "JsonlProblems.path = '{tmp}/bad.jsonl'"], ":2"),
+        (["train.problems = @JsonlProblems()", "JsonlProblems.path = '/no/such'"], "/no/such"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(bindings, words, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text(
+        '{"question": "q", "solution": "s", "answer": "a"}\n{"question": "q", "answer": "a"}\n'
+    )
+    filled = [b.replace("{tmp}", str(tmp_path)) for b in bindings]
+    assert main(command(tmp_path / "run", "train.num_steps = 1", *filled)) == 2
+    told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opsd train: ")]
+    assert len(told) == 1 and words in told[0]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_another_config_in_the_workdir_is_refused_and_nothing_is_touched(whole, capsys):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
+    assert main(command(whole, "train.num_steps = 6", "train.learning_rate = 5e-4")) == 2
+    assert "train.learning_rate was" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()} == before
+
+
+def test_usage_errors_have_status_2():
+    with pytest.raises(SystemExit) as caught:
+        main(["train"])
+    assert caught.value.code == 2
