@@ -140,6 +140,9 @@ def _gin_errors_told() -> Iterator[None]:
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, SyntaxError):
+        place = f"{error.filename or '--gin_bindings'}, line {error.lineno}"
+        return f"{place}: {error.msg.rstrip('.')}: {(error.text or '').strip()!r}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     missing = re.search(r"required positional argument[s]?: (.*)", lines[0]) if lines else None
     if missing and "macro()" in lines[0]:

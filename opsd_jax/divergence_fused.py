@@ -102,6 +102,11 @@ class _Plan:
         return Vocabulary(self.vocab_size, self.place.vocab_axis)
 
     @property
+    def token_block(self) -> int:
+        default = 64 if jax.default_backend() == "cpu" else 1024
+        return self.config.token_block or default
+
+    @property
     def equal_cotangents(self) -> bool:
         """Whether to bet on a plain mean: then the head gradient is made in the forward."""
         return not self.config.weights
@@ -213,7 +218,8 @@ class _Packed(NamedTuple):
     """A device's tokens with those that count first, cut into blocks.
 
     order: [M] places in the flat batch, M = num_blocks * n >= N; num_active: [] blocks that
-    hold tokens that count; operands: hidden states [M, ...], zeroed where they do not count.
+    hold tokens that count, so that padding costs nothing; operands: rows [M, ...], zeroed where
+    they do not count; block: n.
     """
 
     operands: Operands
@@ -243,7 +249,7 @@ class _Packed(NamedTuple):
 
 def _pack(plan, operands: Operands) -> _Packed:
     N = operands.mask.size
-    num_blocks = -(-N // plan.config.token_block)
+    num_blocks = -(-N // plan.token_block)
     block = -(-N // num_blocks)
     mask = jnp.pad(operands.mask.reshape(-1), (0, num_blocks * block - N))
     order = jnp.argsort(~mask, stable=True)
@@ -283,7 +289,7 @@ def _block_rows(plan, part: Operands):
 
 
 def _block_gradient(plan, part: Operands, rows, cap_slope):
-    """d objective / d (hidden @ kernel^T), [n, U], in the dtype of the head matmul."""
+    """d objective / d (hidden @ kernel^T), [n, U]; 0 in rows that do not count."""
     gradient = logit_gradient(plan.config, plan.vocabulary, rows)
     if cap_slope is not None:
         gradient = gradient * cap_slope

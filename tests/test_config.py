@@ -58,7 +58,7 @@ def test_base_gin_lists_every_default():
         (["train.seed = %seed"], "seed"),
         (["divergence.clip = 'hard'"], "divergence.clip"),
         (["train.model = None"], "train.model"),
-        (["train.num_steps ="], "num_steps"),
+        (["train.num_steps ="], "Unable to parse"),
     ],
 )
 def test_a_bad_binding_is_told_in_one_line(bindings, words):
