@@ -69,6 +69,8 @@ class DivergenceConfig:
         _one_of("support", self.support, SUPPORTS)
         _one_of("completion", self.completion, COMPLETIONS)
         _one_of("implementation", self.implementation, IMPLEMENTATIONS)
+        # A list, as gin may give it, would make the configuration unhashable.
+        object.__setattr__(self, "weights", tuple(self.weights))
         if self.name == "jensen_shannon" and not 0 < self.beta < 1:
             raise UserError(
                 f"divergence.beta must lie strictly between 0 and 1, not {self.beta}: the "
@@ -76,14 +78,19 @@ class DivergenceConfig:
                 "'reverse_kl' for the two KL directions"
             )
         for field in ("clip_threshold", "temperature"):
-            if not getattr(self, field) > 0:
-                raise UserError(f"divergence.{field} must be positive, not {getattr(self, field)}")
+            value = getattr(self, field)
+            if not isinstance(value, int | float) or not value > 0:
+                raise UserError(f"divergence.{field} must be a positive number, not {value!r}")
         for field in ("top_k", "token_block", "vocab_block"):
             value = getattr(self, field)
-            if value is not None and value < 1:
-                raise UserError(
-                    f"divergence.{field} must be at least 1, not {value}"
-                )
+            automatic = field == "token_block" and value is None
+            if not automatic and (not isinstance(value, int) or value < 1):
+                raise UserError(f"divergence.{field} must be an integer >= 1, not {value!r}")
+        for weight in self.weights:
+            if not callable(weight):
+                raise UserError(f"divergence.weights must hold functions, not {weight!r}")
+        if self.target is not None and not callable(self.target):
+            raise UserError(f"divergence.target must be a function or None, not {self.target!r}")
         if self.name == "sampled_token" and (self.clip, self.support) != ("none", "full"):
             raise UserError(
                 "divergence.name 'sampled_token' is a policy gradient on one sampled entry: "
