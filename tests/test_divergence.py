@@ -190,16 +190,19 @@ def test_sampled_token_gradient_estimates_the_reverse_kl():
     assert_same(mean, want, 1e-5, "mean")
 
 
-def test_masked_rows_may_hold_nan():
+@pytest.mark.parametrize("implementation", ["dense", "fused"])
+def test_masked_rows_may_hold_nan(implementation):
     rng = np.random.default_rng(3)
     student, teacher = rng.normal(size=(2, 2, 3, 4)).astype(np.float32)
     kernels = rng.normal(size=(2, 9, 4)).astype(np.float32)
     mask = np.array([[True, False, True], [False] * 3])
     student[~mask] = teacher[~mask] = np.nan
 
+    config = DivergenceConfig(implementation=implementation)
+
     def total(hidden, kernel):
         tokens = token_divergence(
-            DivergenceConfig(), hidden, Head(kernel), teacher, Head(kernels[1]), ids, mask
+            config, hidden, Head(kernel), teacher, Head(kernels[1]), ids, mask
         )
         return tokens.objective.sum(), tokens
 
