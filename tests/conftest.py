@@ -69,6 +69,21 @@ def tiny_batch(batch_size: int = 8, student_len: int = 6, teacher_len: int = 11,
     return Batch(student=context(student_len), teacher=context(teacher_len))
 
 
+class WordTokenizer:
+    """One id per word, for tests that need some tokenizer."""
+
+    vocab_size, pad_id, stop_ids = 100, 0, (1, 2)
+
+    def encode(self, text):
+        return [3 + sum(map(ord, word)) % 97 for word in text.split()]
+
+    def decode(self, ids):
+        return " ".join(str(int(i)) for i in ids if i > 2)
+
+    def render(self, prompt, **switches):
+        return self.encode(prompt)
+
+
 @functools.cache
 def text_hidden(config: ModelConfig):
     """Jitted (variables, ids) -> hidden of one text, without cache, batch or prompt padding.
