@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight virtual devices for every test, and tiny models shared by several files."""
 
+import atexit
 import functools
 import os
+import shutil
+import tempfile
 
 # Before jax is imported: the device count cannot change afterwards.
 os.environ["XLA_FLAGS"] = (
@@ -10,6 +13,11 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Many tests and their subprocesses compile the same tiny programs.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="opsd_jax_compiled_"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

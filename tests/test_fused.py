@@ -93,7 +93,7 @@ def test_fused_is_dense(fields):
     assert_close(got, want)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=7, deadline=None)
 @given(
     st.integers(1, 3),
     st.integers(1, 5),
@@ -205,7 +205,7 @@ def mesh_of(data, model):
     return jax.make_mesh((data, model), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
 
 
-@pytest.mark.parametrize("fields", CASES, ids=lambda f: "-".join(map(str, f.values())))
+@pytest.mark.parametrize("fields", CASES[:3], ids=lambda f: "-".join(map(str, f.values())))
 def test_split_over_a_mesh_is_one_device(fields):
     """V = 13 over 4 devices: padded; the second case has unequal cotangents too."""
     inputs = operands()

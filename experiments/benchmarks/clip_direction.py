@@ -46,7 +46,7 @@ def clip_directions(student_logits, teacher_logits, mask, temperature=1.0, thres
             tokens = logit_divergence(config, student_logits, teacher_logits, None, mask)
             return jnp.sum(tokens.objective), tokens
 
-        return jax.grad(loss, has_aux=True)(student_logits)
+        return jax.jit(jax.grad(loss, has_aux=True))(student_logits)
 
     true, _ = measured("none", 1.0)
     return [
