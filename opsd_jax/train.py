@@ -79,7 +79,7 @@ def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict
         a loss that is not finite.
     """
     workdir = Path(workdir)
-    claim(workdir, config_text)
+    check_config(workdir, config_text)
     settings = experiment.train
     mesh = make_mesh(experiment.mesh)
     with ExitStack() as stack:
@@ -99,6 +99,7 @@ def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict
         state, tokens, start = start_or_resume(
             checkpoints, parts, batches, base.params, settings.seed
         )
+        write_config(workdir, config_text)
         progress.note(
             f"{num_bytes(state.trainable) // 4:,} trainable parameters, {len(problems):,} "
             f"problems, mesh {dict(mesh.shape)}, from step {start}"
@@ -129,17 +130,23 @@ def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict
         return loop.run(state, batches, start, preemption)
 
 
-def claim(workdir: Path, config_text: str) -> None:
-    """Writes config.gin, or checks that the one already there is the same experiment."""
+def check_config(workdir: Path, config_text: str) -> None:
+    """Raises a UserError if the workdir holds checkpoints of another experiment."""
     path = workdir / "config.gin"
-    if path.exists():
-        difference = first_difference(path.read_text(), config_text)
-        if difference is not None:
-            raise UserError(
-                f"{path} belongs to another experiment: {difference}; use another --workdir, or "
-                "the old setting"
-            )
+    if not path.exists() or not Checkpoints(workdir / "checkpoints").steps():
+        return
+    difference = first_difference(path.read_text(), config_text)
+    if difference is not None:
+        raise UserError(
+            f"{path} belongs to another experiment: {difference}; use another --workdir, or "
+            "the old setting"
+        )
+
+
+def write_config(workdir: Path, config_text: str) -> None:
+    """Writes config.gin; only now, when all that can be wrong with the input has been seen."""
     if jax.process_index() == 0:
+        path = workdir / "config.gin"
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             path.write_text(config_text)

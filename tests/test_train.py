@@ -180,7 +180,9 @@ def test_bad_input_is_one_line_and_status_2(bindings, words, tmp_path, capsys):
     assert main(command(tmp_path / "run", "train.num_steps = 1", *filled)) == 2
     told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opsd train: ")]
     assert len(told) == 1 and words in told[0]
+    # Nothing was claimed: the corrected command runs in the same workdir.
     assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "config.gin").exists()
 
 
 def test_another_config_in_the_workdir_is_refused_and_nothing_is_touched(whole, capsys):
