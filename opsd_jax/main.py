@@ -45,6 +45,11 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="run an experiment; resumes a workdir")
     add_gin(train, required=True)
     train.add_argument("--workdir", required=True, help="made if missing; resumed if it has a run")
+    train.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes: call jax.distributed.initialize() first",
+    )
     train.set_defaults(run=run_train)
 
     evaluate = commands.add_parser("eval", help="accuracy of a run or a model on held-out problems")
@@ -95,6 +100,10 @@ def run_train(arguments: argparse.Namespace) -> None:
     from opsd_jax.config import load_experiment
     from opsd_jax.train import summary, train
 
+    if arguments.distributed:
+        import jax
+
+        jax.distributed.initialize()
     experiment, text = load_experiment(arguments.gin_file, arguments.gin_bindings)
     train(experiment, text, arguments.workdir)
     print(summary(arguments.workdir))
