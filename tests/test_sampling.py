@@ -23,10 +23,10 @@ def slow_filter(logits, temperature, top_k, top_p):
     return out
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
-    vocab=st.integers(1, 12),
+    vocab=st.sampled_from([1, 7, 12]),
     temperature=st.sampled_from([0.5, 1.0, 1.7]),
     top_k=st.integers(0, 14),
     top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),

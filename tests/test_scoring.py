@@ -19,7 +19,7 @@ def completion_of(ids) -> Completion:
     return Completion(ids, mask, jnp.zeros(ids.shape), jnp.ones(ids.shape[:1], bool))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 5), st.integers(0, 10**6))
 def test_join_is_prompt_then_completion(B, P, C, seed):
     rng = np.random.default_rng(seed)
@@ -53,7 +53,11 @@ def test_padding_changes_nothing():
     hidden = jitted_hidden(model, variables, context, completion)
     padded = jnp.pad(context.ids, [(0, 0), (0, 3)], constant_values=VOCAB - 1)
     wider = jitted_hidden(model, variables, Context(padded, context.lengths), completion)
-    np.testing.assert_allclose(wider, hidden, atol=1e-6)
+    np.testing.assert_allclose(wider, hidden, atol=1e-5)
+    # Other pad ids in the same shape: not one bit.
+    beyond = jnp.arange(context.ids.shape[1]) >= context.lengths[:, None]
+    other = Context(jnp.where(beyond, VOCAB - 1, context.ids), context.lengths)
+    np.testing.assert_array_equal(jitted_hidden(model, variables, other, completion), hidden)
     # A masked tail of the completion cannot reach the tokens before it.
     tail = completion_of(completion.ids.at[:, 3:].set(0))
     np.testing.assert_array_equal(
