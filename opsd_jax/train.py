@@ -257,14 +257,16 @@ class Loop:
             last = number == settings.num_steps
             stop = preemption.requested(number)
             evaluated: dict[str, float] = {}
+            finished: float | None = None
             if due(number, settings.eval_every_steps, last):
                 jax.block_until_ready(metrics)
+                finished = time.monotonic()
                 self._rollout_s = self._time_rollout(state, batch)
                 evaluated = self.evaluate(number, state)
             save = due(number, settings.checkpoint_every_steps, last or stop)
             save = save or self.is_best(evaluated)
             if evaluated or save:
-                self.report(waiting, evaluated)
+                self.report(waiting, evaluated, finished)
                 waiting = None
             if save:
                 meta = self.meta | {"tokens_total": self.tokens_total}
@@ -300,14 +302,24 @@ class Loop:
         for probe in self.experiment.train.probes:
             metrics |= probe(self.parts.model, state.student, teacher, self.tokenizer)
         self.evaluated = metrics
-        self._read_at = time.monotonic()  # An evaluation is not part of a step's time.
         return metrics
 
-    def report(self, step: Step, evaluated: dict[str, float] | None = None) -> None:
-        """Reads a step's numbers (waiting for them), grades its completions, writes its line."""
+    def report(
+        self,
+        step: Step,
+        evaluated: dict[str, float] | None = None,
+        finished: float | None = None,
+    ) -> None:
+        """Reads a step's numbers (waiting for them), grades its completions, writes its line.
+
+        Args:
+          step: what was dispatched.
+          evaluated: metrics of an evaluation after this step, for the same line.
+          finished: when the step was done, if an evaluation has taken time since.
+        """
         metrics = {name: float(value) for name, value in jax.device_get(step.metrics).items()}
         now = time.monotonic()
-        step_s, self._read_at = now - self._read_at, now
+        step_s, self._read_at = (finished or now) - self._read_at, now
         if not np.isfinite(metrics["loss/objective"]) or not np.isfinite(
             metrics["optim/grad_norm"]
         ):
