@@ -29,14 +29,17 @@ def compare(
     teacher_variables: dict,
     batch: Batch,
     completion: Completion,
+    dropout_key: jax.Array | None = None,
 ) -> TokenDivergence:
     """Per-token terms of the loss on the student's own completion, each [B, C].
 
     Both roles read the very same ids, each at its own prompt's offset; no gradient reaches the
-    teacher's variables.
+    teacher's variables. Dropout, if any, acts on the student's adapters alone.
     """
     teacher_variables = jax.lax.stop_gradient(teacher_variables)
-    student_hidden = completion_hidden(model, student_variables, batch.student, completion)
+    student_hidden = completion_hidden(
+        model, student_variables, batch.student, completion, dropout_key
+    )
     teacher_hidden = completion_hidden(model, teacher_variables, batch.teacher, completion)
     return token_divergence(
         config,

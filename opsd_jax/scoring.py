@@ -31,7 +31,11 @@ def join(context: Context, completion_ids: jax.Array) -> jax.Array:
 
 
 def completion_hidden(
-    model: Decoder, variables: dict, context: Context, completion: Completion
+    model: Decoder,
+    variables: dict,
+    context: Context,
+    completion: Completion,
+    dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Hidden states whose logits predict the completion: row t predicts completion.ids[:, t].
 
@@ -40,12 +44,14 @@ def completion_hidden(
       variables: {"params"[, "lora"]} of the role that reads.
       context: that role's prompts.
       completion: [B, C] ids, the same for every role.
+      dropout_key: for the adapters' dropout; None turns it off.
 
     Returns:
       [B, C, D] in the compute dtype.
     """
     ids = join(context, completion.ids)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    hidden, _ = model.apply(variables, ids, positions)
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    hidden, _ = model.apply(variables, ids, positions, rngs=rngs)
     rows = context.lengths[:, None] - 1 + jnp.arange(completion.ids.shape[1])
     return jnp.take_along_axis(hidden, rows[:, :, None], axis=1)

@@ -89,10 +89,14 @@ def update(
     """
     num_tokens = jnp.maximum(jnp.sum(completion.mask), 1)
 
-    def loss(trainable, batch, completion):
+    lora = method.model.config.lora
+    dropout = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
+
+    def loss(trainable, batch, completion, row_numbers):
+        key = jax.random.fold_in(dropout, row_numbers[0]) if lora and lora.dropout else None
         teacher = method.teacher.variables(trainable, state.frozen, state.teacher)
         student = state.frozen | trainable
-        terms = compare(method.model, method.divergence, student, teacher, batch, completion)
+        terms = compare(method.model, method.divergence, student, teacher, batch, completion, key)
         sums = token_sums(terms, completion)
         objective = jnp.where(completion.mask, terms.objective, 0.0)
         return jnp.sum(objective) / num_tokens, sums
@@ -100,7 +104,7 @@ def update(
     gradient, sums = accumulate(
         jax.grad(loss, has_aux=True),
         state.trainable,
-        (batch, completion),
+        (batch, completion, jnp.arange(completion.mask.shape[0])),
         method.num_micro_batches,
     )
     updates, opt_state = method.optimizer.update(gradient, state.opt_state, state.trainable)

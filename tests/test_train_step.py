@@ -194,6 +194,22 @@ def test_masters_and_moments_stay_float32_in_bfloat16():
     assert metrics["rollout/logp_gap"] < 0.1
 
 
+def test_adapter_dropout_acts_in_the_update_and_is_reproducible():
+    wet = method_of(tiny_config(lora=LoraConfig(rank=3, alpha=6.0, dropout=0.5)))
+    dry = method_of(tiny_config(lora=LoraConfig(rank=3, alpha=6.0)))
+    state, batch = state_of(dry), tiny_batch(8)
+    completion = jax.jit(partial(sample_completion, wet))(state, batch)
+    run = jax.jit(partial(update, wet))
+    one, two = (run(state, batch, completion)[1] for _ in range(2))
+    plain = jax.jit(partial(update, dry))(state, batch, completion)[1]
+    later = run(dataclasses.replace(state, step=state.step + 1), batch, completion)[1]
+    assert one["loss/objective"] == two["loss/objective"] != plain["loss/objective"]
+    assert later["loss/objective"] != one["loss/objective"]
+    # The rollout and the teacher stay dry.
+    assert plain["rollout/logp_gap"] < 1e-5 < one["rollout/logp_gap"]
+    assert one["teacher/entropy"] == plain["teacher/entropy"]
+
+
 def test_the_divergence_goes_down():
     method = method_of(tiny_config(), "initial")
     state, batch = state_of(method), tiny_batch(16)
