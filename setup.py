@@ -31,7 +31,7 @@ EXTRAS = {
     "wandb": ["wandb"],
 }
 EXTRAS["all"] = sum((EXTRAS[e] for e in ("smollm2", "reasoning", "math", "tensorboard")), [])
-EXTRAS["test"] = ["pytest", "hypothesis", "ruff", "mypy", "torch==2.13.0", "peft"]
+EXTRAS["test"] = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "torch==2.13.0", "peft"]
 
 setup(
     name="opsd_jax",

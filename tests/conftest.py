@@ -77,6 +77,13 @@ def tiny_batch(batch_size: int = 8, student_len: int = 6, teacher_len: int = 11,
     return Batch(student=context(student_len), teacher=context(teacher_len))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """Hundreds of compiled programs would otherwise stay in memory until the end."""
+    yield
+    jax.clear_caches()
+
+
 class WordTokenizer:
     """One id per word, for tests that need some tokenizer."""
 
