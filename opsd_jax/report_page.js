@@ -29,6 +29,7 @@ function row(...cells) {
 // ---- numbers
 
 function short(value) {
+  if (value === null) return "–";
   const size = Math.abs(value);
   if (size >= 1e6) return trim((value / 1e6).toPrecision(4)) + "M";
   if (size >= 1e4) return trim((value / 1e3).toPrecision(4)) + "k";
@@ -174,15 +175,19 @@ function legend() {
 // ---- token view
 
 function visible(token) {
-  if (token.text === "") return token.stop ? "■" : "·";
-  return token.text.replace(/\n/g, "⏎\n");
+  const text = token.text.replace(/\n/g, "⏎\n");
+  return text + (token.stop ? "■" : text === "" ? "·" : "");
 }
+
+// Quoted text; the id of a token that has none, as a stop token or a part of a character.
+const named = (id, text) => (text === "" ? `id ${id}` : JSON.stringify(text));
+const chance = (logp) => short(logp === null ? null : Math.exp(logp));
 
 function alternatives(title, found, sampled) {
   const table = html("table", {}, row(html("th", {}, title), html("th", {}, "prob.")));
   for (const [id, text, prob] of found) {
-    const name = html("td", { class: "text" }, (id === sampled ? "▸ " : "  ") + JSON.stringify(text));
-    table.append(row(name, prob.toFixed(3)));
+    const name = html("td", { class: "text" }, (id === sampled ? "▸ " : "  ") + named(id, text));
+    table.append(row(name, prob === null ? "–" : prob.toFixed(3)));
   }
   return table;
 }
@@ -190,12 +195,12 @@ function alternatives(title, found, sampled) {
 function explain(token, event) {
   const facts = [
     `divergence ${short(token.divergence)} nats`,
-    `probability: student ${short(Math.exp(token.student_logps))}, teacher ${short(Math.exp(token.teacher_logps))}`,
+    `probability: student ${chance(token.student_logps)}, teacher ${chance(token.teacher_logps)}`,
     `entropy: student ${short(token.student_entropy)}, teacher ${short(token.teacher_entropy)}`,
   ];
   show(
     event,
-    html("b", {}, `${JSON.stringify(token.text)} (id ${token.id})`),
+    html("b", {}, token.text === "" ? named(token.id, "") : `${JSON.stringify(token.text)} (id ${token.id})`),
     ...facts.map((fact) => html("div", {}, fact)),
     html("table", {}, row(
       html("td", {}, alternatives("teacher", token.teacher_top, token.id)),

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -143,60 +144,84 @@ def _sampled(
     return completion, compare_tokens(model, divergence, student, teacher, batch, completion)
 
 
+def added_text(tokenizer: Tokenizer, whole: Sequence[int], parts: Sequence[int], token: int) -> str:
+    """What `token` adds to the text of `whole`, tokens of a begun character lying between them.
+
+    Empty for a stop token and for one that ends inside a character.
+    """
+    text = tokenizer.decode([*whole, *parts, token])[len(tokenizer.decode(whole)) :]
+    return "" if text.endswith("\ufffd") else text
+
+
+def text_before(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[int, int]]:
+    """(start, end) for every token t: ids[start:end] reads as whole text, ids[end:t] as none yet.
+
+    Only the last token that gave text is kept before `end`: enough for a leading space.
+    """
+    spans = []
+    start = end = 0
+    for t, token in enumerate(ids):
+        spans.append((start, end))
+        if added_text(tokenizer, ids[start:end], ids[end:t], token):
+            start, end = end, t + 1
+    return spans
+
+
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """The text that each token adds to those before it.
 
     A token that ends inside a character adds nothing; the one that completes it adds the whole
-    character. Joined, they are the decoded text.
+    character, and the last token adds what was never completed. Joined, they are the decoded text.
     """
-    texts = []
-    start = end = 0  # ids[start:end] are the latest that gave whole text: context for spaces
-    for i in range(1, len(ids) + 1):
-        before, now = tokenizer.decode(ids[start:end]), tokenizer.decode(ids[start:i])
-        if now.endswith("\ufffd") and i < len(ids):
-            texts.append("")
-            continue
-        texts.append(now[len(before) :])
-        start, end = end, i
+    spans = text_before(tokenizer, ids)
+    texts = [
+        added_text(tokenizer, ids[start:end], ids[end:t], token)
+        for t, ((start, end), token) in enumerate(zip(spans, ids, strict=True))
+    ]
+    if spans:
+        start, end = spans[-1]
+        texts[-1] = tokenizer.decode(ids[start:])[len(tokenizer.decode(ids[start:end])) :]
     return texts
-
-
-def alternative_text(tokenizer: Tokenizer, before: Sequence[int], token: int) -> str:
-    """How a token reads after `before`, its leading space included; stop tokens are empty."""
-    context = tokenizer.decode(before[-1:])
-    text = tokenizer.decode([*before[-1:], token])
-    return text[len(context) :] if text.startswith(context) else tokenizer.decode([token])
 
 
 def token_rows(
     tokenizer: Tokenizer, completion: Completion, comparison: TokenComparison
 ) -> list[list[dict[str, Any]]]:
     """What the page shows of every token of every row, ready for json."""
-    out = []
+    rows = []
     for b, mask in enumerate(np.asarray(completion.mask)):
-        ids = np.asarray(completion.ids[b])[mask].tolist()
-        texts = token_texts(tokenizer, ids)
-        out.append([_token(tokenizer, comparison, b, t, ids, texts[t]) for t in range(len(ids))])
-    return out
+        row = jax.tree.map(itemgetter(b), comparison)
+        rows.append(_row(tokenizer, row, np.asarray(completion.ids[b])[mask].tolist()))
+    return rows
 
 
-def _token(
-    tokenizer: Tokenizer, found: TokenComparison, b: int, t: int, ids: list[int], text: str
-) -> dict[str, Any]:
-    def top(side_ids, side_probs):
-        pairs = zip(side_ids[b, t].tolist(), side_probs[b, t].tolist(), strict=True)
-        return [[i, alternative_text(tokenizer, ids[:t], i), round(p, 5)] for i, p in pairs]
-
+def _row(tokenizer: Tokenizer, found: TokenComparison, ids: list[int]) -> list[dict[str, Any]]:
     names = "divergence student_logps teacher_logps student_entropy teacher_entropy".split()
-    numbers = {name: round(float(getattr(found.terms, name)[b, t]), 5) for name in names}
-    return {
-        "id": ids[t],
-        "text": text,
-        "stop": ids[t] in tokenizer.stop_ids,
-        **numbers,
-        "student_top": top(found.student_ids, found.student_probs),
-        "teacher_top": top(found.teacher_ids, found.teacher_probs),
-    }
+    texts, spans = token_texts(tokenizer, ids), text_before(tokenizer, ids)
+
+    def top(t: int, side_ids: Any, side_probs: Any) -> list[list[Any]]:
+        start, end = spans[t]
+        return [
+            [token, added_text(tokenizer, ids[start:end], ids[end:t], token), _number(prob)]
+            for token, prob in zip(side_ids[t].tolist(), side_probs[t], strict=True)
+        ]
+
+    return [
+        {
+            "id": token,
+            "text": texts[t],
+            "stop": token in tokenizer.stop_ids,
+            **{name: _number(getattr(found.terms, name)[t]) for name in names},
+            "student_top": top(t, found.student_ids, found.student_probs),
+            "teacher_top": top(t, found.teacher_ids, found.teacher_probs),
+        }
+        for t, token in enumerate(ids)
+    ]
+
+
+def _number(value: Any) -> float | None:
+    """Rounded for the page; null, which json has, for NaN and infinities, which it has not."""
+    return round(float(value), 5) if np.isfinite(value) else None
 
 
 def tokens_command(workdir: str, step: int | None, num: int, seed: int) -> Path:
@@ -207,6 +232,11 @@ def tokens_command(workdir: str, step: int | None, num: int, seed: int) -> Path:
     if num < 1:
         raise UserError(f"--num must be at least 1, not {num}")
     run = restore_run(workdir, step)
+    if run.teacher is None:
+        raise UserError(
+            f"--workdir={workdir}: its teacher.model is of another shape than the student, and "
+            "`opsd tokens` compares weights of one shape"
+        )
     train = run.experiment.train
     problems = (train.heldout or train.problems).load(str(Path(workdir) / "problems"))
     chosen, batch = view_problems(run, problems, num)
