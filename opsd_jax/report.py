@@ -46,14 +46,18 @@ COSTS = {
 # metric -> title of its chart against steps; a metric that no run has is left out.
 CURVES = {
     "loss/divergence": "divergence of student and teacher, unclipped, nats per token",
-    "loss/divergence_right": "divergence on rollouts graded right",
-    "loss/divergence_wrong": "divergence on rollouts graded wrong",
-    "student/entropy": "student's entropy on its rollouts, nats",
+    "loss/divergence_right": "divergence on completions graded right",
+    "loss/divergence_wrong": "divergence on completions graded wrong",
+    "loss/clip_fraction": "share of tokens whose divergence was clipped",
+    "policy/clip_fraction": "share of tokens whose probability ratio was clipped",
+    "policy/kl_initial": "KL(student || initial policy), estimator k3, nats per token",
+    "rollout/reward_mean": "mean grade of the completions",
+    "reward/zero_variance_fraction": "share of groups whose grades are all equal",
+    "student/entropy": "student's entropy on the completions, nats",
     "teacher/entropy": "teacher's entropy on them, nats",
-    "rollout/reward_mean": "mean grade of the rollouts",
-    "rollout/length_mean": "mean length of the rollouts, tokens",
-    "rollout/truncated_fraction": "share of rollouts cut by the limit",
-    "loss/clip_fraction": "share of tokens that the clip changed",
+    "student/nll_of_rollout": "student's negative log-likelihood of them, nats per token",
+    "rollout/length_mean": "mean length of the completions, tokens",
+    "rollout/truncated_fraction": "share of completions cut by the limit",
     "eval/student/greedy_accuracy": "held-out accuracy, greedy",
     "eval/teacher/accuracy": "held-out accuracy of the teacher",
     "optim/grad_norm": "gradient norm",
@@ -95,7 +99,7 @@ def page(groups: Sequence[Group], name: str, levels: Sequence[float]) -> str:
         "views": views,
     }
     policy = f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'"
-    runs = sum(len(group.runs) for group in groups)
+    runs = counted(sum(len(group.runs) for group in groups), "run")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
@@ -103,8 +107,8 @@ def page(groups: Sequence[Group], name: str, levels: Sequence[float]) -> str:
 <title>{html.escape(name)}</title>
 <style>{style}</style></head><body>
 <h1>{html.escape(name)}</h1>
-<p>{runs} runs of {len(groups)} methods. A thin line is one seed, a thick line their mean, a band
-their standard deviation; bars on a single run are standard errors over problems.</p>
+<p>{runs} of {counted(len(groups), "method")}. A thin line is one seed, a thick line their mean, a
+band their standard deviation; bars on a single run are standard errors over problems.</p>
 {alarm_list(groups)}
 <div class="legend" id="legend"></div>
 <h2>Held-out accuracy against what it cost</h2>
@@ -212,7 +216,7 @@ def level_table(groups: Sequence[Group], levels: Sequence[float]) -> str:
     """Tokens to each level, mean ± sd over seeds, and the ratio to the first method."""
     rows = []
     for number, group in enumerate(groups):
-        cells = [html.escape(group.label)]
+        cells = [heading(group)]
         for level in levels:
             first, own = reach(groups[0], level), reach(group, level)
             if own.num_reached == 0:
@@ -243,7 +247,7 @@ def summary_table(groups: Sequence[Group]) -> str:
         accuracy = [run.series(ACCURACY) for run in group.runs]
         accuracy = [points[:, 1] for points in accuracy if len(points)]
         last = [run.history[-1] for run in group.runs if run.history]
-        row = [html.escape(group.label), str(len(group.runs))]
+        row = [heading(group), str(len(group.runs))]
         row.append(spread([line["step"] for line in last], ",.0f"))
         row.append(spread([run.num_tokens for run in group.runs], ",.0f"))
         row.append(spread([(line.get("wall_s") or 0) / 60 for line in last], ".1f"))
@@ -252,6 +256,16 @@ def summary_table(groups: Sequence[Group]) -> str:
         rows.append(row)
     header = ["", "runs", "steps", "tokens", "minutes", "first accuracy", "best", "last"]
     return table(header, rows)
+
+
+def heading(group: Group) -> str:
+    """A method's name at the head of its row; says so where its tokens are not generated."""
+    read = "" if group.runs[0].generates else "<small>target tokens; none is generated</small>"
+    return html.escape(group.label) + read
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def spread(values: Sequence[float], form: str) -> str:

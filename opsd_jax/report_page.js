@@ -39,10 +39,10 @@ function short(value) {
 
 const trim = (text) => (text.includes(".") && !text.includes("e") ? text.replace(/\.?0+$/, "") : text);
 
-function ticks([low, high], count) {
-  const raw = (high - low) / count;
+function ticks([low, high], count, whole = false) {
+  const raw = Math.max((high - low) / count, whole ? 1 : 0);
   const power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw);
+  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= 0.7 * raw);
   const found = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9 * step; i++) found.push(i * step);
   return found;
@@ -51,7 +51,8 @@ function ticks([low, high], count) {
 function range(values) {
   const low = Math.min(...values), high = Math.max(...values);
   if (high > low) return [low, high];
-  const room = Math.abs(low) * 0.1 || 0.5;
+  if (low === 0) return [0, 1];
+  const room = Math.abs(low) * 0.1;
   return [low - room, high + room];
 }
 
@@ -82,7 +83,7 @@ function draw(chart) {
     svg(root, "line", { class: "grid", x1: left, x2: width - right, y1: Y(t), y2: Y(t) });
     svg(root, "text", { x: left - 5, y: Y(t) + 4, "text-anchor": "end" }, short(t));
   }
-  for (const t of ticks([x0, x1], chart.large ? 6 : 5))
+  for (const t of ticks([x0, x1], chart.large ? 6 : 5, chart.x === "steps"))
     svg(root, "text", { x: X(t), y: height - bottom + 14, "text-anchor": "middle" }, short(t));
   svg(root, "text", { x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, chart.x);
   for (const series of chart.series) drawSeries(root, series, X, Y, path, chart.large);

@@ -55,8 +55,13 @@ class Run:
         return GuardConfig(**{k: ast.literal_eval(v) for k, v in found.items() if k in names})
 
     @property
+    def generates(self) -> bool:
+        """Whether its tokens are sampled; where the data's references teach, they are only read."""
+        return not self.settings.get("train.completions", "").endswith("References()")
+
+    @property
     def num_tokens(self) -> float:
-        """All that the run has generated in rollouts so far."""
+        """All tokens that the run has been trained on so far, generated unless it says not."""
         return max((number(line, TOKENS) or 0.0 for line in self.history), default=0.0)
 
     def series(self, y: str, x: str = "step") -> np.ndarray:

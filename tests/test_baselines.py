@@ -24,6 +24,7 @@ from opsd_jax.optimizer import OptimizerConfig, make_optimizer
 from opsd_jax.policy_gradient import PolicyGradient, RewardMix
 from opsd_jax.problems import Problem
 from opsd_jax.references import ReferenceRows
+from opsd_jax.report import CURVES
 from opsd_jax.rollouts import Context
 from opsd_jax.sharding import FULLY_SHARDED, MeshConfig, make_mesh, shard_batch, variable_shardings
 from opsd_jax.stepping import to_batch
@@ -147,8 +148,27 @@ def test_every_baseline_runs_two_steps(path, tmp_path):
     assert lines[2]["rollout/tokens_total"] > 0 and "eval/student/accuracy" in lines[2]
     rewarded = path.stem in ("grpo", "dr_grpo", "dapo", "opsd_reward")
     assert ("reward/zero_variance_fraction" in lines[1]) == rewarded
+    assert main(["report", f"--workdir={tmp_path}/run", f"--out={tmp_path}/page.html"]) == 0
+    imitates = path.stem.startswith("sft")
+    expected = {"student/entropy", "student/nll_of_rollout", "rollout/reward_mean"}
+    if rewarded:
+        expected |= {"policy/clip_fraction", "reward/zero_variance_fraction"}
+    if not imitates and (not rewarded or path.stem == "opsd_reward"):
+        expected |= {"loss/divergence", "loss/clip_fraction", "teacher/entropy"}
+    page = (tmp_path / "page.html").read_text()
+    assert curves_of(page) == expected
+    assert ("none is generated" in page) == imitates
     if path.stem == "external_teacher":
         assert main(["eval", f"--workdir={tmp_path}/run"]) == 0
+
+
+def curves_of(page: str) -> set[str]:
+    """Metrics with a chart of both steps, those that every run has left out."""
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    points = {chart["title"]: chart["series"][0]["lines"][0] for chart in data["charts"]}
+    always = ("eval/", "optim/", "rollout/length", "rollout/truncated", "loss/divergence_")
+    drawn = {metric for metric, title in CURVES.items() if len(points.get(title, ())) == 2}
+    return {metric for metric in drawn if not metric.startswith(always)}
 
 
 @pytest.mark.parametrize(
