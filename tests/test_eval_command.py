@@ -73,7 +73,7 @@ def lines_of(path: Path) -> list[dict]:
 
 
 def key_of(line: dict) -> tuple:
-    return line["role"], line["id"], line["sample"]
+    return line["role"], line["sampling"], line["id"], line["sample"]
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +152,43 @@ def test_another_evaluation_in_its_folder_is_refused(folder, whole, binding, wor
     assert main(command(folder, "whole", binding)) == 2
     assert words in capsys.readouterr().err
     assert (whole / "generations.jsonl").read_bytes() == before
+
+
+ROLES = ("student_thinking", "student_no_thinking", "teacher")
+
+
+def test_roles_and_thinking_modes_side_by_side(folder, capsys):
+    """Three roles of a chat model; the switch in a role's name is the one of `contexts`."""
+    small = ("evaluate.num_problems = 6", "evaluate.num_samples = 2", "evaluate.greedy = True")
+    assert main(command(folder, "roles", *small, f"evaluate.roles = {ROLES}")) == 0
+    out, err = capsys.readouterr()
+    summary = json.loads((folder / "roles" / "summary.json").read_text())
+    assert json.loads(out) == summary and all(role in err for role in ROLES)
+    assert {name.split("/")[1] for name in summary if name != "step"} == set(ROLES)
+    lines = lines_of(folder / "roles" / "generations.jsonl")
+    assert len(lines) == len(ROLES) * 6 * (2 + 1)
+    rows = lines_of(folder / "roles" / "by_problem.jsonl")
+    ids = [str(60 + i) for i in range(6)]
+    assert [(r["role"], r["id"]) for r in rows] == [(role, id) for role in ROLES for id in ids]
+    for role in ROLES:
+        own = [line for line in lines if line["role"] == role]
+        sampled = [line for line in own if line["sampling"] == "sampled"]
+        greedy = {line["id"]: line["reward"] for line in own if line["sampling"] == "greedy"}
+        found = {name: summary[f"eval/{role}/{name}"] for name in ("accuracy", "length_mean")}
+        assert found["accuracy"] == pytest.approx(sum(li["reward"] for li in sampled) / 12)
+        assert found["length_mean"] == pytest.approx(sum(li["num_tokens"] for li in sampled) / 12)
+        assert summary[f"eval/{role}/greedy_accuracy"] == pytest.approx(sum(greedy.values()) / 6)
+        assert greedy == {row["id"]: row["greedy"] for row in rows if row["role"] == role}
+    record = json.loads((folder / "roles" / "evaluation.json").read_text())
+    assert len({record[f"{role}.prompts"] for role in ROLES}) == 3
+    # The same switch through the setting of the context.
+    alone = ("evaluate.roles = ('student',)", "contexts.evaluation_thinking = False")
+    assert main(command(folder, "alone", *small, *alone)) == 0
+    expected = [line for line in lines if line["role"] == "student_no_thinking"]
+    found = [
+        line | {"role": "student_no_thinking"}
+        for line in lines_of(folder / "alone" / "generations.jsonl")
+    ]
+    assert sorted(found, key=key_of) == sorted(expected, key=key_of)
+    texts = {tuple(li["completion"] for li in lines if li["role"] == role) for role in ROLES}
+    assert len(texts) == 3
