@@ -198,7 +198,7 @@ class Evaluator:
                 metrics[f"eval/{role}/{name}"] = value
             by_problem += [{"role": role} | row for row in scores.by_problem(*arguments)]
             generations[role] = sampled
-        return Evaluation(metrics, generations, by_problem)
+        return Evaluation(of_first_process(metrics), generations, by_problem)
 
     def _generations(
         self,
@@ -272,6 +272,19 @@ class Evaluation(NamedTuple):
     metrics: dict[str, float]
     generations: dict[str, list[Generation]]
     by_problem: list[dict[str, Any]]
+
+
+def of_first_process(metrics: dict[str, float]) -> dict[str, float]:
+    """The numbers of process 0, bit for bit, on every process.
+
+    Every process grades every completion, and a grade may time out on one of them alone; what
+    follows from the numbers, as saving a checkpoint does, must be the same on all.
+    """
+    if jax.process_count() == 1:
+        return metrics
+    halves = np.array([*metrics.values()], np.float64).view(np.uint32)  # jax would round float64
+    values = np.asarray(multihost_utils.broadcast_one_to_all(halves)).view(np.float64)
+    return dict(zip(metrics, values.tolist(), strict=True))
 
 
 def mean_over_processes(total: float, count: int) -> float:

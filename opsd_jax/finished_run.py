@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import sys
+import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.experimental import multihost_utils
 
@@ -141,8 +143,7 @@ def evaluate_command(
             raise UserError("train.heldout is None: bind it to the problems to evaluate on")
         writes = jax.process_index() == 0
         log = stack.enter_context(GenerationLog(folder, record_of(run, evaluator), writes))
-        if jax.process_count() > 1:  # All have read the file before the first adds to it.
-            multihost_utils.sync_global_devices("evaluate")
+        check_same_folder(folder, log)
         if log.found:
             _say(f"{folder}: going on after {len(log.found):,} generations")
         found = evaluator(run.student, run.teacher, log)
@@ -154,6 +155,22 @@ def evaluate_command(
         _say(table(found.metrics))
         print(text)
     return found.metrics
+
+
+def check_same_folder(folder: Path, log: GenerationLog) -> None:
+    """Waits until every process has read the generations so far: the same for all.
+
+    Raises:
+      UserError: they are not, and the processes would wait for each other for ever.
+    """
+    if jax.process_count() > 1:
+        number = zlib.crc32(json.dumps(sorted(log.found)).encode())
+        seen = multihost_utils.process_allgather(np.uint32(number))
+        if len(set(seen.tolist())) > 1:
+            raise UserError(
+                f"--out: {folder} has other generations on other hosts; it must be a folder that "
+                "all of them see"
+            )
 
 
 def record_of(run: Restored, evaluator: Evaluator) -> dict[str, Any]:

@@ -45,11 +45,7 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="run an experiment; resumes a workdir")
     add_gin(train, required=True)
     train.add_argument("--workdir", required=True, help="made if missing; resumed if it has a run")
-    train.add_argument(
-        "--distributed",
-        action="store_true",
-        help="one of several processes: call jax.distributed.initialize() first",
-    )
+    add_distributed(train)
     train.set_defaults(run=run_train)
 
     evaluate = commands.add_parser("eval", help="accuracy of a run or a model on held-out problems")
@@ -61,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
         help="two folders of opsd eval: B minus A with an interval over problems",
     )
     evaluate.add_argument("--out", help="folder of the generations (default: WORKDIR/eval/NAME)")
+    add_distributed(evaluate)
     evaluate.set_defaults(run=run_eval)
 
     generate = commands.add_parser("generate", help="stream an answer to the terminal")
@@ -125,20 +122,36 @@ def add_step(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_distributed(command: argparse.ArgumentParser) -> None:
+    """--distributed, for a command that every host of a pod starts alike."""
+    command.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes: call jax.distributed.initialize() first",
+    )
+
+
 # The commands import late: `opsd --help` must not wait for jax.
 
 
-def run_train(arguments: argparse.Namespace) -> None:
-    from opsd_jax.config import load_experiment
-    from opsd_jax.train import summary, train
-
+def join_pod(arguments: argparse.Namespace) -> None:
     if arguments.distributed:
         import jax
 
         jax.distributed.initialize()
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    import jax
+
+    from opsd_jax.config import load_experiment
+    from opsd_jax.train import summary, train
+
+    join_pod(arguments)
     experiment, text = load_experiment(arguments.gin_file, arguments.gin_bindings)
     train(experiment, text, arguments.workdir)
-    print(summary(arguments.workdir))
+    if jax.process_index() == 0:
+        print(summary(arguments.workdir))
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
@@ -151,6 +164,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
         return
     from opsd_jax.finished_run import evaluate_command
 
+    join_pod(arguments)
     evaluate_command(
         arguments.gin_file,
         arguments.gin_bindings,

@@ -3,6 +3,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -154,13 +155,21 @@ def test_another_evaluation_in_its_folder_is_refused(folder, whole, binding, wor
     assert (whole / "generations.jsonl").read_bytes() == before
 
 
+SMALL = ("evaluate.num_problems = 6", "evaluate.num_samples = 2", "evaluate.greedy = True")
 ROLES = ("student_thinking", "student_no_thinking", "teacher")
 
 
-def test_roles_and_thinking_modes_side_by_side(folder, capsys):
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The student without thinking, by the setting of its context."""
+    assert main(command(folder, "alone", *SMALL, "contexts.evaluation_thinking = False")) == 0
+    return folder / "alone"
+
+
+def test_roles_and_thinking_modes_side_by_side(folder, alone, capsys):
     """Three roles of a chat model; the switch in a role's name is the one of `contexts`."""
-    small = ("evaluate.num_problems = 6", "evaluate.num_samples = 2", "evaluate.greedy = True")
-    assert main(command(folder, "roles", *small, f"evaluate.roles = {ROLES}")) == 0
+    capsys.readouterr()
+    assert main(command(folder, "roles", *SMALL, f"evaluate.roles = {ROLES}")) == 0
     out, err = capsys.readouterr()
     summary = json.loads((folder / "roles" / "summary.json").read_text())
     assert json.loads(out) == summary and all(role in err for role in ROLES)
@@ -181,14 +190,65 @@ def test_roles_and_thinking_modes_side_by_side(folder, capsys):
         assert greedy == {row["id"]: row["greedy"] for row in rows if row["role"] == role}
     record = json.loads((folder / "roles" / "evaluation.json").read_text())
     assert len({record[f"{role}.prompts"] for role in ROLES}) == 3
-    # The same switch through the setting of the context.
-    alone = ("evaluate.roles = ('student',)", "contexts.evaluation_thinking = False")
-    assert main(command(folder, "alone", *small, *alone)) == 0
     expected = [line for line in lines if line["role"] == "student_no_thinking"]
-    found = [
-        line | {"role": "student_no_thinking"}
-        for line in lines_of(folder / "alone" / "generations.jsonl")
-    ]
+    found = [li | {"role": "student_no_thinking"} for li in lines_of(alone / "generations.jsonl")]
     assert sorted(found, key=key_of) == sorted(expected, key=key_of)
     texts = {tuple(li["completion"] for li in lines if li["role"] == role) for role in ROLES}
     assert len(texts) == 3
+
+
+PAIR = """
+import functools, sys, jax
+from pathlib import Path
+from jax.experimental.multihost_utils import sync_global_devices
+from opsd_jax.evaluate import of_first_process
+from opsd_jax.main import main
+
+address, index, folder, *command = sys.argv[1:]
+index, path = int(index), Path(folder) / "pair" / "generations.jsonl"
+# What --distributed calls; a host of a pod calls it once.
+join = functools.partial(jax.distributed.initialize, address, 2, index)
+jax.distributed.initialize = functools.cache(join)
+jax.distributed.initialize()
+numbers = of_first_process({"a": 0.1 + index, "b": float("inf"), "c": 1e-300 / (index + 1)})
+assert numbers == {"a": 0.1, "b": float("inf"), "c": 1e-300}, numbers
+assert main([*command, f"--out={folder}/pair"]) == 0
+sync_global_devices("evaluated")
+if index == 0:
+    path.with_name("first.jsonl").write_bytes(path.read_bytes())
+    path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:7]) + b'{"role": "stu')
+sync_global_devices("cut")
+assert main([*command, f"--out={folder}/pair"]) == 0
+sync_global_devices("continued")
+assert main([*command, f"--out={folder}/{'pair' if index else 'another'}"]) == 2
+"""
+
+
+def test_two_processes_say_what_one_says(folder, alone):
+    """Every generation is written once, cut short and continued too; numbers bit for bit."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    flags = command(folder, "", *SMALL, "contexts.evaluation_thinking = False")
+    flags = ["--distributed" if flag.startswith("--out") else flag for flag in flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", PAIR, address, str(index), str(folder), *flags],
+            env=environment | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+    (first, errors), (second, silent) = (child.communicate(timeout=300) for child in pair)
+    assert [child.returncode for child in pair] == [0, 0], errors[-3000:] + silent[-3000:]
+    assert "going on after 7 generations" in errors and "all of them see" in errors
+    assert "all of them see" in silent
+    assert "eval/student/accuracy" in first and "eval/student/accuracy" not in second
+    for name in ("summary.json", "by_problem.jsonl"):
+        assert (folder / "pair" / name).read_text() == (alone / name).read_text()
+    expected = sorted(lines_of(alone / "generations.jsonl"), key=key_of)
+    for name in ("first.jsonl", "generations.jsonl"):
+        assert sorted(lines_of(folder / "pair" / name), key=key_of) == expected
