@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from opsd_jax.errors import UserError
-from opsd_jax.generations import GENERATIONS_FILE, Place, read_generations
+from opsd_jax.files import read_json_lines
+from opsd_jax.generations import BY_PROBLEM_FILE, GENERATIONS_FILE
 from opsd_jax.scores import pass_at_k, pass_ks
 
 NUM_RESAMPLES = 10_000
@@ -97,28 +98,16 @@ def evaluation_folder(folder: str) -> Path:
 
 
 def read_evaluation(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Role -> problem id -> {"rewards": of the samples[, "majority"][, "greedy"]}.
-
-    Rewards are those of generations.jsonl; the vote stands in by_problem.jsonl alone.
+    """Role -> problem id -> its row of by_problem.jsonl (`scores.by_problem`).
 
     Raises:
       UserError: the evaluation was not finished.
     """
-    lines, _ = read_generations(folder / GENERATIONS_FILE)
-    rows_path = folder / "by_problem.jsonl"
-    if not rows_path.exists():
+    if not (folder / BY_PROBLEM_FILE).exists():
         raise UserError(f"{folder} is not finished; give its opsd eval command again")
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in map(json.loads, rows_path.read_text().splitlines()):
-        role, id = row["role"], row["id"]
-        try:
-            rewards = [
-                lines[Place(role, "sampled", id, s)]["reward"] for s in range(row["num_samples"])
-            ]
-        except KeyError:
-            raise UserError(f"{folder}: a sample of problem {id!r} is missing") from None
-        kept = {name: row[name] for name in ("majority", "greedy") if name in row}
-        found.setdefault(role, {})[id] = {"rewards": rewards} | kept
+    for row in read_json_lines(folder / BY_PROBLEM_FILE):
+        found.setdefault(row["role"], {})[row["id"]] = row
     return found
 
 
@@ -139,12 +128,12 @@ def _metrics(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Names and the values of the problems in the order of `ids`."""
     rows = [problems[id] for id in ids]
-    num_samples = len(rows[0]["rewards"])
-    yield "accuracy", np.array([np.mean(row["rewards"]) for row in rows])
+    num_samples = rows[0]["num_samples"]
+    yield "accuracy", np.array([row["accuracy"] for row in rows])
     if num_samples > 1:
         for k in pass_ks(num_samples):
-            correct = (sum(reward == 1.0 for reward in row["rewards"]) for row in rows)
-            yield f"pass_at_{k}", np.array([pass_at_k(c, num_samples, k) for c in correct])
+            values = [pass_at_k(row["num_correct"], num_samples, k) for row in rows]
+            yield f"pass_at_{k}", np.array(values)
     for name, label in (("majority", f"maj_at_{num_samples}"), ("greedy", "greedy_accuracy")):
         if all(name in row for row in rows):
             yield label, np.array([row[name] for row in rows])

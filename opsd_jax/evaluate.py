@@ -193,10 +193,10 @@ class Evaluator:
                 greedy = list(self._generations(role, "greedy", variables, prompts, 1, log))
             if self.pool.can_vote and n > 1:
                 sampled = self._voted(sampled)
-            arguments = (sampled, greedy, n, self.pool.can_vote)
-            for name, value in scores.metrics_of(*arguments).items():
+            rows = scores.by_problem(sampled, greedy, n, self.pool.can_vote)
+            by_problem += [{"role": role} | row for row in rows]
+            for name, value in scores.metrics_of(rows, sampled).items():
                 metrics[f"eval/{role}/{name}"] = value
-            by_problem += [{"role": role} | row for row in scores.by_problem(*arguments)]
             generations[role] = sampled
         return Evaluation(of_first_process(metrics), generations, by_problem)
 

@@ -35,7 +35,8 @@ from opsd_jax.experiment import (
     teacher_variables,
 )
 from opsd_jax.export import save_adapter, save_pretrained
-from opsd_jax.generations import GenerationLog
+from opsd_jax.files import write_json_lines, write_whole
+from opsd_jax.generations import BY_PROBLEM_FILE, GenerationLog
 from opsd_jax.guard import restored_step
 from opsd_jax.problems import Problem
 from opsd_jax.rollouts import RolloutConfig, stream
@@ -148,10 +149,9 @@ def evaluate_command(
             _say(f"{folder}: going on after {len(log.found):,} generations")
         found = evaluator(run.student, run.teacher, log)
     if writes:
-        rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in found.by_problem)
-        (folder / "by_problem.jsonl").write_text("".join(rows), errors="backslashreplace")
+        write_json_lines(folder / BY_PROBLEM_FILE, found.by_problem)
         text = json.dumps({"step": run.step} | found.metrics, indent=1)
-        (folder / "summary.json").write_text(text + "\n")
+        write_whole(folder / "summary.json", text + "\n")
         _say(table(found.metrics))
         print(text)
     return found.metrics

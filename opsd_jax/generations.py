@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opsd_jax.errors import UserError
+from opsd_jax.files import write_whole
 from opsd_jax.problems import Problem
 
-RECORD_FILE, GENERATIONS_FILE = "evaluation.json", "generations.jsonl"
+RECORD_FILE = "evaluation.json"
+GENERATIONS_FILE = "generations.jsonl"
+BY_PROBLEM_FILE = "by_problem.jsonl"
 
 
 class Generation(NamedTuple):
@@ -73,8 +76,7 @@ class GenerationLog:
         self._file = None
         if writes:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n")
+                write_whole(folder / RECORD_FILE, json.dumps(record, indent=1) + "\n")
                 self._file = self._path.open("ab")
                 self._file.truncate(whole_bytes)
             except OSError as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opsd_jax.errors import UserError
+from opsd_jax.files import write_whole
 
 ACTIONS = ("none", "warn", "stop", "restore")
 VERDICT = "guard.json"
@@ -243,7 +244,7 @@ _CHECKS: dict[str, Callable[[Guard, Mapping[str, Any]], str | None]] = {
 def write_verdict(workdir: Path, found: list[Alarm], restore_step: int | None) -> None:
     """Records in workdir/guard.json why a run was ended and which step is to be taken."""
     verdict = {"alarms": [alarm._asdict() for alarm in found], "restore_step": restore_step}
-    (workdir / VERDICT).write_text(json.dumps(verdict, indent=1) + "\n")
+    write_whole(workdir / VERDICT, json.dumps(verdict, indent=1) + "\n")
 
 
 def forget_verdict(workdir: Path) -> None:

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from opsd_jax.errors import UserError
+from opsd_jax.files import read_json_lines, write_json_lines, write_whole
 
 Scalars = Mapping[str, Any]
 
@@ -102,8 +103,7 @@ class MetricWriters:
         """Writes samples/step_XXXXXX.jsonl, whole or not at all."""
         if self._active:
             path = self._workdir / "samples" / f"step_{step:06d}.jsonl"
-            lines = (json.dumps(_plain(dict(row)), ensure_ascii=False) for row in rows)
-            _replace(path, "".join(f"{line}\n" for line in lines))
+            write_json_lines(path, (_plain(row) for row in rows))
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -120,9 +120,10 @@ class MetricWriters:
 
 class _JsonLines:
     def __init__(self, path: Path, resumed_step: int | None):
-        kept = [] if resumed_step is None else _lines_up_to(path, resumed_step)
-        _replace(path, "".join(f"{line}\n" for line in kept))
-        before_s = (json.loads(kept[-1]).get("wall_s") if kept else None) or 0.0
+        kept = [] if resumed_step is None else read_json_lines(path, "step")
+        kept = [line for line in kept if line["step"] <= (resumed_step or 0)]
+        write_json_lines(path, kept)
+        before_s = (kept[-1].get("wall_s") if kept else None) or 0.0
         self._start_s = time.monotonic() - before_s
         self._path = path
         self._file = path.open("a", encoding="utf-8")
@@ -161,7 +162,7 @@ class _WandB:
         self._run = module.init(
             project=project, dir=str(workdir), id=run_id, resume="allow", config={"gin": config}
         )
-        _replace(id_file, self._run.id)
+        write_whole(id_file, self._run.id)
 
     def write(self, step: int, scalars: dict[str, Any]) -> None:
         self._run.log({k: v for k, v in scalars.items() if v is not None}, step=step)
@@ -177,35 +178,6 @@ def _import(module: str, extra: str) -> Any:
         raise UserError(
             f"{extra}=True needs the package {module}: pip install 'opsd_jax[{extra}]'"
         ) from error
-
-
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    """The lines of steps <= `step`; not the torn one that a killed run may have left."""
-    kept = []
-    last = -1
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            number = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            continue
-        if isinstance(number, int) and last < number <= step:
-            kept.append(line.decode())
-            last = number
-    return kept
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a whole file or, killed or out of space, leaves the old one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _plain(value: Any) -> Any:

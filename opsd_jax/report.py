@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from opsd_jax.errors import UserError
+from opsd_jax.files import read_json_lines, write_whole
 from opsd_jax.guard import alarms
 from opsd_jax.runs import (
     ACCURACY,
@@ -31,7 +32,6 @@ from opsd_jax.runs import (
     newest,
     parse_workdir,
     reach,
-    read_json_lines,
     read_run,
     thinned,
     token_ratio,
@@ -83,8 +83,7 @@ def report_command(
     parsed = [parse_workdir(text) for text in workdirs]
     groups = group_runs([read_run(folder, label) for label, folder in parsed])
     text = page(groups, name or " / ".join(group.label for group in groups), levels)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_whole(Path(out), text)
 
 
 def page(groups: Sequence[Group], name: str, levels: Sequence[float]) -> str:

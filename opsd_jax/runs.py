@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from opsd_jax.errors import UserError
+from opsd_jax.files import read_json_lines
 from opsd_jax.guard import GuardConfig, number
 from opsd_jax.operative_config import bindings, is_free
 
@@ -104,29 +104,6 @@ def read_run(workdir: Path, label: str | None = None) -> Run:
         )
     text = config.read_text(errors="replace") if config.exists() else ""
     return Run(workdir, label, text, read_json_lines(metrics, "step"))
-
-
-def read_json_lines(path: Path, increasing: str | None = None) -> list[dict[str, Any]]:
-    """The whole json objects of a file, one a line; none if it is missing.
-
-    Args:
-      path: what is read; a torn last line, or any other that is no json object, is left out.
-      increasing: an integer field; lines that do not raise it are left out.
-    """
-    found: list[dict[str, Any]] = []
-    for text in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if not isinstance(line, dict):
-            continue
-        if increasing is not None:
-            at = line.get(increasing)
-            if not isinstance(at, int) or (found and at <= found[-1][increasing]):
-                continue
-        found.append(line)
-    return found
 
 
 def newest(folder: Path) -> Path | None:

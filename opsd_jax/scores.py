@@ -99,13 +99,17 @@ def by_problem(
 
 
 def metrics_of(
-    sampled: Sequence[Generation], greedy: Sequence[Generation], num_samples: int, can_vote: bool
+    rows: Sequence[Mapping[str, Any]], sampled: Sequence[Generation]
 ) -> dict[str, float]:
-    """The numbers of one role, without its name; arguments as for `by_problem`.
+    """The numbers of one role, without its name.
 
     With one sample a problem pass@k and maj@n would repeat the accuracy and are left out.
+
+    Args:
+      rows: `by_problem` of the role.
+      sampled: the generations that they count.
     """
-    rows = by_problem(sampled, greedy, num_samples, can_vote)
+    num_samples = rows[0]["num_samples"]
     found: dict[str, float] = {}
 
     def put(name: str, values: Sequence[float]) -> None:
@@ -116,13 +120,14 @@ def metrics_of(
         for k in pass_ks(num_samples):
             values = [pass_at_k(row["num_correct"], num_samples, k) for row in rows]
             put(f"pass_at_{k}", values)
-        if can_vote:
-            put(f"maj_at_{num_samples}", [row["majority"] for row in rows])
-    if greedy:
-        found["greedy_accuracy"] = float(np.mean([g.reward for g in greedy]))
-    if can_vote:
-        found["formatted_fraction"] = float(np.mean([g.answer is not None for g in sampled]))
-    found["truncated_fraction"] = float(np.mean([not g.stopped for g in sampled]))
+    if "majority" in rows[0]:
+        put(f"maj_at_{num_samples}", [row["majority"] for row in rows])
+    if "greedy" in rows[0]:
+        found["greedy_accuracy"] = float(np.mean([row["greedy"] for row in rows]))
+    for name in ("formatted", "truncated"):
+        if f"num_{name}" in rows[0]:
+            count = sum(row[f"num_{name}"] for row in rows)
+            found[f"{name}_fraction"] = count / len(sampled)
     lengths = [g.num_tokens for g in sampled]
     found["length_mean"] = float(np.mean(lengths))
     found["length_p50"], found["length_p90"] = map(float, np.percentile(lengths, [50, 90]))

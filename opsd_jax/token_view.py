@@ -8,7 +8,6 @@ alternatives kept of each side.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -24,6 +23,7 @@ import numpy as np
 from opsd_jax.contexts import pad, render
 from opsd_jax.divergence import DivergenceConfig, TokenDivergence, logit_divergence
 from opsd_jax.errors import UserError
+from opsd_jax.files import write_json_lines
 from opsd_jax.finished_run import Restored, restore_run
 from opsd_jax.head import head_logits, output_head
 from opsd_jax.model import Decoder
@@ -245,22 +245,23 @@ def tokens_command(workdir: str, step: int | None, num: int, seed: int) -> Path:
     texts = [run.tokenizer.decode([token["id"] for token in row]) for row in tokens]
     with ExitStack() as stack:
         rewards = grading(problems, train.grader_workers, stack)(chosen, texts)
+    divergence = run.experiment.divergence.name  # or a function
     path = Path(workdir) / "tokens" / f"step_{run.step:06d}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for b, problem in enumerate(chosen):
-            line = {
-                "step": run.step,
-                "id": problem.id,
-                "question": problem.question,
-                "solution": problem.solution,
-                "answer": problem.answer,
-                "completion": texts[b],
-                "reward": rewards[b],
-                "stopped": bool(completion.stopped[b]),
-                "divergence": run.experiment.divergence.name,
-                "tokens": tokens[b],
-            }
-            file.write(json.dumps(line) + "\n")
+    lines = [
+        {
+            "step": run.step,
+            "id": problem.id,
+            "question": problem.question,
+            "solution": problem.solution,
+            "answer": problem.answer,
+            "completion": texts[b],
+            "reward": rewards[b],
+            "stopped": bool(completion.stopped[b]),
+            "divergence": getattr(divergence, "__name__", divergence),
+            "tokens": tokens[b],
+        }
+        for b, problem in enumerate(chosen)
+    ]
+    write_json_lines(path, lines)
     print(path)
     return path

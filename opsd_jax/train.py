@@ -37,6 +37,7 @@ from opsd_jax.experiment import (
     split,
     teacher_variables,
 )
+from opsd_jax.files import read_json_lines, write_whole
 from opsd_jax.generations import Generation
 from opsd_jax.grader_pool import GraderPool
 from opsd_jax.guard import Guard, forget_verdict, write_verdict
@@ -47,7 +48,6 @@ from opsd_jax.preemption import Preemption
 from opsd_jax.problems import ProblemSet
 from opsd_jax.progress import ProgressLine
 from opsd_jax.references import ReferenceRows
-from opsd_jax.runs import read_json_lines
 from opsd_jax.sharding import make_mesh, num_bytes, shard_batch
 from opsd_jax.slots import Sampler
 from opsd_jax.stepping import (
@@ -164,12 +164,7 @@ def check_config(workdir: Path, config_text: str) -> None:
 def write_config(workdir: Path, config_text: str) -> None:
     """Writes config.gin; only now, when all that can be wrong with the input has been seen."""
     if jax.process_index() == 0:
-        path = workdir / "config.gin"
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            path.write_text(config_text)
-        except OSError as error:
-            raise UserError(f"--workdir: cannot write {path}: {error.strerror}") from error
+        write_whole(workdir / "config.gin", config_text)
 
 
 def training_batches(

@@ -76,7 +76,8 @@ def test_all_numbers_of_a_hand_computed_case():
         generation(0.0, None, "q", 80, stopped=False),
     ]
     greedy = [generation(1.0, problem="p"), generation(0.0, problem="q")]
-    found = scores.metrics_of(sampled, greedy, num_samples=4, can_vote=True)
+    rows = scores.by_problem(sampled, greedy, num_samples=4, can_vote=True)
+    found = scores.metrics_of(rows, sampled)
     # pass@2 of 2 in 4: 1 - 1/6; of 1 in 4: 1 - 3/6.
     expected = {
         "accuracy": 3 / 8,
@@ -96,7 +97,6 @@ def test_all_numbers_of_a_hand_computed_case():
         "length_max": 80.0,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected)
-    rows = scores.by_problem(sampled, greedy, 4, True)
     assert [row["id"] for row in rows] == ["p", "q"]
     assert rows[0] == {
         "id": "p",
@@ -116,12 +116,14 @@ def test_all_numbers_of_a_hand_computed_case():
 
 
 def test_a_partial_grade_is_not_a_pass():
-    found = scores.metrics_of([generation(0.9), generation(0.0)], [], 2, False)
+    sampled = [generation(0.9), generation(0.0)]
+    found = scores.metrics_of(scores.by_problem(sampled, [], 2, False), sampled)
     assert found["accuracy"] == 0.45 and found["pass_at_2"] == 0.0
     assert "maj_at_2" not in found and "formatted_fraction" not in found
 
 
 def test_one_sample_has_neither_pass_nor_majority():
-    found = scores.metrics_of([generation(1.0, 0)], [], 1, True)
+    sampled = [generation(1.0, 0)]
+    found = scores.metrics_of(scores.by_problem(sampled, [], 1, True), sampled)
     assert not [name for name in found if name.startswith(("pass", "maj"))]
     assert found["formatted_fraction"] == 1.0
