@@ -20,7 +20,6 @@ from opsd_jax import (
     base_model,
     benchmarks,
     completions,
-    finished_base,
     objective,
     policy_gradient,
     probe,
@@ -34,6 +33,7 @@ from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.errors import UserError
 from opsd_jax.evaluate import EvaluateConfig
 from opsd_jax.experiment import Experiment, TrainConfig
+from opsd_jax.finished_base import FinishedRun
 from opsd_jax.guard import GuardConfig
 from opsd_jax.model_config import LoraConfig, ModelConfig
 from opsd_jax.optimizer import OptimizerConfig
@@ -42,6 +42,12 @@ from opsd_jax.sharding import MeshConfig
 from opsd_jax.teacher import TeacherConfig
 from opsd_jax.testbed_corpus import CorpusConfig
 from opsd_jax.warm_start import WarmStartConfig
+
+
+def finished_run(workdir: str, step: int | None = None) -> FinishedRun:
+    """@FinishedRun(): the student of a run as a model (`finished_base.FinishedRun`)."""
+    return FinishedRun(workdir, load_experiment, step)
+
 
 # The areas of a gin file, `area.field = value`, in the order in which an Experiment holds them.
 AREAS = {
@@ -63,7 +69,7 @@ SOURCES = {
     "WarmStart": WarmStartConfig,
     "WarmStartCorpus": CorpusConfig,
     "PretrainedModel": base_model.PretrainedModel,
-    "FinishedRun": finished_base.FinishedRun,
+    "FinishedRun": finished_run,
     "RandomModel": base_model.RandomModel,
     "TestbedBase": base_model.TestbedBase,
     "StudentRollouts": completions.StudentRollouts,

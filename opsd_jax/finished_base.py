@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 
 from opsd_jax.checkpoint import Checkpoints
 from opsd_jax.errors import UserError
-from opsd_jax.experiment import Base, BaseSource, layout, split
+from opsd_jax.experiment import Base, Experiment, layout, split
 from opsd_jax.export import merge_lora
+from opsd_jax.guard import restored_step
 from opsd_jax.model import Decoder
-from opsd_jax.model_config import LoraConfig
 from opsd_jax.sharding import Rules
 
 
@@ -24,32 +24,32 @@ class FinishedRun:
     """The student that a training workdir ends with, adapters merged.
 
     Args:
-      workdir: of `opsd train`.
-      model: what that run had as `train.model`; gives shape and tokenizer, and the parameters
-        below adapters.
-      lora: what it had as `train.lora`.
-      step: a checkpoint; None takes the latest.
+      workdir: of `opsd train`; its config.gin names shape, tokenizer and adapters.
+      read: gives the experiment of gin files (`config.load_experiment`; only config.py knows gin).
+      step: a checkpoint; None takes the one that the guard chose, or else the latest.
     """
 
     workdir: str
-    model: BaseSource
-    lora: LoraConfig | None = None
+    read: Callable[[list[str]], tuple[Experiment, str]]
     step: int | None = None
 
     def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Callable[[str], None]) -> Base:
-        folder = Path(self.workdir) / "checkpoints"
-        if not folder.exists():
-            raise UserError(f"FinishedRun.workdir = {self.workdir!r}: no checkpoints there")
-        base = self.model.load(mesh, rules, cache_dir, say)
-        config = dataclasses.replace(base.config, lora=self.lora)
+        workdir = Path(self.workdir)
+        for name in ("config.gin", "checkpoints"):
+            if not (workdir / name).exists():
+                raise UserError(f"FinishedRun.workdir = {self.workdir!r}: no {name} there")
+        train = self.read([str(workdir / "config.gin")])[0].train
+        base = train.model.load(mesh, rules, str(workdir / "base"), say)
+        config = dataclasses.replace(base.config, lora=train.lora)
         shapes, shardings = layout(Decoder(config), mesh, rules)
         wanted = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             split(shapes)[0],
             split(shardings)[0],
         )
-        with Checkpoints(folder, warn=say) as checkpoints:
-            found = checkpoints.restore_only({"trainable": wanted}, self.step)
+        step = restored_step(workdir) if self.step is None else self.step
+        with Checkpoints(workdir / "checkpoints", warn=say) as checkpoints:
+            found = checkpoints.restore_only({"trainable": wanted}, step)
         variables = {"params": base.params} | found.state["trainable"]
         say(f"model: the student of {self.workdir} after step {found.step}")
         return Base(base.config, merge_lora(config, variables), base.tokenizer)
