@@ -28,6 +28,7 @@ _ENCODE = {
     "logits_scaling": lambda x: _whole(1.0 / x),
 }
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
+_BIAS_SWITCHES = {"attention_bias": ATTENTION_PROJECTIONS, "mlp_bias": MLP_PROJECTIONS}
 
 _ALIASES = {"num_local_experts": "num_experts"}  # transformers 5 renames it on the way out
 
@@ -72,20 +73,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     Raises:
       UserError: an unsupported family, an unknown key or a value we have no switch for; named.
     """
-    model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
-        raise UserError(
-            f"config.json: model_type {model_type!r} is not supported; supported are "
-            f"{', '.join(FAMILIES)}"
-        )
-    family = FAMILIES[model_type]
-    architecture = (raw.get("architectures") or [family.architecture])[0]
-    if architecture.removesuffix("Model") != family.architecture.removesuffix("ForCausalLM"):
-        if architecture != family.architecture:
-            raise UserError(
-                f"config.json: architecture {architecture!r} is not supported; "
-                f"{model_type} is read as {family.architecture}"
-            )
+    family = _family_of(raw)
     known = dict(family.defaults) | {_ALIASES.get(key, key): raw[key] for key in raw}
     used: set[str] = set()
 
@@ -110,7 +98,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         "tie_embeddings": bool(take("tie_word_embeddings", False)),
         "norm_eps": float(take("rms_norm_eps", 1e-5)),
         "max_positions": take("max_position_embeddings", 32768),
-        "family": model_type,
+        "family": raw["model_type"],
     }
     fields["num_kv_heads"] = take("num_key_value_heads", fields["num_heads"])
     fields["head_dim"] = take("head_dim", fields["embed_dim"] // fields["num_heads"])
@@ -121,17 +109,35 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     if fields.get("embed_scale") == "sqrt":
         fields["embed_scale"] = float(fields["embed_dim"]) ** 0.5
     biases = dict.fromkeys(fields.get("biases", ()))
-    if take("attention_bias", False):
-        biases |= dict.fromkeys(ATTENTION_PROJECTIONS)
-    if take("mlp_bias", False):
-        biases |= dict.fromkeys(MLP_PROJECTIONS)
+    for key, projections in _BIAS_SWITCHES.items():
+        if take(key, False):
+            biases |= dict.fromkeys(projections)
     fields["biases"] = tuple(biases)
     activation = take("hidden_act", "silu")
-    fields["activation"] = _activation(take("hidden_activation", activation), model_type)
+    activation = take("hidden_activation", activation)
+    fields["activation"] = _activation(activation, raw["model_type"])
     fields |= _layer_fields(known, family, fields["num_layers"])
     fields |= _rope_fields(known)
     _refuse_unknown(known, used)
     return ModelConfig(**fields)
+
+
+def _family_of(raw: Mapping[str, Any]) -> Family:
+    model_type = raw.get("model_type")
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"config.json: model_type {model_type!r} is not supported; supported are "
+            f"{', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[model_type]
+    architecture = (raw.get("architectures") or [family.architecture])[0]
+    without_head = family.architecture.removesuffix("ForCausalLM")
+    if architecture not in (family.architecture, without_head, without_head + "Model"):
+        raise UserError(
+            f"config.json: architecture {architecture!r} is not supported; "
+            f"{model_type} is read as {family.architecture}"
+        )
+    return family
 
 
 def _activation(name: str, model_type: str) -> str:

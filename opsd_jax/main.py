@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from opsd_jax.errors import UserError
 
@@ -48,6 +49,20 @@ def parser() -> argparse.ArgumentParser:
     add_distributed(train)
     train.set_defaults(run=run_train)
 
+    export = commands.add_parser("export", help="write a model for transformers, vLLM or PEFT")
+    export.add_argument("--workdir", required=True)
+    add_step(export)
+    export.add_argument("--out", required=True, help="folder to write")
+    export.add_argument("--format", choices=("hf", "peft"), default="hf")
+    export.set_defaults(run=run_export)
+
+    add_asking(commands)
+    add_looking(commands)
+    return root
+
+
+def add_asking(commands: Any) -> None:
+    """`eval` and `generate`: a run or a model from files is asked something."""
     evaluate = commands.add_parser("eval", help="accuracy of a run or a model on held-out problems")
     add_gin(evaluate, required=False)
     add_model(evaluate).add_argument(
@@ -70,13 +85,9 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=run_generate)
 
-    export = commands.add_parser("export", help="write a model for transformers, vLLM or PEFT")
-    export.add_argument("--workdir", required=True)
-    add_step(export)
-    export.add_argument("--out", required=True, help="folder to write")
-    export.add_argument("--format", choices=("hf", "peft"), default="hf")
-    export.set_defaults(run=run_export)
 
+def add_looking(commands: Any) -> None:
+    """`tokens` and `report`: what runs did."""
     tokens = commands.add_parser("tokens", help="where the teacher disagrees, token by token")
     tokens.add_argument("--workdir", required=True, help="a training run; `report` shows the file")
     add_step(tokens)
@@ -95,7 +106,6 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--name", default="", help="title of the page")
     report.add_argument("--levels", type=float, nargs="+", default=[0.7, 0.8, 0.9])
     report.set_defaults(run=run_report)
-    return root
 
 
 def add_gin(command: argparse.ArgumentParser, required: bool) -> None:
