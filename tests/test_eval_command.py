@@ -3,7 +3,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import tiny_config, tiny_variables
 from test_tokenizer import byte_tokenizer
+from two_processes import run_pair
 
 from opsd_jax.export import save_pretrained
 from opsd_jax.main import main
@@ -198,21 +198,14 @@ def test_roles_and_thinking_modes_side_by_side(folder, alone, capsys):
 
 
 PAIR = """
-import functools, sys, jax
 from pathlib import Path
-from jax.experimental.multihost_utils import sync_global_devices
 from opsd_jax.evaluate import of_first_process
-from opsd_jax.main import main
 
-address, index, folder, *command = sys.argv[1:]
-index, path = int(index), Path(folder) / "pair" / "generations.jsonl"
-# What --distributed calls; a host of a pod calls it once.
-join = functools.partial(jax.distributed.initialize, address, 2, index)
-jax.distributed.initialize = functools.cache(join)
-jax.distributed.initialize()
+folder, *command = arguments
+path = Path(folder) / "pair" / "generations.jsonl"
+assert main([*command, f"--out={folder}/pair"]) == 0
 numbers = of_first_process({"a": 0.1 + index, "b": float("inf"), "c": 1e-300 / (index + 1)})
 assert numbers == {"a": 0.1, "b": float("inf"), "c": 1e-300}, numbers
-assert main([*command, f"--out={folder}/pair"]) == 0
 sync_global_devices("evaluated")
 if index == 0:
     path.with_name("first.jsonl").write_bytes(path.read_bytes())
@@ -226,24 +219,9 @@ assert main([*command, f"--out={folder}/{'pair' if index else 'another'}"]) == 2
 
 def test_two_processes_say_what_one_says(folder, alone):
     """Every generation is written once, cut short and continued too; numbers bit for bit."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{listener.getsockname()[1]}"
     flags = command(folder, "", *SMALL, "contexts.evaluation_thinking = False")
     flags = ["--distributed" if flag.startswith("--out") else flag for flag in flags]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    pair = [
-        subprocess.Popen(
-            [sys.executable, "-c", PAIR, address, str(index), str(folder), *flags],
-            env=environment | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in (0, 1)
-    ]
-    (first, errors), (second, silent) = (child.communicate(timeout=300) for child in pair)
-    assert [child.returncode for child in pair] == [0, 0], errors[-3000:] + silent[-3000:]
+    (first, errors), (second, silent) = run_pair(PAIR, folder, *flags)
     assert "going on after 7 generations" in errors and "all of them see" in errors
     assert "all of them see" in silent
     assert "eval/student/accuracy" in first and "eval/student/accuracy" not in second

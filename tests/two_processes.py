@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pod of two local processes with one device each, as hosts with `--distributed` are."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# What --distributed calls finds the other host through the pod's own environment; here it is told.
+JOIN = """
+import functools, sys, jax
+index = int(sys.argv[2])
+join = functools.partial(jax.distributed.initialize, sys.argv[1], 2, index)
+jax.distributed.initialize = functools.cache(join)  # several commands of one process join once
+from jax.experimental.multihost_utils import sync_global_devices
+from opsd_jax.main import main
+arguments = sys.argv[3:]
+"""
+
+
+def run_pair(script: str, *arguments: object) -> list[tuple[str, str]]:
+    """Runs a script in both processes, which finds `index`, `main` and `arguments`.
+
+    Returns:
+      (stdout, stderr) of each; both have ended with status 0.
+    """
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOIN + script, address, str(index), *map(str, arguments)],
+            env=environment | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+    try:
+        said = [child.communicate(timeout=300) for child in pair]
+    finally:
+        for child in pair:
+            child.kill()
+    for child, (_, errors) in zip(pair, said, strict=True):
+        assert child.returncode == 0, errors[-3000:]
+    return said
