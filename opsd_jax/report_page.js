@@ -233,8 +233,8 @@ function drawView(view) {
     details.append(html("div", { class: "sample" },
       html("div", { class: "text" }, sample.question),
       drawTokens(sample, top),
-      html("div", { class: "note" }, `answer ${sample.answer}; graded ${sample.reward ?? "–"}; the teacher also saw:`),
-      html("div", { class: "text note" }, sample.solution)));
+      html("div", { class: "note" }, `answer ${sample.answer}; graded ${sample.reward ?? "–"}; the teacher was asked:`),
+      html("div", { class: "text note" }, sample.teacher_prompt)));
   return details;
 }
 

@@ -252,7 +252,7 @@ def tokens_command(workdir: str, step: int | None, num: int, seed: int) -> Path:
             "step": run.step,
             "id": problem.id,
             "question": problem.question,
-            "solution": problem.solution,
+            "teacher_prompt": run.experiment.contexts.prompt(problem, "teacher"),
             "answer": problem.answer,
             "completion": texts[b],
             "reward": rewards[b],

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,6 +38,7 @@ from opsd_jax.preemption import Preemption
 from opsd_jax.problems import ProblemSet
 from opsd_jax.progress import ProgressLine
 from opsd_jax.references import ReferenceRows
+from opsd_jax.runs import read_run
 from opsd_jax.sharding import make_mesh, num_bytes
 from opsd_jax.slots import Sampler
 from opsd_jax.stepping import Grade, check_answers
@@ -219,8 +219,8 @@ def start_or_resume(
 
 def summary(workdir: str | Path) -> str:
     """Before and after, from the first and the last evaluation in metrics.jsonl."""
-    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    found = [line for line in map(json.loads, lines) if BEST_METRIC in line]
+    run = read_run(Path(workdir))
+    found = [line for line in run.history if BEST_METRIC in line]
     if not found:
         return "no evaluation was made (train.heldout or train.eval_every_steps is unset)"
     first, last = found[0], found[-1]
@@ -233,5 +233,6 @@ def summary(workdir: str | Path) -> str:
             text = "-" if value is None else f"{value:.3f}"
             cells.append(text + (f" ±{error:.3f}" if error is not None else ""))
         rows.append(f"{name:34}{cells[0]:>14}{cells[1]:>14}")
-    rows.append(f"{'generated tokens':34}{0:>14,}{last['rollout/tokens_total']:>14,}")
+    tokens = "generated tokens" if run.generates else "target tokens"
+    rows.append(f"{tokens:34}{0:>14,}{last['rollout/tokens_total']:>14,}")
     return "\n".join(rows)

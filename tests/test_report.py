@@ -65,7 +65,7 @@ def written(tmp_path_factory) -> Path:
     (root / "begun").mkdir()
     (root / "begun" / "config.gin").write_text("train.seed = 0\n")
     rows = [token(EVIL, 0.5, 7), token(" two\n", 0.0, 3), token("", 2.0, 3)]
-    sample = {"step": 30, "question": EVIL, "solution": EVIL, "answer": EVIL, "reward": None}
+    sample = {"step": 30, "question": EVIL, "teacher_prompt": EVIL, "answer": EVIL, "reward": None}
     (fast[0] / "tokens").mkdir()
     line = json.dumps(sample | {"tokens": rows})
     (fast[0] / "tokens" / "step_000030.jsonl").write_text(line + "\n" + line[:50])

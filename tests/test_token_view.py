@@ -4,6 +4,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -185,7 +186,7 @@ def test_hostile_tokens_end_up_as_text_on_the_page(tmp_path):
     (tmp_path / "run" / "config.gin").write_text("train.seed = 0\n")
     [tokens] = rows_of(HostileTokenizer(), [5, 6], [[5, 7], [8, 6]], divergence=np.inf)
     assert tokens[1]["text"] == tokens[0]["teacher_top"][1][1] == EVIL
-    line = {"step": 1, "question": EVIL, "solution": EVIL, "answer": EVIL, "tokens": tokens}
+    line = {"step": 1, "question": EVIL, "teacher_prompt": EVIL, "answer": EVIL, "tokens": tokens}
     (tmp_path / "run" / "tokens" / "step_000001.jsonl").write_text(json.dumps(line) + "\n")
     assert main(["report", f"--workdir={tmp_path}/run", f"--out={tmp_path}/page.html"]) == 0
     page = (tmp_path / "page.html").read_text()
@@ -235,6 +236,7 @@ def test_the_command_writes_whole_lines_which_the_page_shows(workdir, capsys):
     assert [line["question"] for line in lines] == [f"{i}{EVIL}" for i in range(3)]
     for line in lines:
         assert "".join(token["text"] for token in line["tokens"]) == line["completion"]
+        assert EVIL in line["teacher_prompt"] and line["question"] in line["teacher_prompt"]
         assert 1 <= len(line["tokens"]) <= 5 and line["reward"] in (0.0, 1.0)
         assert line["stopped"] == line["tokens"][-1]["stop"] and line["step"] == 1
         for token in line["tokens"]:
@@ -257,3 +259,10 @@ def test_bad_input_is_one_line_and_status_2(workdir, capsys):
     assert "--num must be at least 1" in capsys.readouterr().err
     assert main(["tokens", f"--workdir={workdir}", "--step=7"]) == 2
     assert "7" in capsys.readouterr().err
+
+
+def test_a_teacher_of_another_shape_is_refused(monkeypatch, capsys):
+    found = SimpleNamespace(teacher=None)
+    monkeypatch.setattr("opsd_jax.token_view.restore_run", lambda workdir, step: found)
+    assert main(["tokens", "--workdir=runs/x"]) == 2
+    assert "runs/x: its teacher.model is of another shape" in capsys.readouterr().err
