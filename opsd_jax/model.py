@@ -4,10 +4,11 @@
 One parameter tree serves both roles. `apply({"params": p, "lora": l}, ...)` is the student;
 leaving the collection out, `apply({"params": p}, ...)`, is the base model.
 
-The module never writes a cache. It attends to the tokens it is given and, if there is one,
-to a read-only `KVCache`; with `return_kv=True` it hands back the new keys and values and the
-caller stores them. Which cached slots a query sees is decided by positions alone: an empty slot
-carries `EMPTY_POSITION`, which no query ever reaches.
+The module never writes its `cache`. It attends to the tokens it is given and, if there is one, to
+that cache; with `return_kv=True` it hands back the new keys and values and the caller stores
+them. Decoding token by token, it gets a small `Recent` buffer besides, puts the new keys and values
+there before it reads them, and hands the buffer back. Which slots a query sees is decided by
+positions alone: an empty slot carries `EMPTY_POSITION`, which no query ever reaches.
 
 Model families differ in the switches of `ModelConfig` only. What differs from layer to layer is
 a number (the window, the rotary frequencies, the query scale) and is scanned with the layers: no
@@ -19,40 +20,17 @@ K key/value heads, G = N / K, H head width, R LoRA rank, V vocabulary, E experts
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
 
 import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from opsd_jax.model_config import LoraConfig, ModelConfig, layer_numbers
-
-EMPTY_POSITION = 2**30
-
-
-@flax.struct.dataclass
-class KV:
-    """Keys and values of every layer, laid out so that both attention products are matmuls.
-
-    keys: [L, B, K, H, S]; values: [L, B, K, S, H].
-    """
-
-    keys: jax.Array
-    values: jax.Array
-
-
-@flax.struct.dataclass
-class KVCache:
-    """What has been said so far: keys, values and the position of each slot.
-
-    positions: [B, S] int32; `EMPTY_POSITION` marks a slot that no query may see.
-    """
-
-    kv: KV
-    positions: jax.Array
+from opsd_jax.kv_cache import KV, KVCache, LayersKV, Recent, put
+from opsd_jax.model_config import ModelConfig, layer_numbers
+from opsd_jax.projection import logical, project
 
 
 @flax.struct.dataclass
@@ -65,11 +43,6 @@ class LayerNumbers:
     rope: jax.Array
     query_scale: jax.Array
     window: jax.Array
-
-
-def logical(init: Callable[..., jax.Array], axes: tuple[str | None, ...]) -> Callable[..., Any]:
-    """The initializer, with the logical names of the axes it fills."""
-    return nn.with_logical_partitioning(init, axes)
 
 
 class RMSNorm(nn.Module):
@@ -86,68 +59,6 @@ class RMSNorm(nn.Module):
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         gain = self.offset + scale.astype(jnp.float32)
         return (x32 * jnp.expand_dims(gain, tuple(range(x.ndim - 1)))).astype(x.dtype)
-
-
-class Projection(nn.Module):
-    """A linear map over the trailing `in_shape` axes, with an optional bias and adapter.
-
-    y = x W + bias + scale · (x A) B, where A and B live in the "lora" collection and B starts
-    at zero.
-    """
-
-    in_shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
-    in_axes: tuple[str, ...]
-    out_axes: tuple[str, ...]
-    use_bias: bool = False
-    lora: LoraConfig | None = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        num_in = len(self.in_shape)
-        init = nn.initializers.variance_scaling(
-            1.0,
-            "fan_in",
-            "truncated_normal",
-            in_axis=tuple(range(num_in)),
-            out_axis=tuple(range(num_in, num_in + len(self.out_shape))),
-        )
-        kernel = self.param(
-            "kernel",
-            logical(init, self.in_axes + self.out_axes),
-            self.in_shape + self.out_shape,
-        )
-        y = jnp.tensordot(x, kernel.astype(x.dtype), num_in)
-        if self.use_bias:
-            zeros = logical(nn.initializers.zeros, self.out_axes)
-            bias = self.param("bias", zeros, self.out_shape).astype(x.dtype)
-            y = y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
-        # Absent collection = base model; during init the collection is mutable and is created.
-        if self.lora and (self.has_variable("lora", "a") or self.is_mutable_collection("lora")):
-            y = y + self._adapter(x, num_in, self.lora)
-        return y
-
-    def _adapter(self, x: jax.Array, num_in: int, lora: LoraConfig) -> jax.Array:
-        fan_in = math.prod(self.in_shape)
-
-        def init_a():
-            init = nn.initializers.normal(fan_in**-0.5)
-            axes = self.in_axes + ("lora_rank",)
-            shape = self.in_shape + (lora.rank,)
-            return logical(init, axes)(self.make_rng("params"), shape)
-
-        def init_b():
-            axes = ("lora_rank",) + self.out_axes
-            shape = (lora.rank,) + self.out_shape
-            return logical(nn.initializers.zeros, axes)(None, shape)
-
-        a = self.variable("lora", "a", init_a).value
-        b = self.variable("lora", "b", init_b).value
-        if lora.dropout and self.has_rng("dropout"):
-            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - lora.dropout, x.shape)
-            x = jnp.where(keep, x / (1 - lora.dropout), 0)
-        x_R = jnp.tensordot(x, a.astype(x.dtype), num_in)
-        return jnp.tensordot(x_R, b.astype(x.dtype), 1) * lora.scale
 
 
 def rotate(
@@ -209,14 +120,6 @@ def attend(
     return out
 
 
-def project(config: ModelConfig, name: str, in_shape, out_shape, in_axes, out_axes):
-    """The named projection with the bias and the adapter that the config gives it."""
-    lora = config.lora if config.lora and config.lora.covers(name) else None
-    return Projection(
-        in_shape, out_shape, in_axes, out_axes, name in config.biases, lora, name=name
-    )
-
-
 class Attention(nn.Module):
     """Grouped-query causal self-attention with rotary positions."""
 
@@ -228,7 +131,8 @@ class Attention(nn.Module):
         x_BTD: jax.Array,
         positions_BT: jax.Array,
         numbers: LayerNumbers,
-        cached: tuple | None,
+        cache: KVCache | None,
+        recent: Recent | None,
     ) -> tuple[jax.Array, KV]:
         c = self.config
         B, T, D = x_BTD.shape
@@ -243,8 +147,13 @@ class Attention(nn.Module):
         k = rotate(k, positions_BT, numbers.rope)
         q_BKGTH = q.reshape(B, T, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
         kv = KV(keys=k.transpose(0, 2, 3, 1), values=v.transpose(0, 2, 1, 3))
-        own = (kv.keys, kv.values, positions_BT)
-        sources = (own,) if cached is None else (cached, own)
+        # Written before it is read: the other way round XLA would copy the buffer at every step.
+        positions_BS = positions_BT
+        if recent is not None:
+            kv, positions_BS = put(recent, kv), recent.cache.positions
+        sources = [(kv.keys, kv.values, positions_BS)]
+        if cache is not None:
+            sources.insert(0, (cache.kv.keys, cache.kv.values, cache.positions))
         out = attend(q_BKGTH, sources, positions_BT, numbers.window, c.attention_softcap)
         out_BTNH = out.transpose(0, 3, 1, 2, 4).reshape(B, T, c.num_heads, c.head_dim)
         return project(c, "o_proj", q_shape, (D,), q_axes, ("embed",))(out_BTNH), kv
@@ -319,15 +228,17 @@ class Block(nn.Module):
     return_kv: bool
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, numbers, kv, cache_positions_BS):
+    def __call__(self, x_BTD, positions_BT, numbers, kvs, rest):
         c = self.config
-        cached = None if kv is None else (kv.keys, kv.values, cache_positions_BS)
+        (kv, recent_kv), (positions_BS, recent_positions_BS, slot) = kvs, rest
+        cache = kv and KVCache(kv, positions_BS)
+        recent = recent_kv and Recent(KVCache(recent_kv, recent_positions_BS), slot)
 
         def norm(x, name, wanted):
             return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x) if wanted else x
 
         y = norm(x_BTD, "attention_norm", c.pre_norm)
-        y, new_kv = Attention(c, name="attention")(y, positions_BT, numbers, cached)
+        y, new_kv = Attention(c, name="attention")(y, positions_BT, numbers, cache, recent)
         x_BTD = x_BTD + c.residual_scale * norm(y, "attention_post_norm", c.post_norm)
         y = norm(x_BTD, "mlp_norm", c.pre_norm)
         y = Experts(c, name="experts")(y) if c.num_experts else MLP(c, name="mlp")(y)
@@ -347,18 +258,21 @@ class Decoder(nn.Module):
         ids_BT: jax.Array,
         positions_BT: jax.Array,
         cache: KVCache | None = None,
+        recent: Recent | None = None,
         return_kv: bool = False,
-    ) -> tuple[jax.Array, KV | None]:
+    ) -> tuple[jax.Array, LayersKV | None]:
         """Runs the layers over T tokens that may also look at a cache.
 
         Args:
           ids_BT: [B, T] int32 token ids.
           positions_BT: [B, T] int32 positions; they alone decide what is causal.
           cache: keys and values of earlier tokens, read only.
-          return_kv: also return the keys and values of these T tokens.
+          recent: a buffer to be filled and read, for T = 1.
+          return_kv: also return the new keys and values: those of the T tokens, or the buffer.
 
         Returns:
-          hidden [B, T, D] after the final norm, and the new `KV` (None unless asked for).
+          hidden [B, T, D] after the final norm, and the new keys and values (None unless asked
+          for), in the form that `KVCache.kv` has.
         """
         c = self.config
         embed = self.param(
@@ -373,6 +287,13 @@ class Decoder(nn.Module):
                 (c.vocab_size, c.embed_dim),
             )
         x_BTD = c.embed_scale * embed[ids_BT].astype(c.dtype)
+        layers = self._scanned if c.scan_layers else self._unrolled
+        x_BTD, new_kv = layers(x_BTD, positions_BT, cache, recent, return_kv)
+        x_BTD = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x_BTD)
+        return c.output_scale * x_BTD, new_kv
+
+    def _scanned(self, x_BTD, positions_BT, cache, recent, return_kv):
+        c = self.config
         block = nn.remat(Block, prevent_cse=False) if c.remat and not return_kv else Block
         layers = nn.scan(
             block,
@@ -382,11 +303,51 @@ class Decoder(nn.Module):
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, return_kv, name="layers")
-        kv, cache_positions = (cache.kv, cache.positions) if cache else (None, None)
         numbers = LayerNumbers(**{k: jnp.asarray(v) for k, v in layer_numbers(c).items()})
-        x_BTD, new_kv = layers(x_BTD, positions_BT, numbers, kv, cache_positions)
-        x_BTD = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x_BTD)
-        return c.output_scale * x_BTD, new_kv
+        return layers(x_BTD, positions_BT, numbers, *_apart(cache, recent))
+
+    def _unrolled(self, x_BTD, positions_BT, cache, recent, return_kv):
+        """One `layers_<i>` after the other: the form that `unstacked` makes."""
+        (kv, recent_kv), rest = _apart(cache, recent)
+        new_kvs = []
+        for i in range(self.config.num_layers):
+            numbers = {k: jnp.asarray(v[i]) for k, v in layer_numbers(self.config).items()}
+            block = Block(self.config, return_kv, name=f"layers_{i}")
+            x_BTD, new_kv = block(
+                x_BTD,
+                positions_BT,
+                LayerNumbers(**numbers),
+                (kv and kv[i], recent_kv and recent_kv[i]),
+                rest,
+            )
+            new_kvs.append(new_kv)
+        return x_BTD, tuple(new_kvs) if return_kv else None
+
+
+def _apart(cache: KVCache | None, recent: Recent | None):
+    """Of both, keys and values, which differ from layer to layer, and the rest, which does not."""
+    kvs = (cache and cache.kv, recent and recent.cache.kv)
+    rest = (cache and cache.positions, recent and recent.cache.positions, recent and recent.slot)
+    return kvs, rest
+
+
+def unstacked(model: Decoder, variables: dict) -> tuple[Decoder, dict]:
+    """The same model with a parameter array of its own for every layer.
+
+    For decoding small models: a scan over layers reads each layer's weights and cache through a
+    slice, which on a CPU is a copy, at every token. The arrays exist twice for that time.
+    """
+
+    def per_layer(collection: dict) -> dict:
+        rest = {name: tree for name, tree in collection.items() if name != "layers"}
+        layers = {
+            f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], collection["layers"])
+            for i in range(model.config.num_layers)
+        }
+        return rest | layers
+
+    config = dataclasses.replace(model.config, scan_layers=False)
+    return Decoder(config), {name: per_layer(tree) for name, tree in variables.items()}
 
 
 def init_variables(model: Decoder, key: jax.Array) -> dict:

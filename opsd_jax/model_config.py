@@ -84,6 +84,8 @@ class ModelConfig:
       dtype: compute dtype of activations, "float32" or "bfloat16"; the parameters keep
         their own dtype (float32 masters in training).
       remat: recompute each layer in the backward pass instead of storing its activations.
+      scan_layers: one scan over stacked layers, compiled once whatever L is; False is for
+        decoding, see `model.unstacked`.
       lora: adapters that live in the "lora" collection, or None.
       rope_scaling: stretches the rotation of the layers that see everything.
       local_rope_theta: rotary base, unstretched, of the layers with a window; None: as others.
@@ -120,6 +122,7 @@ class ModelConfig:
     qk_norm: bool = False
     dtype: str = "float32"
     remat: bool = True
+    scan_layers: bool = True
     lora: LoraConfig | None = None
     rope_scaling: RopeScaling | None = None
     local_rope_theta: float | None = None

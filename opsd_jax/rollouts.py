@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The student speaks: prefill, then one token at a time, inside the jitted step.
+"""The student speaks: prefill, then segments of `lax.scan`, inside the jitted step.
 
-Layout of the cache: slot s < P holds prompt token s, slot P + t holds completion token t, the
-same for every row, so that writing a token is one slice and never a scatter. Prompts are padded
-on the right; a padded slot keeps `EMPTY_POSITION` and no query sees it. Positions come from the
-lengths: completion token t of a row stands at position `length + t`, whatever the padding.
+    prefill -> sample -> [ segment -> merge ] -> [ segment -> merge ] -> … until all rows are done
+
+A segment reads the cache as it was at its start and a small buffer of its own tokens
+(`kv_cache.py`). The cache grows in a few stages, so that the first token does not pay for the
+capacity of the last. Positions come from lengths, never from padding.
+`slots.py` runs the same segments over rows that are refilled.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -18,8 +22,9 @@ import jax.numpy as jnp
 
 from opsd_jax.errors import UserError
 from opsd_jax.head import head_logits, output_head
-from opsd_jax.model import EMPTY_POSITION, KV, Decoder, KVCache
-from opsd_jax.sampling import filter_logits, sample
+from opsd_jax.kv_cache import EMPTY_POSITION, KVCache, Recent, empty, merge, resized
+from opsd_jax.model import Decoder, unstacked
+from opsd_jax.sampling import filter_logits, log_prob, penalise, prompt_tokens, sample
 
 
 @flax.struct.dataclass
@@ -36,14 +41,16 @@ class Completion:
 
     ids: [B, C] int32, padded after the stop token; mask: [B, C] bool, True for every sampled
     token including the stop token; logps: [B, C] float32, log-probability of each id under the
-    model itself (temperature 1, nothing truncated), 0 where masked; stopped: [B] bool, False for
-    a row that ran into the length limit.
+    model itself (temperature 1, nothing truncated), 0 where masked; sampled_logps: [B, C]
+    float32, the same under the distribution that was sampled from (0 when greedy); stopped: [B]
+    bool, False for a row that ran into the length limit.
     """
 
     ids: jax.Array
     mask: jax.Array
     logps: jax.Array
     stopped: jax.Array
+    sampled_logps: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,26 +62,86 @@ class RolloutConfig:
       temperature: 0 is greedy.
       top_k: entries kept, 0 = all.
       top_p: probability mass kept, 1 = all.
+      min_p: least share of the largest probability, 0 = all are kept.
+      repetition_penalty: divides the logits of tokens in prompt or completion, 1 = off.
+      presence_penalty: taken off the logits of tokens in the completion, 0 = off.
+      min_new_tokens: no stop id is sampled before so many tokens.
       stop_ids: ids that end a completion; they are part of it.
       pad_id: written after the stop token.
+      segment_len: tokens between two looks at whether rows are done; also those that wait in the
+        buffer of new keys and values.
+      unroll_layers: models of at most so many layers decode with unrolled layers: faster steps on
+        a CPU, for a second copy of the weights and a longer compilation.
+      dtype: of weights and computation while sampling, None = the model's; "bfloat16" under a
+        float32 model makes rollout/logp_gap the price of speed.
     """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    min_new_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
     pad_id: int = 0
+    segment_len: int = 16
+    unroll_layers: int = 4
+    dtype: str | None = None
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise UserError(f"rollout.max_new_tokens must be >= 1, not {self.max_new_tokens}")
-        if self.temperature < 0:
-            raise UserError(f"rollout.temperature must be >= 0, not {self.temperature}")
-        if self.top_k < 0:
-            raise UserError(f"rollout.top_k must be >= 0 (0 keeps all), not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"rollout.top_p must be in (0, 1], not {self.top_p}")
+        checks = {
+            "max_new_tokens": (self.max_new_tokens >= 1, ">= 1"),
+            "temperature": (self.temperature >= 0, ">= 0"),
+            "top_k": (self.top_k >= 0, ">= 0 (0 keeps all)"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
+            "repetition_penalty": (self.repetition_penalty > 0, "positive (1 is off)"),
+            "min_new_tokens": (
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+                "between 0 and rollout.max_new_tokens",
+            ),
+            "segment_len": (self.segment_len >= 1, ">= 1"),
+            "unroll_layers": (self.unroll_layers >= 0, ">= 0"),
+            "dtype": (self.dtype in (None, "float32", "bfloat16"), "None, 'float32', 'bfloat16'"),
+        }
+        for name, (fine, wanted) in checks.items():
+            if not fine:
+                raise UserError(f"rollout.{name} must be {wanted}, not {getattr(self, name)!r}")
+
+    @property
+    def penalises(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0
+
+
+@flax.struct.dataclass
+class Rows:
+    """Where the rows of a batch stand between two segments.
+
+    cache: a `KVCache` of prompt and all sampled tokens but the last; lengths: [B] int32, tokens in the cache, so
+    also the position of the last token; ids: [B] int32, the last sampled token; counts: [B]
+    int32, tokens sampled so far; done, stopped: [B] bool, finished for any reason, by a stop id;
+    keys: [B]; seen: None, or [B, V] int32, 1 for tokens of the prompt, 2 of the completion.
+    """
+
+    cache: Any
+    lengths: jax.Array
+    ids: jax.Array
+    counts: jax.Array
+    done: jax.Array
+    stopped: jax.Array
+    keys: jax.Array
+    seen: jax.Array | None
+
+
+class Tokens(NamedTuple):
+    """One sampled token per row, or, stacked, a segment of them: [B] or [K, B] each."""
+
+    ids: jax.Array
+    mask: jax.Array
+    logps: jax.Array
+    sampled_logps: jax.Array
 
 
 def rollout(
@@ -96,13 +163,32 @@ def rollout(
         key per row, [B], row b then draws from fold_in(key[b], t).
       config: see `RolloutConfig`.
     """
-    first, step = unrolled(model, variables, prompt_ids, prompt_lengths, key, config)
-    carry, out = first()
-    (_, _, done_B), rest = jax.lax.scan(step, carry, jnp.arange(1, config.max_new_tokens))
-    ids, mask, logps = (
-        jnp.concatenate([f[:, None], r.T], axis=1) for f, r in zip(out, rest, strict=True)
-    )
-    return Completion(ids=ids, mask=mask, logps=logps, stopped=done_B)
+    model, variables = decoding_form(model, variables, config)
+    rows, first = start(model, variables, prompt_ids, prompt_lengths, key, config)
+    num_segments, length = split(config)
+    total = 1 + num_segments * length
+    out = Tokens(*(jnp.zeros((total, *x.shape), x.dtype).at[0].set(x) for x in first))
+    out = out._replace(ids=out.ids.at[1:].set(config.pad_id))
+
+    def unfinished(last, carry):
+        number, rows, _ = carry
+        return ~jnp.all(rows.done) & (number < last)
+
+    def one_more(carry):
+        number, rows, out = carry
+        rows, tokens = segment(model, variables, rows, length, config)
+        put = jax.lax.dynamic_update_slice_in_dim
+        out = jax.tree.map(lambda x, y: put(x, y, 1 + number * length, 0), out, tokens)
+        return number + 1, rows, out
+
+    carry = (jnp.int32(0), rows, out)
+    for last in stages(prompt_ids.shape[1], num_segments, length):
+        number, rows, out = carry
+        cache = resized(rows.cache, prompt_ids.shape[1] + last * length)
+        carry = (number, dataclasses.replace(rows, cache=cache), out)
+        carry = jax.lax.while_loop(partial(unfinished, last), one_more, carry)
+    ids, mask, logps, sampled = (x[: config.max_new_tokens].T for x in carry[2])
+    return Completion(ids, mask, logps, carry[1].stopped, sampled)
 
 
 def stream(
@@ -115,97 +201,187 @@ def stream(
 ) -> Iterator[int]:
     """The tokens that `rollout` gives for a batch of one, each as soon as it is sampled."""
 
-    def parts(variables):
-        return unrolled(model, variables, prompt_ids, prompt_lengths, key, config)
+    @jax.jit
+    def begin(variables):
+        rows, first = start(model, variables, prompt_ids, prompt_lengths, key, config)
+        capacity = prompt_ids.shape[1] + config.max_new_tokens
+        return dataclasses.replace(rows, cache=resized(rows.cache, capacity)), first.ids[0]
 
-    carry, out = jax.jit(lambda v: parts(v)[0]())(variables)
-    step = jax.jit(lambda v, carry, t: parts(v)[1](carry, t), donate_argnums=1)
-    for t in range(1, config.max_new_tokens + 1):
-        yield int(out[0][0])
-        if bool(carry[2][0]) or t == config.max_new_tokens:
+    @jax.jit
+    def go_on(variables, rows):
+        rows, tokens = segment(model, variables, rows, 1, config)
+        return rows, tokens.ids[0, 0]
+
+    rows, token = begin(variables)
+    while True:
+        yield int(token)
+        if bool(rows.done[0]):
             return
-        carry, out = step(variables, carry, t)
+        rows, token = go_on(variables, rows)
 
 
-def unrolled(model, variables, prompt_ids, prompt_lengths, key, config):
-    """The two functions that a rollout consists of.
-
-    first() -> (carry, out) reads the prompts and samples token 0; step(carry, t) -> (carry, out)
-    feeds token t - 1 and samples token t. carry is (cache, ids [B], done [B]); out is
-    (ids, mask, logps), each [B].
-    """
+def decoding_form(model: Decoder, variables: dict, config: RolloutConfig) -> tuple[Decoder, dict]:
+    """Model and constant variables as sampling reads them, made once per rollout."""
     variables = jax.lax.stop_gradient(variables)
-    B, P = prompt_ids.shape
-    head = output_head(variables["params"], model.config)
-    row_keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
-
-    def next_token(cache, hidden_BD, t, done_B):
-        ids_B, logps_B = choose(head_logits(head, hidden_BD), row_keys, t, config)
-        mask_B = ~done_B
-        ids_B = jnp.where(mask_B, ids_B, config.pad_id)
-        done_B = done_B | jnp.isin(ids_B, jnp.array(config.stop_ids, jnp.int32))
-        return (cache, ids_B, done_B), (ids_B, mask_B, jnp.where(mask_B, logps_B, 0.0))
-
-    def first():
-        cache, hidden_BD = prefill(model, variables, prompt_ids, prompt_lengths, config)
-        return next_token(cache, hidden_BD, 0, jnp.zeros((B,), bool))
-
-    def step(carry, t):
-        cache, ids_B, done_B = carry
-        positions_B1 = (prompt_lengths + t - 1)[:, None]
-        hidden, kv = model.apply(
-            variables, ids_B[:, None], positions_B1, cache=cache, return_kv=True
-        )
-        cache = write(cache, kv, positions_B1, P + t - 1)
-        return next_token(cache, hidden[:, 0], t, done_B)
-
-    return first, step
+    if config.dtype is not None:
+        variables = jax.tree.map(lambda x: x.astype(config.dtype), variables)
+        model = Decoder(dataclasses.replace(model.config, dtype=config.dtype))
+    if model.config.scan_layers and model.config.num_layers <= config.unroll_layers:
+        return unstacked(model, variables)
+    return model, variables
 
 
-def prefill(
+def split(config: RolloutConfig) -> tuple[int, int]:
+    """(number of segments, tokens each) for the C - 1 tokens after the first, evenly."""
+    rest = config.max_new_tokens - 1
+    number = -(-rest // config.segment_len)
+    return number, -(-rest // max(number, 1))
+
+
+def stages(prompt_len: int, num_segments: int, length: int) -> list[int]:
+    """Numbers of segments at which the cache is full and grows, to about twice its size.
+
+    Every stage is compiled, so there are at most four.
+    """
+    ends: list[int] = []
+    while (done := ends[-1] if ends else 0) < num_segments:
+        twice = -(-(prompt_len + 2 * done * length) // length)
+        ends.append(min(num_segments, max(twice, done + -(-num_segments // 4))))
+    return ends
+
+
+def start(
     model: Decoder,
     variables: dict,
     prompt_ids: jax.Array,
     prompt_lengths: jax.Array,
+    key: jax.Array,
     config: RolloutConfig,
+) -> tuple[Rows, Tokens]:
+    """Reads the prompts and samples every row's first token."""
+    cache, hidden_BD = prefill(model, variables, prompt_ids, prompt_lengths)
+    B = len(prompt_lengths)
+    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+    seen = None
+    if config.penalises:
+        seen = prompt_tokens(prompt_ids, prompt_lengths, model.config.vocab_size)
+    rows = begin_rows(cache, prompt_lengths, keys, seen)
+    return next_token(rows, output_head(variables["params"], model.config), hidden_BD, config)
+
+
+def begin_rows(cache: KVCache, lengths: jax.Array, keys: jax.Array, seen: jax.Array | None) -> Rows:
+    """Rows that have read their prompts and said nothing."""
+    nothing = jnp.zeros_like(lengths)
+    never = jnp.zeros(lengths.shape, bool)
+    # The length rises with every token that follows the first; -1 + 1 = 0 for the first.
+    return Rows(cache, lengths - 1, nothing, nothing, never, never, keys, seen)
+
+
+def prefill(
+    model: Decoder, variables: dict, prompt_ids: jax.Array, prompt_lengths: jax.Array
 ) -> tuple[KVCache, jax.Array]:
-    """Reads the prompts; returns a cache with room for C tokens and the last hidden [B, D]."""
-    B, P = prompt_ids.shape
-    positions = jnp.broadcast_to(jnp.arange(P), (B, P))
+    """Reads the prompts; returns a cache of P slots and the last hidden states [B, D]."""
+    positions = jnp.broadcast_to(jnp.arange(prompt_ids.shape[1]), prompt_ids.shape)
     hidden, kv = model.apply(variables, prompt_ids, positions, return_kv=True)
-    assert isinstance(kv, KV)
-    spare = config.max_new_tokens
-    kv = KV(
-        keys=jnp.pad(kv.keys, [(0, 0)] * 4 + [(0, spare)]),
-        values=jnp.pad(kv.values, [(0, 0)] * 3 + [(0, spare), (0, 0)]),
-    )
-    positions = jnp.where(positions < prompt_lengths[:, None], positions, EMPTY_POSITION)
-    positions = jnp.pad(positions, [(0, 0), (0, spare)], constant_values=EMPTY_POSITION)
     last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
-    return KVCache(kv=kv, positions=positions), last
+    positions = jnp.where(positions < prompt_lengths[:, None], positions, EMPTY_POSITION)
+    return KVCache(kv, positions), last
 
 
-def write(cache: KVCache, kv: KV, positions_BT: jax.Array, slot: jax.Array) -> KVCache:
-    """Stores the keys and values of T tokens in the slots from `slot` on, for every row."""
-    put = jax.lax.dynamic_update_slice_in_dim
-    return KVCache(
-        kv=KV(
-            keys=put(cache.kv.keys, kv.keys.astype(cache.kv.keys.dtype), slot, axis=4),
-            values=put(cache.kv.values, kv.values.astype(cache.kv.values.dtype), slot, axis=3),
-        ),
-        positions=put(cache.positions, positions_BT, slot, axis=1),
+def segment(
+    model: Decoder,
+    variables: dict,
+    rows: Rows,
+    length: int,
+    config: RolloutConfig,
+    window: int | None = None,
+) -> tuple[Rows, Tokens]:
+    """K = `length` tokens for every row.
+
+    Args:
+      model, variables: see `decoding_form`.
+      rows: their cache needs K free slots behind every row that is not done.
+      length: K.
+      config: see `RolloutConfig`.
+      window: slots of the cache that are read, no fewer than any such row has filled; None: all.
+
+    Returns:
+      The rows after it, and `Tokens` of [K, B]; rows that are done give masked padding.
+    """
+    head = output_head(variables["params"], model.config)
+    starts_B, slots = rows.lengths, jnp.arange(length)
+    cache = rows.cache if window is None else resized(rows.cache, window)
+
+    def step(carry, k):
+        rows, kv = carry
+        positions_BK = jnp.where(slots <= k, starts_B[:, None] + slots, EMPTY_POSITION)
+        hidden, kv = model.apply(
+            variables,
+            rows.ids[:, None],
+            (starts_B + k)[:, None],
+            cache,
+            Recent(KVCache(kv, positions_BK), k),
+            return_kv=True,
+        )
+        rows, tokens = next_token(rows, head, hidden[:, 0], config)
+        return (rows, kv), tokens
+
+    carry = (dataclasses.replace(rows, cache=None), empty(cache.kv, length))
+    (after, kv), tokens = jax.lax.scan(step, carry, slots)
+    cache = merge(rows.cache, KVCache(kv, starts_B[:, None] + slots), starts_B)
+    return dataclasses.replace(after, cache=cache), tokens
+
+
+def next_token(rows: Rows, head, hidden_BD: jax.Array, config: RolloutConfig):
+    """(rows, Tokens) with one more token; a row that is done stays as it is."""
+    ids_B, logps_B, sampled_B = choose(head_logits(head, hidden_BD), rows, config)
+    mask_B = ~rows.done
+    ids_B = jnp.where(mask_B, ids_B, config.pad_id)
+    counts_B = rows.counts + mask_B
+    stopped_B = rows.stopped | (mask_B & jnp.isin(ids_B, jnp.array(config.stop_ids, jnp.int32)))
+    seen = rows.seen
+    if seen is not None:
+        now = (jnp.arange(seen.shape[1]) == ids_B[:, None]) & mask_B[:, None]
+        seen = jnp.where(now, 2, seen)
+    rows = dataclasses.replace(
+        rows,
+        ids=ids_B,
+        lengths=rows.lengths + mask_B,
+        counts=counts_B,
+        stopped=stopped_B,
+        done=stopped_B | (counts_B >= config.max_new_tokens),
+        seen=seen,
+    )
+    return rows, Tokens(
+        ids_B, mask_B, jnp.where(mask_B, logps_B, 0.0), jnp.where(mask_B, sampled_B, 0.0)
     )
 
 
-def choose(
-    logits_BV: jax.Array, row_keys: jax.Array, t: jax.Array | int, config: RolloutConfig
-) -> tuple[jax.Array, jax.Array]:
-    """One id per row and its log-probability under the raw logits, [B] int32 and [B] float32."""
+def choose(logits_BV: jax.Array, rows: Rows, config: RolloutConfig) -> tuple[jax.Array, ...]:
+    """One id per row, and its log-probability under the raw and under the sampled distribution.
+
+    Returns:
+      ids [B] int32, logps [B] float32, sampled_logps [B] float32 (0 when greedy).
+    """
+    logits_BV = raw_BV = logits_BV.astype(jnp.float32)
+    if rows.seen is not None:
+        logits_BV = penalise(
+            logits_BV,
+            rows.seen > 0,
+            rows.seen > 1,
+            config.repetition_penalty,
+            config.presence_penalty,
+        )
+    if config.min_new_tokens and config.stop_ids:
+        early_B1 = (rows.counts + 1 < config.min_new_tokens)[:, None]
+        stops_V = jnp.isin(jnp.arange(logits_BV.shape[1]), jnp.array(config.stop_ids))
+        logits_BV = jnp.where(early_B1 & stops_V, -jnp.inf, logits_BV)
     if config.temperature == 0:
         ids_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    else:
-        filtered = filter_logits(logits_BV, config.temperature, config.top_k, config.top_p)
-        uniform_B = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(row_keys)
-        ids_B = sample(filtered, uniform_B)
-    logps_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32), axis=-1)
-    return ids_B, jnp.take_along_axis(logps_BV, ids_B[:, None], axis=-1)[:, 0]
+        return ids_B, log_prob(raw_BV, ids_B), jnp.zeros(ids_B.shape)
+    logits_BV = filter_logits(
+        logits_BV, config.temperature, config.top_k, config.top_p, config.min_p
+    )
+    draw = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))
+    ids_B = sample(logits_BV, draw(rows.keys, rows.counts))
+    return ids_B, log_prob(raw_BV, ids_B), log_prob(logits_BV, ids_B)

@@ -17,7 +17,8 @@ from opsd_jax.export import save_pretrained
 from opsd_jax.families import FAMILIES
 from opsd_jax.head import head_logits, output_head
 from opsd_jax.huggingface import config_from_hf, config_to_hf
-from opsd_jax.model import EMPTY_POSITION, Decoder, KVCache
+from opsd_jax.kv_cache import EMPTY_POSITION, KVCache
+from opsd_jax.model import Decoder
 from opsd_jax.pretrained import load_pretrained
 
 TOLERANCE = 2e-5

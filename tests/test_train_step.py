@@ -223,4 +223,10 @@ def test_the_divergence_goes_down():
 
 def test_completion_is_a_tree_of_rows():
     """Every leaf has the batch leading: sharding, micro-batches and the host rely on it."""
-    assert {f.name for f in dataclasses.fields(Completion)} == {"ids", "mask", "logps", "stopped"}
+    assert {f.name for f in dataclasses.fields(Completion)} == {
+        "ids",
+        "mask",
+        "logps",
+        "stopped",
+        "sampled_logps",
+    }
