@@ -134,12 +134,28 @@ def pick_rows(cache: KVCache, rows: jax.Array) -> KVCache:
     return KVCache(map_layers(take, cache.kv), cache.positions[rows])
 
 
-def choose_rows(condition_B: jax.Array, first: KVCache, other: KVCache) -> KVCache:
-    """Row by row the first cache where the condition holds, else the other; equal shapes."""
+def replace_rows(cache: KVCache, new: KVCache, condition_B: jax.Array) -> KVCache:
+    """The cache with the rows of `new`, which has fewer slots, where the condition holds.
 
-    def where(x, y):
+    The other slots of those rows become empty.
+    """
+    num_slots = new.positions.shape[1]
+    first = slice(num_slots)
+
+    def where(x, y, batch_axis):
         shape = [1] * x.ndim
-        shape[x.ndim - 4 if x.ndim > 2 else 0] = -1
+        shape[batch_axis] = -1
         return jnp.where(condition_B.reshape(shape), x, y)
 
-    return jax.tree.map(where, first, other)
+    def replaced(old: KV, kv: KV) -> KV:
+        batch = old.keys.ndim - 4
+        keys = where(kv.keys, old.keys[..., first], batch)
+        values = where(kv.values, old.values[..., first, :], batch)
+        return KV(
+            old.keys.at[..., first].set(keys),
+            old.values.at[..., first, :].set(values),
+        )
+
+    positions = resized(KVCache((), new.positions), cache.positions.shape[1]).positions
+    positions = where(positions, cache.positions, 0)
+    return KVCache(map_layers(replaced, cache.kv, new.kv), positions)

@@ -119,10 +119,11 @@ class RolloutConfig:
 class Rows:
     """Where the rows of a batch stand between two segments.
 
-    cache: a `KVCache` of prompt and all sampled tokens but the last; lengths: [B] int32, tokens in the cache, so
-    also the position of the last token; ids: [B] int32, the last sampled token; counts: [B]
-    int32, tokens sampled so far; done, stopped: [B] bool, finished for any reason, by a stop id;
-    keys: [B]; seen: None, or [B, V] int32, 1 for tokens of the prompt, 2 of the completion.
+    cache: a `KVCache` of prompt and all sampled tokens but the last; lengths: [B] int32, tokens in
+    the cache, so also the position of the last token; ids: [B] int32, the last sampled token;
+    counts: [B] int32, tokens sampled so far; done, stopped: [B] bool, finished for any reason, by
+    a stop id; keys: [B]; seen: None, or [B, V] int32, 1 for tokens of the prompt, 2 of the
+    completion.
     """
 
     cache: Any
@@ -269,7 +270,7 @@ def start(
     return next_token(rows, output_head(variables["params"], model.config), hidden_BD, config)
 
 
-def begin_rows(cache: KVCache, lengths: jax.Array, keys: jax.Array, seen: jax.Array | None) -> Rows:
+def begin_rows(cache: Any, lengths: jax.Array, keys: jax.Array, seen: jax.Array | None) -> Rows:
     """Rows that have read their prompts and said nothing."""
     nothing = jnp.zeros_like(lengths)
     never = jnp.zeros(lengths.shape, bool)

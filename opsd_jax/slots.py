@@ -1,33 +1,186 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many prompts through few rows: a list of prompts in, completions out as they finish."""
+"""Many prompts through few rows: finished rows make room for waiting prompts.
+
+    unique prompts -> prefill into a store -> place into free slots -> segment -> place -> …
+
+A long completion then holds up its own slot and no other. Prompts that are asked several times
+are read once. The segments are those of `rollouts.rollout`, and a completion depends on its own
+prompt and key (up to the rounding of sums over windows of another width).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import dataclasses
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
+import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from opsd_jax.contexts import pad
 from opsd_jax.errors import UserError
+from opsd_jax.head import output_head
+from opsd_jax.kv_cache import KVCache, empty, pick_rows, replace_rows
 from opsd_jax.model import Decoder
-from opsd_jax.rollouts import Completion, RolloutConfig, rollout
-from opsd_jax.sharding import Rules, batch_sharding, on_mesh, replicated, shard_batch
+from opsd_jax.rollouts import (
+    Completion,
+    RolloutConfig,
+    Rows,
+    Tokens,
+    begin_rows,
+    decoding_form,
+    next_token,
+    prefill,
+    segment,
+    split,
+    stages,
+)
+from opsd_jax.sampling import prompt_tokens
+from opsd_jax.sharding import Rules, on_mesh, replicated, shard_batch
 from opsd_jax.tokenizer import Tokenizer
 
 
 class Sampled(NamedTuple):
-    """A finished completion: its prompt's number, its ids (stop token included), its end."""
+    """A finished completion.
+
+    prompt: its prompt's number; ids: the stop token included; stopped: False if it ran into the
+    length limit; logps: log-probability of each id under the model itself.
+    """
 
     prompt: int
     ids: list[int]
     stopped: bool
+    logps: list[float]
+
+
+@flax.struct.dataclass
+class Store:
+    """Prompts that have been read. cache: P slots; hidden: [R, D]; ids: [R, P]; lengths: [R]."""
+
+    cache: KVCache
+    hidden: jax.Array
+    ids: jax.Array
+    lengths: jax.Array
+
+
+def read_prompts(model: Decoder, variables: dict, ids: jax.Array, lengths: jax.Array) -> Store:
+    """Prefills R prompts."""
+    cache, hidden = prefill(model, variables, ids, lengths)
+    return Store(cache, hidden, ids, lengths)
+
+
+def idle_rows(store: Store, num_rows: int, capacity: int, vocab_size: int | None) -> Rows:
+    """Rows that have nothing to do; their caches are laid out like the store's.
+
+    Args:
+      store: any.
+      num_rows: B.
+      capacity: slots of the cache of each row.
+      vocab_size: V where occurrences are counted, else None.
+    """
+    like = pick_rows(store.cache, jnp.zeros(num_rows, jnp.int32))
+    cache = KVCache(empty(like.kv, capacity), jnp.zeros((num_rows, capacity), jnp.int32))
+    seen = None if vocab_size is None else jnp.zeros((num_rows, vocab_size), jnp.int32)
+    keys = jax.random.split(jax.random.key(0), num_rows)
+    rows = begin_rows(cache, jnp.zeros(num_rows, jnp.int32), keys, seen)
+    return dataclasses.replace(rows, done=jnp.ones(num_rows, bool))
+
+
+def place(
+    model: Decoder,
+    config: RolloutConfig,
+    variables: dict,
+    rows: Rows,
+    store: Store,
+    source_B: jax.Array,
+    key_data: jax.Array,
+) -> tuple[Rows, Tokens]:
+    """Gives free rows a prompt of the store and their first token.
+
+    Args:
+      model, config, variables: those of the segments.
+      rows: B rows.
+      store: R prompts.
+      source_B: [B] int32, the prompt in the store; -1 leaves the row alone.
+      key_data: [B, …], data of the keys of those rows.
+
+    Returns:
+      The rows after it and `Tokens` [1, B], masked where nothing was placed.
+    """
+    fresh_B, source_B = source_B >= 0, jnp.maximum(source_B, 0)
+    cache = replace_rows(rows.cache, pick_rows(store.cache, source_B), fresh_B)
+    lengths, seen = store.lengths[source_B], None
+    if rows.seen is not None:
+        seen = prompt_tokens(store.ids[source_B], lengths, rows.seen.shape[1])
+    new = begin_rows(None, lengths, jax.random.wrap_key_data(key_data), seen)
+    head = output_head(variables["params"], model.config)
+    new, tokens = next_token(new, head, store.hidden[source_B], config)
+
+    def choose(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.where(fresh_B.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+
+    kept = jax.tree.map(choose, new, dataclasses.replace(rows, cache=None))
+    return dataclasses.replace(kept, cache=cache), Tokens(
+        *(x[None] for x in tokens._replace(mask=tokens.mask & fresh_B))
+    )
+
+
+class Slots:
+    """The host's view of the rows: which sample each works on and what it has said so far."""
+
+    def __init__(self, num_slots: int, config: RolloutConfig):
+        self.config = config
+        self.sample: list[int | None] = [None] * num_slots
+        self.prompt_len = np.zeros(num_slots, np.int64)
+        self.ids: list[list[int]] = [[] for _ in range(num_slots)]
+        self.logps: list[list[float]] = [[] for _ in range(num_slots)]
+
+    def free(self) -> list[int]:
+        return [slot for slot, sample in enumerate(self.sample) if sample is None]
+
+    def begin(self, slot: int, sample: int, prompt_len: int) -> None:
+        self.sample[slot], self.prompt_len[slot] = sample, prompt_len
+        self.ids[slot], self.logps[slot] = [], []
+
+    def in_cache(self) -> int:
+        """Tokens in the cache of the longest row that goes on; 0 if none does."""
+        live = (s for s, sample in enumerate(self.sample) if sample is not None)
+        return max((int(self.prompt_len[s]) + len(self.ids[s]) - 1 for s in live), default=0)
+
+    def take(self, tokens: Tokens) -> Iterator[Sampled]:
+        """Adds [K, B] tokens, and frees and yields the rows that they finish."""
+        ids, mask, logps, _ = (np.asarray(x) for x in tokens)
+        for slot in np.flatnonzero(mask[0]):
+            kept = mask[:, slot]
+            self.ids[slot] += ids[kept, slot].tolist()
+            self.logps[slot] += logps[kept, slot].tolist()
+            stopped = self.ids[slot][-1] in self.config.stop_ids
+            sample = self.sample[slot]
+            if sample is not None and (
+                stopped or len(self.ids[slot]) == self.config.max_new_tokens
+            ):
+                self.sample[slot] = None
+                yield Sampled(sample, self.ids[slot], stopped, self.logps[slot])
 
 
 class Sampler:
-    """Jitted rollouts over lists of prompts; compiles once per (settings, width, batch)."""
+    """Jitted rollouts over lists of prompts.
+
+    A run compiles one prefill, one placement and at most five segments (of growing windows) per
+    settings and prompt width, and widths are multiples of 16.
+
+    Args:
+      model: the decoder.
+      tokenizer: supplies the padding id.
+      mesh, rules: where arrays live.
+      batch_size: the number of slots, a multiple of the mesh's `data`.
+    """
 
     def __init__(
         self, model: Decoder, tokenizer: Tokenizer, mesh: Mesh, rules: Rules, batch_size: int
@@ -39,28 +192,12 @@ class Sampler:
             )
         self.model, self.tokenizer, self.mesh, self.rules = model, tokenizer, mesh, rules
         self.batch_size = batch_size
-        self._compiled: dict[RolloutConfig, Callable] = {}
-
-    def _rollout(self, config: RolloutConfig) -> Callable:
-        if config not in self._compiled:
-            rows = batch_sharding(self.mesh)
-
-            def run(variables, ids, lengths, key_data):
-                keys = jax.random.wrap_key_data(key_data)
-                return rollout(self.model, variables, ids, lengths, keys, config)
-
-            compiled = jax.jit(
-                run,
-                in_shardings=(None, rows, rows, None),
-                out_shardings=replicated(self.mesh),
-            )
-            self._compiled[config] = on_mesh(compiled, self.mesh, self.rules)
-        return self._compiled[config]
+        self._programs: dict[tuple[RolloutConfig, int], Programs] = {}
 
     def __call__(
-        self, variables: dict, prompts: list[list[int]], config: RolloutConfig, keys: jax.Array
+        self, variables: dict, prompts: Sequence[list[int]], config: RolloutConfig, keys: jax.Array
     ) -> Iterator[Sampled]:
-        """Yields every prompt's completion once, in any order.
+        """Yields every prompt's completion once, in the order in which they finish.
 
         Args:
           variables: {"params"[, "lora"]}.
@@ -68,19 +205,85 @@ class Sampler:
           config: how to sample.
           keys: [N]; prompt i draws from keys[i] alone, whatever is sampled beside it.
         """
-        width = max(map(len, prompts), default=0)
+        width = -(-max(map(len, prompts), default=1) // 16) * 16
+        if (config, width) not in self._programs:
+            self._programs[config, width] = Programs(self, config, width)
+        run = self._programs[config, width]
+        variables, key_data = run.prepare(variables), np.asarray(jax.random.key_data(keys))
+        slots, rows = Slots(self.batch_size, config), None
+        chunks, ready = self._chunks(prompts), deque[tuple[int, int]]()
+        while True:
+            while (free := slots.free()) and (ready or chunks):
+                if not ready:
+                    chunk = chunks.popleft()
+                    store = run.read(
+                        variables, *self._padded([prompts[i[0]] for i in chunk], width)
+                    )
+                    ready.extend((row, i) for row, samples in enumerate(chunk) for i in samples)
+                    rows = run.idle(store) if rows is None else rows
+                source = np.full(self.batch_size, -1, np.int32)
+                now = np.zeros((self.batch_size, *key_data.shape[1:]), key_data.dtype)
+                for slot in free[: len(ready)]:
+                    source[slot], sample = ready.popleft()
+                    now[slot] = key_data[sample]
+                    slots.begin(slot, sample, len(prompts[sample]))
+                rows, first = run.place(variables, rows, store, source, now)
+                yield from slots.take(first)
+            if not slots.in_cache():
+                return
+            rows, tokens = run.segment(slots.in_cache())(variables, rows)
+            yield from slots.take(tokens)
+
+    def _chunks(self, prompts: Sequence[list[int]]) -> deque[list[list[int]]]:
+        """Samples by equal prompts, as many prompts together as there are slots."""
+        same: dict[tuple[int, ...], list[int]] = {}
+        for i, ids in enumerate(prompts):
+            same.setdefault(tuple(ids), []).append(i)
+        groups, size = list(same.values()), self.batch_size
+        return deque(groups[at : at + size] for at in range(0, len(groups), size))
+
+    def _padded(self, prompts: list[list[int]], width: int) -> tuple[jax.Array, jax.Array]:
+        """Global ids [R, P] and lengths [R]; copies of the first prompt fill what is missing."""
+        filled = prompts + prompts[:1] * (self.batch_size - len(prompts))
         lo, size = process_rows(self.batch_size)
-        key_data = np.asarray(jax.random.key_data(keys))
-        for start in range(0, len(prompts), self.batch_size):
-            indices = list(range(start, min(start + self.batch_size, len(prompts))))
-            # A last, short batch is filled with copies of its first row, which are thrown away.
-            filled = indices + indices[:1] * (self.batch_size - len(indices))
-            local = pad([prompts[i] for i in filled[lo : lo + size]], width, self.tokenizer.pad_id)
-            ids, lengths = shard_batch(local, self.mesh)
-            out = self._rollout(config)(variables, ids, lengths, key_data[filled])
-            out = jax.device_get(out)
-            rows = zip(indices, completion_rows(out), out.stopped.tolist(), strict=False)
-            yield from (Sampled(*row) for row in rows)
+        return shard_batch(pad(filled[lo : lo + size], width, self.tokenizer.pad_id), self.mesh)
+
+
+class Programs:
+    """What is compiled for one kind of sampling and one width of prompts."""
+
+    def __init__(self, sampler: Sampler, config: RolloutConfig, width: int):
+        model, _ = decoding_form(sampler.model, {}, config)
+        number, length = split(config)
+        self.windows = [width, *(width + end * length for end in stages(width, number, length))]
+        vocab_size = model.config.vocab_size if config.penalises else None
+        whole = replicated(sampler.mesh)
+
+        def jitted(function: Callable, donate: int | None = None, out: Any = None) -> Callable:
+            donated = () if donate is None else donate
+            compiled = jax.jit(function, donate_argnums=donated, out_shardings=out)
+            return on_mesh(compiled, sampler.mesh, sampler.rules)
+
+        @functools.cache
+        def segment_of(window: int) -> Callable:
+            def run(variables: dict, rows: Rows) -> tuple[Rows, Tokens]:
+                return segment(model, variables, rows, length, config, window)
+
+            return jitted(run, 1, (None, whole))
+
+        self._segment_of = segment_of
+        self.prepare: Callable = lambda variables: variables
+        if model is not sampler.model:
+            self.prepare = jitted(lambda v: decoding_form(sampler.model, v, config)[1])
+        self.read = jitted(partial(read_prompts, model))
+        self.idle = jitted(
+            lambda store: idle_rows(store, sampler.batch_size, self.windows[-1], vocab_size)
+        )
+        self.place = jitted(partial(place, model, config), 1, (None, whole))
+
+    def segment(self, in_cache: int) -> Callable:
+        """The segment that reads as many slots of the cache as hold something."""
+        return self._segment_of(next(window for window in self.windows if window >= in_cache))
 
 
 def process_rows(batch_size: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 """The rollout against a slow loop that has no cache, no padding and no batch."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -9,16 +10,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import VOCAB, text_hidden, tiny_batch, tiny_config, tiny_variables
+from flax import linen as nn
 
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.errors import UserError
 from opsd_jax.head import head_logits, output_head
-from opsd_jax.model import Decoder
+from opsd_jax.model import Decoder, init_variables
 from opsd_jax.objective import compare
-from opsd_jax.rollouts import RolloutConfig, rollout
+from opsd_jax.rollouts import RolloutConfig, rollout, stages
 from opsd_jax.sampling import filter_logits, sample
+from opsd_jax.sharding import (
+    FULLY_SHARDED,
+    MeshConfig,
+    batch_sharding,
+    make_mesh,
+    variable_shardings,
+)
 
-CONFIG = RolloutConfig(max_new_tokens=7, temperature=1.3, top_k=9, top_p=0.9, stop_ids=(3, 5))
+# Segments of three tokens, so that every test crosses their borders.
+CONFIG = RolloutConfig(
+    max_new_tokens=8, temperature=1.3, top_k=9, top_p=0.9, stop_ids=(3, 5), segment_len=3
+)
 
 
 def slow_rollout(model, variables, prompt, key, row, config):
@@ -58,6 +70,119 @@ def test_rollout_equals_the_slow_loop(any_config, temperature):
         assert not out.mask[row, len(ids) :].any()
         assert (out.ids[row, len(ids) :] == config.pad_id).all()
         assert (out.logps[row, len(ids) :] == 0).all()
+
+
+@pytest.mark.parametrize("unroll_layers", [0, 4])
+@pytest.mark.parametrize("segment_len", [1, 2, 64])
+def test_neither_segments_nor_unrolling_change_a_token(segment_len, unroll_layers):
+    """Long enough for the cache to grow three times."""
+    model, variables = Decoder(tiny_config()), tiny_variables(tiny_config())
+    prompts = tiny_batch(4).student
+    config = dataclasses.replace(CONFIG, max_new_tokens=24, stop_ids=(3,))
+
+    def run(**changes):
+        changed = dataclasses.replace(config, **changes)
+        jitted = jax.jit(partial(rollout, model, config=changed))
+        return jitted(variables, prompts.ids, prompts.lengths, jax.random.key(0))
+
+    out, base = run(segment_len=segment_len, unroll_layers=unroll_layers), run()
+    assert out.ids.tolist() == base.ids.tolist() and out.mask.tolist() == base.mask.tolist()
+    np.testing.assert_allclose(out.logps, base.logps, atol=1e-5)
+    np.testing.assert_allclose(out.sampled_logps, base.sampled_logps, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt_len", [1, 64, 500])
+@pytest.mark.parametrize("num_segments", [0, 1, 2, 7, 64, 1000])
+def test_the_cache_grows_in_few_stages_to_the_end(prompt_len, num_segments):
+    ends = stages(prompt_len, num_segments, 16)
+    assert len(ends) <= 4 and ends == sorted(set(ends))
+    assert (ends[-1] if ends else 0) == num_segments
+
+
+def test_penalties_and_a_least_length_act_at_every_step():
+    """Against a loop over numpy logits of the whole text, with the filters' own arithmetic."""
+    model, variables = Decoder(tiny_config()), tiny_variables(tiny_config())
+    prompts = tiny_batch(3).student
+    config = dataclasses.replace(
+        CONFIG,
+        temperature=0.0,
+        repetition_penalty=1.5,
+        presence_penalty=2.0,
+        min_new_tokens=4,
+        stop_ids=tuple(range(VOCAB // 2)),
+    )
+    out = jax.jit(partial(rollout, model, config=config))(
+        variables, prompts.ids, prompts.lengths, jax.random.key(0)
+    )
+    for row in range(3):
+        text, said = prompts.ids[row, : prompts.lengths[row]].tolist(), []
+        while len(said) < config.max_new_tokens:
+            hidden = text_hidden(model.config)(variables, text)
+            z = np.array(head_logits(output_head(variables["params"], model.config), hidden[-1]))
+            for token in set(text):
+                z[token] = z[token] / 1.5 if z[token] > 0 else z[token] * 1.5
+            z[sorted(set(said))] -= 2.0
+            if len(said) + 1 < config.min_new_tokens:
+                z[list(config.stop_ids)] = -np.inf
+            said.append(int(z.argmax()))
+            text.append(said[-1])
+            if said[-1] in config.stop_ids:
+                break
+        assert out.ids[row][out.mask[row]].tolist() == said
+        assert len(said) >= 4
+
+
+def test_sampled_logps_are_those_of_the_filtered_distribution():
+    model, variables = Decoder(tiny_config()), tiny_variables(tiny_config())
+    prompts, key = tiny_batch(4).student, jax.random.key(5)
+    out = jax.jit(partial(rollout, model, config=CONFIG))(
+        variables, prompts.ids, prompts.lengths, key
+    )
+    first = prompts.ids[0, : prompts.lengths[0]].tolist()
+    for t in range(int(out.mask[0].sum())):
+        hidden = text_hidden(model.config)(variables, first + out.ids[0, :t].tolist())
+        logits = head_logits(output_head(variables["params"], model.config), hidden[-1:])
+        kept = jax.nn.log_softmax(filter_logits(logits, 1.3, 9, 0.9))
+        np.testing.assert_allclose(out.sampled_logps[0, t], kept[0, out.ids[0, t]], atol=2e-5)
+
+
+@pytest.mark.parametrize("model_dtype, dtype", [("float32", "bfloat16"), ("bfloat16", None)])
+def test_bfloat16_rollouts_stay_near_the_scoring(model_dtype, dtype):
+    """bfloat16 has 8 bits: log-probabilities differ by hundredths, and by .01 on average."""
+    config = dataclasses.replace(tiny_config(), dtype=model_dtype)
+    model, variables = Decoder(config), tiny_variables(config)
+    batch = tiny_batch(8)
+    prompts, settings = batch.student, dataclasses.replace(CONFIG, dtype=dtype)
+    out = jax.jit(partial(rollout, model, config=settings))(
+        variables, prompts.ids, prompts.lengths, jax.random.key(1)
+    )
+    assert out.logps.dtype == jnp.float32
+    terms = jax.jit(partial(compare, model, DivergenceConfig()))(variables, variables, batch, out)
+    gap = np.abs(terms.student_logps - out.logps)
+    assert 0 < gap.max() < 0.1 and gap.mean() < 0.02
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_split_vocabulary_is_never_gathered(temperature):
+    """No collective of the compiled rollout carries as many columns as there are tokens."""
+    config = dataclasses.replace(tiny_config(), vocab_size=512)
+    model, variables = Decoder(config), tiny_variables(config)
+    settings = dataclasses.replace(CONFIG, temperature=temperature, min_p=0.01)
+    mesh = make_mesh(MeshConfig(2, 4))
+    boxed = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    shardings = variable_shardings(boxed, mesh, FULLY_SHARDED)
+    rows, prompts = batch_sharding(mesh), tiny_batch(4).student
+
+    def run(variables, ids, lengths):
+        return rollout(model, variables, ids, lengths, jax.random.key(0), settings)
+
+    with jax.set_mesh(mesh), nn.logical_axis_rules(FULLY_SHARDED):
+        jitted = jax.jit(run, in_shardings=(shardings, rows, rows))
+        text = jitted.lower(variables, prompts.ids, prompts.lengths).compile().as_text()
+    gathers = re.findall(r"= \(?\w+\[([\d,]*)\][^=]* all-gather", text)
+    assert "all-reduce" in text  # It is split at all.
+    for shape in gathers:
+        assert "512" not in shape.split(","), f"an all-gather of [{shape}]"
 
 
 def test_rollout_logps_equal_scoring_logps(any_config):
@@ -107,7 +232,19 @@ def test_all_rows_may_stop_at_once_or_never():
 
 
 @pytest.mark.parametrize(
-    "field, value", [("max_new_tokens", 0), ("temperature", -1), ("top_k", -1), ("top_p", 0.0)]
+    "field, value",
+    [
+        ("max_new_tokens", 0),
+        ("temperature", -1),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("min_p", 2.0),
+        ("repetition_penalty", 0.0),
+        ("min_new_tokens", 9),
+        ("segment_len", 0),
+        ("unroll_layers", -1),
+        ("dtype", "int4"),
+    ],
 )
 def test_bad_settings_name_themselves(field, value):
     with pytest.raises(UserError, match=f"rollout.{field}"):

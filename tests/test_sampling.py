@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsd_jax.sampling import filter_logits, sample
+from opsd_jax.sampling import filter_logits, log_prob, penalise, prompt_tokens, sample
 
 
 def slow_filter(logits, temperature, top_k, top_p):
@@ -36,6 +38,71 @@ def test_filter_equals_the_definition(seed, vocab, temperature, top_k, top_p):
     ours = filter_logits(jnp.asarray(logits), temperature, top_k, top_p)
     expected = [slow_filter(row, temperature, top_k, top_p) for row in logits]
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        (dict(top_k=5), [("TopKLogitsWarper", 5)]),
+        (dict(top_p=0.7), [("TopPLogitsWarper", 0.7)]),
+        (dict(min_p=0.1), [("MinPLogitsWarper", 0.1)]),
+        (
+            dict(top_k=20, top_p=0.9, min_p=0.05),
+            [("TopKLogitsWarper", 20), ("TopPLogitsWarper", 0.9), ("MinPLogitsWarper", 0.05)],
+        ),
+    ],
+)
+def test_filters_equal_those_of_transformers(ours, theirs):
+    torch, logits_process = pytest.importorskip("torch"), "transformers.generation.logits_process"
+    logits = np.random.default_rng(3).normal(size=(6, 50)).astype(np.float32) * 2
+    expected = torch.tensor(logits) / 0.8
+    for name, value in theirs:
+        expected = getattr(importlib.import_module(logits_process), name)(value)(None, expected)
+    got = filter_logits(jnp.asarray(logits), 0.8, **ours)
+    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-6)
+
+
+def test_repetition_penalty_equals_that_of_transformers():
+    torch = pytest.importorskip("torch")
+    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+    r = np.random.default_rng(4)
+    logits, ids = r.normal(size=(3, 20)).astype(np.float32), r.integers(0, 20, (3, 6))
+    expected = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor(ids), torch.tensor(logits))
+    seen = prompt_tokens(jnp.asarray(ids), jnp.full(3, 6), 20) > 0
+    got = penalise(jnp.asarray(logits), seen, seen, repetition=1.4)
+    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-6)
+    # Presence touches what has been said, and not the prompt.
+    said = np.zeros((3, 20), bool)
+    said[:, 2] = True
+    got = penalise(jnp.asarray(logits), seen, jnp.asarray(said), presence=0.5)
+    np.testing.assert_allclose(got, logits - 0.5 * said, rtol=1e-6)
+
+
+def test_padding_of_a_prompt_was_not_said():
+    assert prompt_tokens(jnp.array([[4, 4, 1, 0]]), jnp.array([2]), 5).tolist() == [[0, 0, 0, 0, 1]]
+
+
+def test_log_prob_is_that_of_the_softmax():
+    logits = np.random.default_rng(5).normal(size=(4, 9)) * 30
+    ids = np.array([0, 8, 3, 3])
+    top = logits.max(1)
+    expected = logits[np.arange(4), ids] - top - np.log(np.exp(logits - top[:, None]).sum(1))
+    got = log_prob(jnp.asarray(logits, jnp.float32), jnp.asarray(ids))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), vocab=st.sampled_from([1, 63, 64, 65, 200]))
+def test_one_number_picks_the_entry_of_the_cumulative_distribution(seed, vocab):
+    r = np.random.default_rng(seed)
+    logits, uniform = r.normal(size=(5, vocab)) * 2, r.uniform(size=5)
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    edges = np.cumsum(p / p.sum(1, keepdims=True), axis=1)
+    got = sample(jnp.asarray(logits, jnp.float32), jnp.asarray(uniform, jnp.float32))
+    for row, token in enumerate(got.tolist()):
+        low = edges[row, token - 1] if token else 0.0
+        assert low - 1e-5 <= uniform[row] <= edges[row, token] + 1e-5
 
 
 def test_filter_keeps_ties_and_at_least_one():

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that are refilled against one rollout per prompt, alone."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import VOCAB, tiny_config, tiny_variables
+
+from opsd_jax.model import Decoder
+from opsd_jax.rollouts import RolloutConfig, rollout
+from opsd_jax.sharding import FULLY_SHARDED, MeshConfig, make_mesh
+from opsd_jax.slots import Sampler
+
+CONFIG = RolloutConfig(max_new_tokens=23, stop_ids=(3, 5), segment_len=4)
+NUM_SLOTS = 4
+
+
+class Padding:
+    pad_id = 0
+
+
+def sampler(data=1, model=1):
+    mesh = make_mesh(MeshConfig(data, model), jax.devices()[: data * model])
+    return Sampler(Decoder(tiny_config()), Padding(), mesh, FULLY_SHARDED, NUM_SLOTS)
+
+
+def questions(num=7, samples=3, longest=19):
+    """Prompts of uneven lengths, each asked several times, and a key for each sample."""
+    r = np.random.default_rng(0)
+    prompts = [r.integers(1, VOCAB, n).tolist() for n in r.integers(1, longest, num)]
+    prompts = [prompt for prompt in prompts for _ in range(samples)]
+    return prompts, jax.random.split(jax.random.key(3), len(prompts))
+
+
+def alone(prompts, keys, config):
+    model, variables = Decoder(tiny_config()), tiny_variables(tiny_config())
+    jitted = jax.jit(partial(rollout, model, variables, config=config))
+    for prompt, key in zip(prompts, keys, strict=True):
+        ids = np.zeros((1, 32), np.int32)
+        ids[0, : len(prompt)] = prompt
+        out = jitted(jnp.asarray(ids), jnp.asarray([len(prompt)]), key[None])
+        mask = np.asarray(out.mask[0])
+        yield out.ids[0][mask].tolist(), np.asarray(out.logps[0][mask]), bool(out.stopped[0])
+
+
+PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "min_new_tokens": 3, "top_k": 9}
+
+
+@pytest.mark.parametrize(
+    "changes, mesh",
+    [
+        ({}, (1, 1)),
+        ({}, (4, 2)),
+        (PENALTIES, (1, 1)),
+        ({"max_new_tokens": 1}, (1, 1)),
+        ({"unroll_layers": 0, "temperature": 0.0, "stop_ids": ()}, (1, 1)),
+    ],
+)
+def test_refilled_slots_say_what_every_prompt_says_alone(changes, mesh):
+    config = dataclasses.replace(CONFIG, **changes)
+    prompts, keys = questions()
+    found = {
+        s.prompt: s for s in sampler(*mesh)(tiny_variables(tiny_config()), prompts, config, keys)
+    }
+    assert sorted(found) == list(range(len(prompts)))
+    for i, (ids, logps, stopped) in enumerate(alone(prompts, keys, config)):
+        assert (found[i].ids, found[i].stopped) == (ids, stopped)
+        np.testing.assert_allclose(found[i].logps, logps, atol=1e-5)
+
+
+def test_the_order_of_the_prompts_does_not_matter():
+    prompts, keys = questions()
+    run, variables = sampler(), tiny_variables(tiny_config())
+    order = np.random.default_rng(1).permutation(len(prompts))
+    straight = {s.prompt: s.ids for s in run(variables, prompts, CONFIG, keys)}
+    mixed = run(variables, [prompts[i] for i in order], CONFIG, keys[order])
+    assert {int(order[s.prompt]): s.ids for s in mixed} == straight
+
+
+def test_a_slot_does_not_wait_for_a_long_neighbour():
+    """Lengths are uneven, so 21 samples on 4 slots take fewer steps than batches of 4 would."""
+    prompts, keys = questions()
+    run, steps = sampler(), []
+    variables = tiny_variables(tiny_config())
+    found = list(run(variables, prompts, CONFIG, keys))
+    lengths = [len(s.ids) for s in sorted(found)]
+    (programs,) = run._programs.values()
+    inner = programs.segment
+    programs.segment = lambda in_cache: steps.append(4) or inner(in_cache)
+    list(run(variables, prompts, CONFIG, keys))
+    in_batches = sum(max(lengths[at : at + 4]) for at in range(0, 21, 4))
+    assert sum(lengths) / NUM_SLOTS <= sum(steps) < in_batches
+
+
+def test_equal_prompts_are_read_once_and_a_handful_of_programs_is_compiled():
+    prompts, keys = questions(num=3, samples=9)
+    run, variables = sampler(), tiny_variables(tiny_config())
+    list(run(variables, prompts, CONFIG, keys))
+    (programs,) = run._programs.values()
+    reads, read = [], programs.read
+    programs.read = lambda *arguments: reads.append(1) or read(*arguments)
+    list(run(variables, prompts, CONFIG, keys))
+    assert len(reads) == 1
+    assert len(programs.windows) <= 5
+    for longest in (2, 5, 9, 16):  # Prompts of other lengths, the same width and programs.
+        other, other_keys = questions(longest=longest)
+        list(run(variables, other, CONFIG, other_keys))
+    assert set(run._programs) <= {(CONFIG, 16), (CONFIG, 32)}
+
+
+def test_nothing_asked_nothing_said():
+    keys = jax.random.split(jax.random.key(0), 0)
+    assert list(sampler()(tiny_variables(tiny_config()), [], CONFIG, keys)) == []
