@@ -67,6 +67,8 @@ class ContextConfig:
       student_max_tokens, teacher_max_tokens: budgets of the rendered prompts; a longer prompt is
         never cut.
       too_long: "drop" counts and leaves out problems over budget, "error" stops.
+      num_widths: how many widths the batches of a run may have; each is compiled. 1 pads every
+        batch to the longest prompts of the data.
     """
 
     student: str = "problem_boxed"
@@ -79,6 +81,7 @@ class ContextConfig:
     student_max_tokens: int = 1024
     teacher_max_tokens: int = 4096
     too_long: str = "drop"
+    num_widths: int = 3
 
     def __post_init__(self):
         for role in ("student", "teacher", "evaluation"):
@@ -92,6 +95,8 @@ class ContextConfig:
                 raise UserError(
                     f"contexts.{role} uses {{instruction}}: set contexts.instruction to its text"
                 )
+        if self.num_widths < 1:
+            raise UserError(f"contexts.num_widths must be >= 1, not {self.num_widths}")
         if self.too_long not in ("drop", "error"):
             raise UserError(f"contexts.too_long must be 'drop' or 'error', not {self.too_long!r}")
 
@@ -155,13 +160,17 @@ def render(
 class TrainingPrompts:
     """The student's and the teacher's prompts of a problem set, rendered once.
 
-    The arrays are as wide as the longest prompt that fits its budget, rounded up to a multiple
-    of 8: one shape for the whole run, and no more padding than the data needs.
+    A batch is as wide as the narrowest of a few levels that all its prompts fit: the longest
+    prompts of the data, and halves of them, rounded up to a multiple of 8. So a run compiles as
+    many steps as there are levels and no more.
 
     Args:
       config: templates and budgets.
       tokenizer: of the model.
       problems: the training problems.
+
+    Attributes:
+      levels: (student's width, teacher's width), ascending.
     """
 
     ROLES = ("student", "teacher")
@@ -175,9 +184,12 @@ class TrainingPrompts:
             kept = [np.array(row, np.int32) for row in ids if row is not None]
             self._rows[problem.id] = tuple(kept) if len(kept) == len(ids) else None
         fitting = [row for row in self._rows.values() if row is not None]
-        self.widths = tuple(
-            -(-max((len(row[role]) for row in fitting), default=1) // 8) * 8 for role in range(2)
-        )
+        longest = [max((len(row[role]) for row in fitting), default=1) for role in range(2)]
+        # A level that saves fewer than 32 columns is not worth a compilation.
+        halvings = [n for n in range(config.num_widths) if n == 0 or sum(longest) >= 64 << (n - 1)]
+        self.levels = [
+            tuple(-(-length // (8 << n)) * 8 for length in longest) for n in reversed(halvings)
+        ]
 
     def __call__(self, problem: Problem) -> dict[str, np.ndarray] | None:
         """Arrays <role>_ids [P or Q] and <role>_length [] int32; None if over budget."""
@@ -185,11 +197,24 @@ class TrainingPrompts:
         if rows is None:
             return None
         out: dict[str, Any] = {}
-        for role, row, width in zip(self.ROLES, rows, self.widths, strict=True):
+        for role, row, width in zip(self.ROLES, rows, self.levels[-1], strict=True):
             out[f"{role}_ids"] = np.full(width, self._pad_id, np.int32)
             out[f"{role}_ids"][: len(row)] = row
             out[f"{role}_length"] = np.int32(len(row))
         return out
+
+    def narrow(
+        self, problems: list[Problem], arrays: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """The arrays of some rows of a batch, cut to the narrowest level of the whole batch."""
+        rows = [self._rows[problem.id] or () for problem in problems]
+        longest = [max(map(len, lengths)) for lengths in zip(*rows, strict=True)]
+        level = next(w for w in self.levels if all(a <= b for a, b in zip(longest, w, strict=True)))
+        cut = {
+            f"{role}_ids": arrays[f"{role}_ids"][:, :width]
+            for role, width in zip(self.ROLES, level, strict=True)
+        }
+        return arrays | cut
 
 
 def pad(rows: list[list[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:

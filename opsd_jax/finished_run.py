@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.experimental import multihost_utils
@@ -38,8 +37,6 @@ from opsd_jax.export import save_adapter, save_pretrained
 from opsd_jax.files import write_json_lines, write_whole
 from opsd_jax.generations import BY_PROBLEM_FILE, GenerationLog
 from opsd_jax.guard import restored_step
-from opsd_jax.problems import Problem
-from opsd_jax.rollouts import RolloutConfig, stream
 from opsd_jax.scores import table
 from opsd_jax.sharding import make_mesh
 from opsd_jax.tokenizer import Tokenizer
@@ -196,49 +193,6 @@ def record_of(run: Restored, evaluator: Evaluator) -> dict[str, Any]:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def generate_command(
-    workdir: str | None,
-    model: str | None,
-    step: int | None,
-    prompt: str,
-    settings: RolloutConfig,
-    seed: int,
-) -> None:
-    """`opsd generate`: streams the answer to the terminal.
-
-    A run answers in its evaluation context, a model in the chat template's.
-    """
-    if workdir:
-        run = restore_run(workdir, step)
-        decoder, tokenizer, variables = run.parts.model, run.tokenizer, run.student
-        contexts = run.experiment.contexts
-        text = contexts.prompt(Problem("prompt", prompt, "", ""), "evaluation")
-        ids = tokenizer.render(text, **contexts.switches("evaluation"))
-    else:
-        from opsd_jax.pretrained import load_pretrained
-
-        found = load_pretrained(str(model))
-        if found.tokenizer is None:
-            raise UserError(f"--model={model}: no tokenizer files there")
-        decoder, tokenizer, variables = found.model, found.tokenizer, {"params": found.params}
-        ids = tokenizer.render(prompt)
-    settings = dataclasses.replace(
-        settings, stop_ids=tuple(tokenizer.stop_ids), pad_id=tokenizer.pad_id
-    )
-    lengths = jnp.array([len(ids)], jnp.int32)
-    tokens = stream(
-        decoder, variables, jnp.array([ids], jnp.int32), lengths, jax.random.key(seed), settings
-    )
-    said, shown = [], ""
-    for token in tokens:
-        said.append(token)
-        text = tokenizer.decode(said)
-        if not text.endswith("\ufffd"):  # Half of a character: wait for the other half.
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print()
 
 
 def export_command(workdir: str, step: int | None, out: str, form: str) -> None:

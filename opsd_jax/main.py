@@ -81,6 +81,10 @@ def add_asking(commands: Any) -> None:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
     generate.add_argument("--top_k", type=int, default=0)
     generate.add_argument("--top_p", type=float, default=1.0)
+    generate.add_argument("--min_p", type=float, default=0.0)
+    generate.add_argument("--repetition_penalty", type=float, default=1.0)
+    generate.add_argument("--presence_penalty", type=float, default=0.0)
+    generate.add_argument("--stop", action="append", default=[], help="end before this text")
     generate.add_argument("--max_tokens", type=int, default=256)
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=run_generate)
@@ -186,12 +190,12 @@ def run_eval(arguments: argparse.Namespace) -> None:
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
-    from opsd_jax.finished_run import generate_command
+    from opsd_jax.generate import generate_command
     from opsd_jax.rollouts import RolloutConfig
 
-    settings = RolloutConfig(
-        arguments.max_tokens, arguments.temperature, arguments.top_k, arguments.top_p
-    )
+    shared = "temperature top_k top_p min_p repetition_penalty presence_penalty".split()
+    chosen = {name: getattr(arguments, name) for name in shared}
+    settings = RolloutConfig(arguments.max_tokens, **chosen)
     generate_command(
         arguments.workdir,
         arguments.model,
@@ -199,6 +203,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
         arguments.prompt,
         settings,
         arguments.seed,
+        arguments.stop,
     )
 
 

@@ -2,6 +2,7 @@
 """From a problem set to batches of arrays: Grain's shuffle, epochs, host shards and position.
 
     indices that fit -> shuffle -> repeat -> global batch -> this host's rows -> render -> stack
+                                                                             -> narrow
 
 The order is one global stream, cut into global batches before hosts take their rows. So an epoch
 shows every problem once whatever the number of hosts, their rows never overlap, row h of a global
@@ -22,6 +23,7 @@ from opsd_jax.problems import Problem, ProblemSet
 
 log = logging.getLogger(__name__)
 Render = Callable[[Problem], dict[str, np.ndarray] | None]
+Narrow = Callable[[list[Problem], dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +85,7 @@ def make_batches(
     *,
     host: int = 0,
     num_hosts: int = 1,
+    narrow: Narrow | None = None,
 ) -> Batches:
     """Batches of rendered problems for one host.
 
@@ -93,6 +96,8 @@ def make_batches(
       render: problem -> arrays of fixed shapes and dtypes, or None if a prompt is over budget.
       config: see `PipelineConfig`.
       host, num_hosts: `jax.process_index()` and `jax.process_count()`.
+      narrow: (problems of the global batch, this host's arrays) -> the arrays without columns
+        that are padding in all rows; all hosts then have the same shapes.
 
     Raises:
       UserError: nothing fits, fewer problems than a batch has rows, or a batch that does
@@ -124,8 +129,7 @@ def make_batches(
     batches = (
         indices.repeat(config.num_epochs)
         .batch(config.batch_size, drop_remainder=True)
-        .map(lambda batch: batch[host * rows : (host + 1) * rows])
-        .map(functools.partial(_render_rows, problems, render))
+        .map(functools.partial(_render_rows, problems, render, narrow, host * rows, rows))
     )
     # One thread: it keeps ahead of the device, and tokenizers need not be safe for more.
     reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
@@ -152,9 +156,21 @@ def _fitting(problems: ProblemSet, render: Render) -> Iterator[int]:
         yield index
 
 
-def _render_rows(problems: ProblemSet, render: Render, indices: np.ndarray) -> dict:
+def _render_rows(
+    problems: ProblemSet,
+    render: Render,
+    narrow: Narrow | None,
+    first: int,
+    num_rows: int,
+    batch: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Arrays of the rows first … first + num_rows - 1 of a global batch of positions."""
+    indices = batch[first : first + num_rows]
     rows = [render(problems[int(i)]) for i in indices]
     kept = [row for row in rows if row is not None]
     if len(kept) < len(rows):
         raise ValueError("render must be pure: it now refuses a problem that it accepted before.")
-    return {"index": indices} | {k: np.stack([row[k] for row in kept]) for k in kept[0]}
+    arrays = {k: np.stack([row[k] for row in kept]) for k in kept[0]}
+    if narrow is not None:
+        arrays = narrow([problems[int(i)] for i in batch], arrays)
+    return {"index": indices} | arrays

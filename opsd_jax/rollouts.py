@@ -201,6 +201,7 @@ def stream(
     config: RolloutConfig,
 ) -> Iterator[int]:
     """The tokens that `rollout` gives for a batch of one, each as soon as it is sampled."""
+    model, variables = decoding_form(model, variables, config)
 
     @jax.jit
     def begin(variables):

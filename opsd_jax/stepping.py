@@ -64,14 +64,15 @@ def make_step(parts: Assembly, grade_rows: GradeRows) -> TakeStep:
 
 
 def rollout_timer(parts: Assembly) -> Callable[[TrainState, Batch], float]:
-    """Seconds that the rollout half takes alone, the first (compiling) call not counted."""
+    """Seconds that the rollout half takes alone, the compilation for a new width not counted."""
     sample = jit_sample(parts.method, parts.shardings, parts.mesh, parts.rules)
-    warm: list[bool] = []
+    warm: set[tuple] = set()
 
     def measure(state: TrainState, batch: Batch) -> float:
-        if not warm:
+        shapes = (batch.student.ids.shape, batch.teacher.ids.shape)
+        if shapes not in warm:
             jax.block_until_ready(sample(state, batch))
-            warm.append(True)
+            warm.add(shapes)
         start = time.monotonic()
         jax.block_until_ready(sample(state, batch))
         return time.monotonic() - start

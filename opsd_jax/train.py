@@ -153,14 +153,15 @@ def training_batches(
     settings, contexts = experiment.train, experiment.contexts
     if settings.objective.needs_rewards:
         check_answers(problems)
-    render: Any = TrainingPrompts(contexts, tokenizer, problems)
+    prompts = TrainingPrompts(contexts, tokenizer, problems)
+    render: Any = prompts
     if isinstance(settings.completions, References):
         template, limit = settings.completions.template, experiment.rollout.max_new_tokens
-        render = ReferenceRows(render, template, tokenizer, limit, contexts.too_long)
+        render = ReferenceRows(prompts, template, tokenizer, limit, contexts.too_long)
     num_problems = settings.batch_size // settings.group_size
     config = PipelineConfig(batch_size=num_problems, seed=settings.seed)
     hosts = {"host": jax.process_index(), "num_hosts": jax.process_count()}
-    batches = make_batches(problems, render, config, **hosts)
+    batches = make_batches(problems, render, config, narrow=prompts.narrow, **hosts)
     dropped = getattr(render, "dropped", ())
     if dropped:
         say(f"{len(dropped):,} problems left out: their reference exceeds rollout.max_new_tokens")

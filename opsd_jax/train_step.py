@@ -25,7 +25,7 @@ from opsd_jax.completions import CompletionSource, StudentRollouts
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model import Decoder
 from opsd_jax.objective import Batch, Distillation, Loss, Objective, Policy, Reader
-from opsd_jax.rollouts import Completion, RolloutConfig
+from opsd_jax.rollouts import Completion, RolloutConfig, split
 from opsd_jax.sharding import Rules, batch_sharding, on_mesh, optimizer_shardings, replicated
 from opsd_jax.teacher import Teacher
 
@@ -147,7 +147,7 @@ def update(
         trainable=trainable,
         teacher=method.teacher.update(state.teacher, trainable, step),
         opt_state=opt_state,
-    ), metrics | planned | rollout_metrics(completion)
+    ), metrics | planned | rollout_metrics(completion, method.rollout)
 
 
 def micro_loss(
@@ -212,15 +212,34 @@ def loss_metrics(method: Method, loss: Loss, completion: Completion) -> Metrics:
     return {"loss/objective": loss.value} | metrics | rows
 
 
-def rollout_metrics(completion: Completion) -> Metrics:
-    """Lengths in tokens, the share of rows cut by the limit, the share of padded slots."""
+def rollout_metrics(completion: Completion, config: RolloutConfig) -> Metrics:
+    """Lengths in tokens, who finished when, and what was decoded or padded for nothing.
+
+    rollout/finished_by_25, _50, _75: share of rows that are done after that part of the limit, in
+    percent; rollout/padded_fraction: share of the completions' slots that hold no token;
+    rollout/idle_fraction: share of the decoded steps of all rows in which a row was done already.
+    """
+    num_rows, limit = completion.mask.shape
     lengths = jnp.sum(completion.mask, axis=1)
-    return {
+    number, size = split(config)
+    segments = -(-(jnp.max(lengths) - 1) // size) if number else 0
+    decoded = num_rows * (1 + jnp.maximum(segments, 0) * size)
+    p50, p90 = jnp.percentile(lengths.astype(jnp.float32), jnp.array([50.0, 90.0]))
+    done_by = {
+        f"rollout/finished_by_{percent}": jnp.mean(
+            completion.stopped & (lengths * 100 <= percent * limit), dtype=jnp.float32
+        )
+        for percent in (25, 50, 75)
+    }
+    return done_by | {
         "rollout/tokens": jnp.sum(lengths),
         "rollout/length_mean": jnp.mean(lengths.astype(jnp.float32)),
+        "rollout/length_p50": p50,
+        "rollout/length_p90": p90,
         "rollout/length_max": jnp.max(lengths),
         "rollout/truncated_fraction": jnp.mean(~completion.stopped, dtype=jnp.float32),
         "rollout/padded_fraction": jnp.mean(~completion.mask, dtype=jnp.float32),
+        "rollout/idle_fraction": 1 - jnp.sum(lengths) / decoded,
     }
 
 

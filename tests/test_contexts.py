@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -74,17 +76,35 @@ def test_a_long_prompt_is_dropped_or_refused_and_never_cut():
         render(strict, tokenizer, PROBLEM, "teacher")
 
 
-def test_training_prompts_have_one_shape_and_drop_whole_problems():
+def test_training_prompts_have_one_shape_where_they_are_short_and_drop_whole_problems():
     problems = LoadedProblems(
         tuple(Problem(str(n), "q" * n, "s", "a") for n in (1, 9, 30)), lambda p, t: 0.0
     )
     config = ContextConfig("{question}", "{question}!{solution}", student_max_tokens=10)
     prompts = TrainingPrompts(config, CharacterTokenizer(), problems)
-    assert prompts.widths == (16, 16)
+    assert prompts.levels == [(16, 16)]
     assert prompts(problems[2]) is None
     row = prompts(problems[1])
     assert row["student_ids"].tolist() == [ord("q")] * 9 + [0] * 7
     assert row["student_length"] == 9 and row["teacher_length"] == 11
+
+
+def test_a_batch_is_as_wide_as_its_longest_prompt_needs_in_three_widths():
+    """All hosts cut alike: the width is that of the whole batch, not of one host's rows."""
+    lengths = (3, 20, 40, 41, 79, 90, 160)
+    problems = [Problem(str(n), "q" * n, "s", "a") for n in lengths]
+    config = ContextConfig("{question}", "{question}!!{solution}")
+    loaded = LoadedProblems(tuple(problems), lambda p, t: 0.0)
+    prompts = TrainingPrompts(config, CharacterTokenizer(), loaded)
+    assert prompts.levels == [(40, 48), (80, 88), (160, 168)]
+    wide = {name: np.stack([v]) for name, v in prompts(problems[1]).items()}
+    for batch, width in ((1, 2), (40, 48)), ((1, 3), (80, 88)), ((0, 4, 5), (160, 168)):
+        rows = prompts.narrow([problems[i] for i in batch], wide)
+        assert (rows["student_ids"].shape[1], rows["teacher_ids"].shape[1]) == width
+        assert rows["student_ids"][0, :20].tolist() == [ord("q")] * 20
+        assert not rows["student_ids"][0, 20:].any()
+    one = TrainingPrompts(dataclasses.replace(config, num_widths=1), CharacterTokenizer(), loaded)
+    assert one.levels == [(160, 168)]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +113,7 @@ def test_training_prompts_have_one_shape_and_drop_whole_problems():
         ({"student": "no placeholder"}, "contexts.student"),
         ({"teacher": "instruction"}, "contexts.instruction"),
         ({"too_long": "cut"}, "contexts.too_long"),
+        ({"num_widths": 0}, "contexts.num_widths"),
     ],
 )
 def test_bad_settings_name_themselves(fields, words):

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import grain
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opsd_jax.contexts import ContextConfig, TrainingPrompts
 from opsd_jax.errors import UserError
 from opsd_jax.pipeline import PipelineConfig, make_batches
 from opsd_jax.problems import LoadedProblems, Problem
@@ -166,3 +168,44 @@ def test_shapes_that_change_are_a_bug_of_render():
 
     with pytest.raises(ValueError, match="for 1, but"):
         make_batches(problem_set(4), ragged, PipelineConfig(2))
+
+
+def test_uneven_prompts_compile_no_more_programs_than_there_are_widths():
+    lengths = np.random.default_rng(0).geometric(0.03, 200).clip(1, 300)
+    problems = LoadedProblems(
+        tuple(Problem(str(i), "q" * n, "s", "a") for i, n in enumerate(lengths.tolist())),
+        lambda problem, text: 0.0,
+    )
+
+    class Characters:
+        pad_id = 0
+
+        def render(self, text, **switches):
+            return [ord(c) for c in text]
+
+    prompts = TrainingPrompts(
+        ContextConfig("{question}", "{question} {solution}"), Characters(), problems
+    )
+    batches = make_batches(problems, prompts, PipelineConfig(4), narrow=prompts.narrow)
+    halves = [
+        make_batches(
+            problems, prompts, PipelineConfig(4), host=h, num_hosts=2, narrow=prompts.narrow
+        )
+        for h in range(2)
+    ]
+    traced = []
+
+    @jax.jit
+    def step(ids):
+        traced.append(ids.shape)
+        return ids.sum()
+
+    slots = used = 0
+    for batch, first, second in zip(take(batches, 60), *(take(h, 60) for h in halves), strict=True):
+        step(batch["student_ids"])
+        both = np.concatenate([first["student_ids"], second["student_ids"]])
+        np.testing.assert_array_equal(both, batch["student_ids"])
+        assert (batch["student_ids"] != 0).sum() == batch["student_length"].sum()
+        slots += batch["student_ids"].size
+        used += 4 * prompts.levels[-1][0]
+    assert 1 < len(traced) <= 3 and slots < 0.75 * used

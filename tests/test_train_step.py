@@ -23,6 +23,7 @@ from opsd_jax.train_step import (
     Method,
     init_state,
     jit_step,
+    rollout_metrics,
     sample_completion,
     state_shardings,
     update,
@@ -230,3 +231,29 @@ def test_completion_is_a_tree_of_rows():
         "stopped",
         "sampled_logps",
     }
+
+
+def test_rollout_metrics_of_a_case_by_hand():
+    """Lengths 1, 4 and 8 of 8; segments of 3 or 2 tokens, all of which had to be decoded."""
+    lengths, stopped = np.array([1, 4, 8]), jnp.array([True, True, False])
+    mask = jnp.asarray(np.arange(8) < lengths[:, None])
+    completion = Completion(mask.astype(jnp.int32), mask, jnp.zeros((3, 8)), stopped)
+    found = rollout_metrics(completion, RolloutConfig(8, segment_len=3))
+    expected = {
+        "finished_by_25": 1 / 3,
+        "finished_by_50": 2 / 3,
+        "finished_by_75": 2 / 3,
+        "tokens": 13,
+        "length_mean": 13 / 3,
+        "length_p50": 4,
+        "length_p90": 7.2,
+        "length_max": 8,
+        "truncated_fraction": 1 / 3,
+        "padded_fraction": 11 / 24,
+        "idle_fraction": 1 - 13 / 30,  # 1 + 3 segments of 3 tokens, 3 rows
+    }
+    assert {name: pytest.approx(float(v)) for name, v in found.items()} == {
+        f"rollout/{name}": v for name, v in expected.items()
+    }
+    single = Completion(mask[:, :1] * 1, mask[:, :1], jnp.zeros((3, 1)), stopped)
+    assert rollout_metrics(single, RolloutConfig(1))["rollout/idle_fraction"] == 0

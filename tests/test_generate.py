@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opsd_jax.generate import texts
+
+
+class Bytes:
+    """Every byte is a token, so that a character may come in halves."""
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text("abé🙂", max_size=12), stop=st.lists(st.text("abé", min_size=1, max_size=3)))
+def test_a_text_ends_before_its_first_stop(text, stop):
+    pieces = list(texts(list(text.encode()), Bytes(), stop))
+    found = [at for at in map(text.find, stop) if at >= 0]
+    # The first stop to be complete ends it; of those, the one that begins first.
+    complete = min((text.find(s) + len(s) for s in stop if s in text), default=None)
+    if complete is None:
+        assert "".join(pieces) == text
+    else:
+        seen = text[:complete]
+        assert "".join(pieces) == seen[: min(at for at in map(seen.find, stop) if at >= 0)]
+    assert not found or complete is not None
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_nothing_that_may_begin_a_stop_is_shown_early():
+    came = []
+
+    def tokens():
+        for byte in b"one END? no. END. more":
+            came.append(byte)
+            yield byte
+
+    shown = []
+    for piece in texts(tokens(), Bytes(), ["END."]):
+        shown.append((piece, len(came)))
+    assert "".join(piece for piece, _ in shown) == "one END? no. "
+    assert shown[-1][1] <= len("one END? no. END.")
+    assert ("END?", 8) in shown  # Held back until the question mark.
+
+
+def test_half_a_character_at_the_end_is_shown_as_such():
+    assert "".join(texts("é".encode()[:1], Bytes())) == "\ufffd"
