@@ -243,12 +243,13 @@ def split(config: RolloutConfig) -> tuple[int, int]:
 def stages(prompt_len: int, num_segments: int, length: int) -> list[int]:
     """Numbers of segments at which the cache is full and grows, to about twice its size.
 
-    Every stage is compiled, so there are at most four.
+    Every stage is compiled, so there are at most four, and none of fewer than 64 slots.
     """
+    least = max(-(-num_segments // 4), -(-64 // length))
     ends: list[int] = []
     while (done := ends[-1] if ends else 0) < num_segments:
         twice = -(-(prompt_len + 2 * done * length) // length)
-        ends.append(min(num_segments, max(twice, done + -(-num_segments // 4))))
+        ends.append(min(num_segments, max(twice, done + least)))
     return ends
 
 
