@@ -245,7 +245,7 @@ def stages(prompt_len: int, num_segments: int, length: int) -> list[int]:
 
     Every stage is compiled, so there are at most four, and none of fewer than 64 slots.
     """
-    least = max(-(-num_segments // 4), -(-64 // length))
+    least = max(-(-num_segments // 4), -(-64 // max(length, 1)))
     ends: list[int] = []
     while (done := ends[-1] if ends else 0) < num_segments:
         twice = -(-(prompt_len + 2 * done * length) // length)
