@@ -24,6 +24,7 @@ from opsd_jax import (
     policy_gradient,
     probe,
     problems,
+    reason_first,
     reasoning,
     testbed,
     testbed_builder,
@@ -62,7 +63,7 @@ AREAS = {
     "guard": GuardConfig,
 }
 # What the values of train.model, train.problems, train.heldout, train.lora, train.probes,
-# train.completions, train.objective and teacher.model may be, written @Name().
+# train.completions, train.objective, teacher.model and teacher.reasons may be, written @Name().
 SOURCES = {
     "lora": LoraConfig,
     "ModelConfig": ModelConfig,
@@ -76,6 +77,7 @@ SOURCES = {
     "TeacherRollouts": completions.TeacherRollouts,
     "MixedRollouts": completions.MixedRollouts,
     "References": completions.References,
+    "ReasonFirst": reason_first.ReasonFirst,
     "Distillation": objective.Distillation,
     "Likelihood": objective.Likelihood,
     "PolicyGradient": policy_gradient.PolicyGradient,

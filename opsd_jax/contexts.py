@@ -38,6 +38,15 @@ TEMPLATES: dict[str, str] = {
         "problem yourself: do not copy or reword the reference, but reach the same answer by "
         "your own reasoning; you may explore, and turn back when a path fails.\n\n" + BOXED
     ),
+    # What a teacher is asked that reasons first; the transition follows its analysis.
+    "solution_analysis_boxed": (
+        "Problem: {question}\n\n"
+        "A verified solution to this problem is given for your eyes only.\n"
+        "=== Reference Solution Begin ===\n{solution}\n=== Reference Solution End ===\n\n"
+        "Before you solve the problem, analyse the reference: the idea it rests on, why each of "
+        "its steps holds, and where one could go wrong. Only after this analysis solve the "
+        "problem by your own reasoning.\n\n" + BOXED
+    ),
     "answer_boxed": (
         "Problem: {question}\n\n"
         "The correct final answer is known to be {answer}. Find a full derivation of it by your "
@@ -51,6 +60,8 @@ TEMPLATES: dict[str, str] = {
     "instruction": "{question}\n\n{instruction}",
 }
 
+TRANSITION = "\n\nNow I solve the problem by my own reasoning.\n\n"
+
 _PLACEHOLDER = re.compile(r"\{(question|solution|answer|instruction)\}")
 
 
@@ -61,9 +72,12 @@ class ContextConfig:
     Args:
       student, teacher, evaluation: a name from `TEMPLATES`, or template text that contains
         {question}. What the teacher's template shows beyond the student's is the privilege.
+      analysis: likewise, in the place of `teacher` where it reasons first (teacher.reasons). The
+        evaluated teacher writes no analysis and is asked `teacher`.
+      transition: text between the analysis and the solution, of the teacher's own turn.
       instruction: fills {instruction}.
-      student_thinking, teacher_thinking, evaluation_thinking: passed to the chat template as
-        `enable_thinking`; None passes nothing.
+      student_thinking, teacher_thinking, analysis_thinking, evaluation_thinking: passed to the chat
+        template as `enable_thinking`; None passes nothing.
       student_max_tokens, teacher_max_tokens: budgets of the rendered prompts; a longer prompt is
         never cut.
       too_long: "drop" counts and leaves out problems over budget, "error" stops.
@@ -74,9 +88,12 @@ class ContextConfig:
     student: str = "problem_boxed"
     teacher: str = "solution_boxed"
     evaluation: str = "boxed"
+    analysis: str = "solution_analysis_boxed"
+    transition: str = TRANSITION
     instruction: str = ""
     student_thinking: bool | None = None
     teacher_thinking: bool | None = None
+    analysis_thinking: bool | None = False
     evaluation_thinking: bool | None = None
     student_max_tokens: int = 1024
     teacher_max_tokens: int = 4096
@@ -84,7 +101,7 @@ class ContextConfig:
     num_widths: int = 3
 
     def __post_init__(self):
-        for role in ("student", "teacher", "evaluation"):
+        for role in ("student", "teacher", "evaluation", "analysis"):
             template = self.template(role)
             if "{question}" not in template:
                 raise UserError(
@@ -101,9 +118,15 @@ class ContextConfig:
             raise UserError(f"contexts.too_long must be 'drop' or 'error', not {self.too_long!r}")
 
     def template(self, role: str) -> str:
-        """Template text of a role: "student", "teacher" or "evaluation"."""
+        """Template text of a role: "student", "teacher", "analysis" or "evaluation"."""
         chosen = getattr(self, role)
         return TEMPLATES.get(chosen, chosen)
+
+    def reasoning_first(self) -> ContextConfig:
+        """The same with a teacher that is asked for an analysis."""
+        return dataclasses.replace(
+            self, teacher=self.analysis, teacher_thinking=self.analysis_thinking
+        )
 
     def budget(self, role: str) -> int:
         return self.teacher_max_tokens if role == "teacher" else self.student_max_tokens

@@ -23,7 +23,7 @@ from opsd_jax.evaluate import EvaluateConfig
 from opsd_jax.guard import GuardConfig
 from opsd_jax.model import Decoder, init_variables
 from opsd_jax.model_config import LoraConfig, ModelConfig
-from opsd_jax.objective import Distillation, Objective
+from opsd_jax.objective import Distillation, Likelihood, Objective
 from opsd_jax.optimizer import OptimizerConfig, make_optimizer
 from opsd_jax.policy_gradient import PolicyGradient, RewardMix
 from opsd_jax.problems import ProblemSource
@@ -155,8 +155,19 @@ class Experiment:
     evaluate: EvaluateConfig
     guard: GuardConfig = GuardConfig()
 
+    @property
+    def training_contexts(self) -> ContextConfig:
+        """What student and teacher are asked in training."""
+        return self.contexts.reasoning_first() if self.teacher.reasons else self.contexts
+
     def __post_init__(self):
         objective = self.train.objective
+        if self.teacher.reasons and isinstance(objective, (PolicyGradient, Likelihood)):
+            if self.train.completions.on_policy or not self.train.completions.generates:
+                raise UserError(
+                    "teacher.reasons is of no use: neither train.objective nor train.completions "
+                    "looks at the teacher's context; set it to None"
+                )
         if isinstance(objective, RewardMix):
             objective = objective.policy_gradient
         if isinstance(objective, PolicyGradient):
@@ -265,11 +276,16 @@ def assemble(
             "embedding rows; use the tokenizer that belongs to the model"
         )
     model = model_of(train, base)
+    rollout = dataclasses.replace(
+        experiment.rollout, stop_ids=tuple(tokenizer.stop_ids), pad_id=tokenizer.pad_id
+    )
+    reasoner = None
+    if experiment.teacher.reasons:
+        transition_ids = tokenizer.encode(experiment.contexts.transition)
+        reasoner = experiment.teacher.reasons.build(rollout, transition_ids)
     method = Method(
         model=model,
-        rollout=dataclasses.replace(
-            experiment.rollout, stop_ids=tuple(tokenizer.stop_ids), pad_id=tokenizer.pad_id
-        ),
+        rollout=rollout,
         divergence=experiment.divergence,
         teacher=experiment.teacher.build(),
         optimizer=make_optimizer(experiment.optimizer, train.learning_rate),
@@ -279,6 +295,7 @@ def assemble(
         external=Decoder(dataclasses.replace(external, dtype=train.dtype)) if external else None,
         num_updates=train.num_updates,
         group_size=train.group_size,
+        reasoner=reasoner,
     )
     shapes, variables = layout(model, mesh, experiment.mesh.rules)
     trainable, frozen = split(shapes)

@@ -234,7 +234,10 @@ function drawView(view) {
       html("div", { class: "text" }, sample.question),
       drawTokens(sample, top),
       html("div", { class: "note" }, `answer ${sample.answer}; graded ${sample.reward ?? "–"}; the teacher was asked:`),
-      html("div", { class: "text note" }, sample.teacher_prompt)));
+      html("div", { class: "text note" }, sample.teacher_prompt),
+      ...(sample.analysis == null ? [] : [
+        html("div", { class: "note" }, "and wrote first, up to where it scores:"),
+        html("div", { class: "text note" }, sample.analysis)])));
   return details;
 }
 

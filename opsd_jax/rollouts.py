@@ -43,7 +43,8 @@ class Completion:
     token including the stop token; logps: [B, C] float32, log-probability of each id under the
     model itself (temperature 1, nothing truncated), 0 where masked; sampled_logps: [B, C]
     float32, the same under the distribution that was sampled from (0 when greedy); stopped: [B]
-    bool, False for a row that ran into the length limit.
+    bool, False for a row that ran into the length limit; analysis: what the teacher has written
+    before it reads this, where it does (`reason_first.py`).
     """
 
     ids: jax.Array
@@ -51,6 +52,7 @@ class Completion:
     logps: jax.Array
     stopped: jax.Array
     sampled_logps: jax.Array | None = None
+    analysis: Completion | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax.errors import UserError
+from opsd_jax.reason_first import ReasonFirst
 
 Tree = dict[str, Any]
 
@@ -90,14 +91,21 @@ class TeacherConfig:
       snapshot_every_steps: of "snapshot".
       model: another model that teaches in its place, frozen: a source such as
         @PretrainedModel() or @FinishedRun(), with the student's tokenizer.
+      reasons: @ReasonFirst() has it write an analysis before it scores; None scores at once.
     """
 
     weights: str | Callable[[], Teacher] = "initial"
     ema_decay: float = 0.999
     snapshot_every_steps: int = 50
     model: Any = None
+    reasons: ReasonFirst | None = None
 
     def __post_init__(self):
+        if not isinstance(self.reasons, (ReasonFirst, type(None))):
+            raise UserError(
+                "teacher.reasons must be None or @ReasonFirst() (with @ and parentheses), not "
+                f"{self.reasons!r}"
+            )
         if self.model is not None and not hasattr(self.model, "load"):
             raise UserError(
                 "teacher.model must be None or a source such as @PretrainedModel() (with @ and "

@@ -8,6 +8,7 @@ alternatives kept of each side.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -27,11 +28,13 @@ from opsd_jax.files import write_json_lines
 from opsd_jax.finished_run import Restored, restore_run
 from opsd_jax.head import head_logits, output_head
 from opsd_jax.model import Decoder
-from opsd_jax.objective import Batch
+from opsd_jax.objective import Batch, Policy
 from opsd_jax.problems import Problem, ProblemSet
+from opsd_jax.reason_first import Reasoner
 from opsd_jax.rollouts import Completion, Context, RolloutConfig, rollout
 from opsd_jax.scoring import completion_hidden
 from opsd_jax.sharding import on_mesh
+from opsd_jax.slots import completion_rows
 from opsd_jax.tokenizer import Tokenizer
 from opsd_jax.train import grading
 
@@ -102,7 +105,7 @@ def view_problems(run: Restored, problems: ProblemSet, num: int) -> tuple[list[P
     prompts: dict[str, list[list[int]]] = {"student": [], "teacher": []}
     for i in range(len(problems)):
         rendered = {
-            role: render(run.experiment.contexts, run.tokenizer, problems[i], role)
+            role: render(run.experiment.training_contexts, run.tokenizer, problems[i], role)
             for role in prompts
         }
         if all(ids is not None for ids in rendered.values()):
@@ -125,7 +128,9 @@ def sample_and_compare(
 ) -> tuple[Completion, TokenComparison]:
     """Rollouts of the student and both sides on them, as host arrays; compiled once."""
     method = run.parts.method
-    compiled = jax.jit(partial(_sampled, method.model, method.divergence, method.rollout))
+    compiled = jax.jit(
+        partial(_sampled, method.model, method.divergence, method.rollout, method.reasoner)
+    )
     sample = on_mesh(compiled, run.parts.mesh, run.parts.rules)
     return jax.device_get(sample(run.student, run.teacher, batch, jax.random.key(seed)))
 
@@ -134,6 +139,7 @@ def _sampled(
     model: Decoder,
     divergence: DivergenceConfig,
     settings: RolloutConfig,
+    reasoner: Reasoner | None,
     student: dict,
     teacher: dict,
     batch: Batch,
@@ -141,6 +147,10 @@ def _sampled(
 ) -> tuple[Completion, TokenComparison]:
     prompts = batch.student
     completion = rollout(model, student, prompts.ids, prompts.lengths, key, settings)
+    if reasoner:
+        analysis = reasoner.write(Policy(model, teacher), batch.teacher, key)
+        batch = reasoner.join(batch, analysis)
+        completion = dataclasses.replace(completion, analysis=analysis)
     return completion, compare_tokens(model, divergence, student, teacher, batch, completion)
 
 
@@ -224,6 +234,15 @@ def _number(value: Any) -> float | None:
     return round(float(value), 5) if np.isfinite(value) else None
 
 
+def analysis_texts(run: Restored, completion: Completion) -> list[str | None]:
+    """What the teacher read behind its prompt in every row, None where it does not reason first."""
+    if completion.analysis is None:
+        return [None] * len(completion.ids)
+    written = completion_rows(completion.analysis)
+    transition = run.experiment.contexts.transition
+    return [run.tokenizer.decode(ids) + transition for ids in written]
+
+
 def tokens_command(workdir: str, step: int | None, num: int, seed: int) -> Path:
     """`opsd tokens`: samples `num` rollouts of a run and writes what both sides think of them.
 
@@ -245,6 +264,7 @@ def tokens_command(workdir: str, step: int | None, num: int, seed: int) -> Path:
     texts = [run.tokenizer.decode([token["id"] for token in row]) for row in tokens]
     with ExitStack() as stack:
         rewards = grading(problems, train.grader_workers, stack)(chosen, texts)
+    analyses = analysis_texts(run, completion)
     divergence = run.experiment.divergence.name  # or a function
     path = Path(workdir) / "tokens" / f"step_{run.step:06d}.jsonl"
     lines = [
@@ -252,7 +272,8 @@ def tokens_command(workdir: str, step: int | None, num: int, seed: int) -> Path:
             "step": run.step,
             "id": problem.id,
             "question": problem.question,
-            "teacher_prompt": run.experiment.contexts.prompt(problem, "teacher"),
+            "teacher_prompt": run.experiment.training_contexts.prompt(problem, "teacher"),
+            "analysis": analyses[b],
             "answer": problem.answer,
             "completion": texts[b],
             "reward": rewards[b],

@@ -150,7 +150,7 @@ def training_batches(
     Raises:
       UserError: too few problems fit, or one cannot be graded where grades are needed.
     """
-    settings, contexts = experiment.train, experiment.contexts
+    settings, contexts = experiment.train, experiment.training_contexts
     if settings.objective.needs_rewards:
         check_answers(problems)
     prompts = TrainingPrompts(contexts, tokenizer, problems)

@@ -25,6 +25,7 @@ from opsd_jax.completions import CompletionSource, StudentRollouts
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model import Decoder
 from opsd_jax.objective import Batch, Distillation, Loss, Objective, Policy, Reader
+from opsd_jax.reason_first import Reasoner, analysis_metrics
 from opsd_jax.rollouts import Completion, RolloutConfig, split
 from opsd_jax.sharding import Rules, batch_sharding, on_mesh, optimizer_shardings, replicated
 from opsd_jax.teacher import Teacher
@@ -61,7 +62,7 @@ class Method:
 
     external: the decoder of a teacher that is another model, None for one's own weights;
     num_updates: optimiser passes over each batch of completions; group_size: adjacent rows that
-    answer the same problem.
+    answer the same problem; reasoner: lets the teacher write an analysis before it scores.
     """
 
     model: Decoder
@@ -75,6 +76,7 @@ class Method:
     external: Decoder | None = None
     num_updates: int = 1
     group_size: int = 1
+    reasoner: Reasoner | None = None
 
 
 def train_step(
@@ -90,7 +92,12 @@ def sample_completion(method: Method, state: TrainState, batch: Batch) -> Comple
     """The student answers from its own context (or who else `method.completions` names)."""
     key = jax.random.fold_in(state.key, state.step)
     student, teacher = policies(method, state, state.trainable)
-    return method.completions(student, teacher, batch, key, method.rollout)
+    analysis = None
+    if method.reasoner:
+        analysis = method.reasoner.write(teacher, batch.teacher, key)
+        batch = method.reasoner.join(batch, analysis)
+    completion = method.completions(student, teacher, batch, key, method.rollout)
+    return dataclasses.replace(completion, analysis=analysis)
 
 
 def update(
@@ -115,6 +122,8 @@ def update(
       The state after `method.num_updates` passes, and metrics: [] each, means over the passes;
       those named rows/* are [B] sums over the tokens of a row.
     """
+    if method.reasoner:
+        batch = method.reasoner.join(batch, completion.analysis)
     plan, planned = method.objective.plan(completion, rewards, method.group_size)
     rows = (batch, completion, plan, jnp.arange(completion.mask.shape[0]))
 
@@ -147,7 +156,7 @@ def update(
         trainable=trainable,
         teacher=method.teacher.update(state.teacher, trainable, step),
         opt_state=opt_state,
-    ), metrics | planned | rollout_metrics(completion, method.rollout)
+    ), metrics | planned | token_metrics(method, completion)
 
 
 def micro_loss(
@@ -210,6 +219,17 @@ def loss_metrics(method: Method, loss: Loss, completion: Completion) -> Metrics:
         metrics.pop("rollout/logp_gap", None)
     rows = {f"rows/{name}": total for name, total in loss.rows.items()}
     return {"loss/objective": loss.value} | metrics | rows
+
+
+def token_metrics(method: Method, completion: Completion) -> Metrics:
+    """What was generated for the step; rollout/tokens counts the tokens of analyses, too."""
+    metrics = rollout_metrics(completion, method.rollout)
+    if completion.analysis is not None:
+        metrics |= analysis_metrics(completion.analysis)
+        # Where completions are the data's, the count is of tokens that were read.
+        if method.completions.generates:
+            metrics["rollout/tokens"] += metrics["analysis/tokens"]
+    return metrics
 
 
 def rollout_metrics(completion: Completion, config: RolloutConfig) -> Metrics:

@@ -230,6 +230,7 @@ def test_completion_is_a_tree_of_rows():
         "logps",
         "stopped",
         "sampled_logps",
+        "analysis",
     }
 
 
