@@ -29,8 +29,11 @@ EXTRAS = {
     "math": ["math-verify"],
     "tensorboard": ["tensorboardX>=2.6.5"],
     "wandb": ["wandb"],
+    "plot": ["matplotlib"],
 }
-EXTRAS["all"] = sum((EXTRAS[e] for e in ("smollm2", "reasoning", "math", "tensorboard")), [])
+EXTRAS["all"] = sum(
+    (EXTRAS[e] for e in ("smollm2", "reasoning", "math", "tensorboard", "plot")), []
+)
 EXTRAS["test"] = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "torch==2.13.0", "peft"]
 
 setup(
