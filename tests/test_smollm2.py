@@ -92,7 +92,7 @@ def test_logits_and_greedy_text_equal_transformers(smollm2):
     prompts = [smollm2.tokenizer.render(prompt) for prompt in PROMPTS]
     width = max(map(len, prompts))
     padded = np.array([p + [0] * (width - len(p)) for p in prompts], np.int32)
-    config = RolloutConfig(max_new_tokens=32, temperature=0.0, stop_ids=(2,), pad_id=2)
+    config = RolloutConfig(max_new_tokens=64, temperature=0.0, stop_ids=(2,), pad_id=2)
     completion = jax.jit(
         lambda variables, ids, lengths: rollout(
             smollm2.model, variables, ids, lengths, jax.random.key(0), config
@@ -101,7 +101,7 @@ def test_logits_and_greedy_text_equal_transformers(smollm2):
     for prompt, ids, mask in zip(prompts, completion.ids, completion.mask, strict=True):
         ours = np.asarray(ids)[np.asarray(mask)].tolist()
         out = theirs.generate(
-            torch.tensor([prompt]), max_new_tokens=32, do_sample=False, eos_token_id=2
+            torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=2
         )
         assert ours == out[0, len(prompt) :].tolist(), smollm2.tokenizer.decode(ours)
         print(repr(smollm2.tokenizer.decode(ours)))

@@ -6,7 +6,7 @@
     python experiments/benchmarks/rollout.py --floor --shape=qwen3_1p7b --dtype=bfloat16 --new=1024
 
 The weights are random: a small Qwen3 (hidden 256, 4 layers, 8 heads / 4 kv, V 4,096), the shape of
-Qwen3-1.7B, or a checkpoint (--model=DIR). Compile time is stated and not part of any other number.
+Qwen3-1.7B, or a checkpoint (--model). Compile time is stated and not part of any other number.
 The cases of a batch size are timed in turns and medians compared, so that a busy machine slows all
 of them alike. --refill: stop ids that make lengths geometric with a mean of about --new / 8.
 --floor: the time of a step over the time to read weights and cache once at the measured copy
@@ -122,9 +122,9 @@ def against_transformers(args, batch):
 
     model, variables = load(args)
     with tempfile.TemporaryDirectory() as folder:
-        if not args.model:
+        if not args.no_torch:
             save_pretrained(folder, model.config, variables)
-        theirs = {} if args.no_torch else torch_cases(args, batch, args.model or folder)
+        theirs = {} if args.no_torch else torch_cases(args, batch, folder)
     compile_s, ours = our_case(args, batch, model, variables)
     medians = in_turns({"rollout": ours} | theirs, args.repeats)
     best = min((s for n, s in medians.items() if n != "rollout"), default=None)
@@ -217,7 +217,7 @@ def main():
     parser.add_argument("--batch", default="8,32")
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--model", help="a Hugging Face directory instead of random weights")
+    parser.add_argument("--model", help="a directory, or smollm2, instead of random weights")
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--temperature", type=float, default=1.0)
