@@ -137,7 +137,8 @@ def against_transformers(args, batch):
 
 
 def refill(args, batch):
-    """Eight times as many prompts as rows, lengths geometric, through slots and as batches."""
+    """Eight times as many prompts as rows, lengths geometric: through slots, as batches that end
+    with their longest row, and as batches that run to the limit."""
     model, variables = load(args)
     V, number = model.config.vocab_size, 8 * batch
     # Random weights give nearly uniform probabilities: 8 V / new ids stop with one in new / 8.
@@ -159,16 +160,26 @@ def refill(args, batch):
             total += int(jitted(variables, asked[rows], lengths, keys[rows]).mask.sum())
         tokens["plain"] = total
 
+    endless = functools.partial(rollout, model, config=dataclasses.replace(config, stop_ids=()))
+    to_the_limit = jax.jit(endless)
+
+    def full():
+        for at in range(0, number, batch):
+            rows = slice(at, at + batch)
+            jax.block_until_ready(to_the_limit(variables, asked[rows], lengths, keys[rows]))
+        tokens["full"] = tokens["plain"]  # What stands behind a stop token is of no use.
+
     def slots():
         found = sampler(variables, asked.tolist(), config, keys)
         tokens["refill"] = sum(len(one.ids) for one in found)
 
-    medians = in_turns({"plain": plain, "refill": slots}, args.repeats)
+    medians = in_turns({"plain": plain, "full": full, "refill": slots}, args.repeats)
     rates = {name: tokens[name] / seconds for name, seconds in medians.items()}
     for name, seconds in medians.items():
         more = dict(mean_length=round(tokens[name] / number, 1), prompts=number)
         if name == "refill":
-            more["over_plain"] = round(rates["refill"] / rates["plain"], 2)
+            for other in ("plain", "full"):
+                more[f"over_{other}"] = round(rates["refill"] / rates[other], 2)
         describe(args, name, batch, tokens[name], seconds, **more)
 
 
