@@ -6,7 +6,8 @@
 Every method gets the same tuning: one run at each learning rate of the study on seed 0, of which
 the largest mean accuracy over its tokens wins. The table is of other seeds than that one, each
 with a warm start of its own where the study has one. Finished runs are kept below --out and not
-repeated; OUT/table.md and OUT/compare.svg are written at the end. Needs matplotlib.
+repeated; OUT/table.md and OUT/compare.svg are written at the end, which needs
+`pip install '.[plot]'`. The study smollm2 is sized for a GPU.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import jax
 import numpy as np
 
 from opsd_jax.config import load_experiment
+from opsd_jax.report import spread
 from opsd_jax.runs import (
     ACCURACY,
     TOKENS,
@@ -127,12 +129,6 @@ def tune(study: Study, out: Path) -> dict[str, float]:
     return best
 
 
-def spread(values: list[float], form: str = ".3f") -> str:
-    if len(values) < 2:
-        return f"{values[0]:{form}}"
-    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
-
-
 def accuracy_at(run: Run, tokens: int) -> float | None:
     """Held-out accuracy after so many tokens, linear in between; None if the run was shorter."""
     x, y = run.series(ACCURACY, TOKENS).T
@@ -148,8 +144,10 @@ def accuracy_table(groups: list[Group], rates: dict[str, float], budgets: list[i
         cells = []
         for budget in [0, *budgets]:
             found = [accuracy_at(each, budget) for each in group.runs]
-            cells.append("" if None in found else spread([f for f in found if f is not None]))
-        cells.append(spread([each.series(ACCURACY)[-1, 1] for each in group.runs]))
+            cells.append(
+                "" if None in found else spread([f for f in found if f is not None], ".3f")
+            )
+        cells.append(spread([each.series(ACCURACY)[-1, 1] for each in group.runs], ".3f"))
         cells.append(f"{statistics.mean(each.num_tokens for each in group.runs):,.0f}")
         lines.append(f"| {group.label} | {rates[group.label]:g} | " + " | ".join(cells) + " |")
     return lines
@@ -158,9 +156,8 @@ def accuracy_table(groups: list[Group], rates: dict[str, float], budgets: list[i
 def reach_cell(found: Reach) -> str:
     if not found.num_reached:
         return f"not in {found.at_least:,.0f}"
-    text = f"{found.mean:,.0f}" + (f" ± {found.sd:,.0f}" if found.sd is not None else "")
     missing = found.num_runs - found.num_reached
-    return text + (f" ({missing} of {found.num_runs} never)" if missing else "")
+    return found.spread + (f" ({missing} of {found.num_runs} never)" if missing else "")
 
 
 def ratio_cell(first: Reach, other: Reach) -> str:

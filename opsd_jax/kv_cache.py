@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys and values of earlier tokens: one large store that is read, one small one that is written.
 
-A `KVCache` is compact: slot s of a row holds the token at position s of that row, prompt and
-completion without a gap; slots beyond carry `EMPTY_POSITION`, which no query sees. Decoding reads
-it and never writes it. New keys and values go to a buffer of a few tokens, `Recent`, in which
-every row has the same slot, so that writing a token is one slice and never a scatter; `merge`
-moves a full buffer into the cache, each row at its own length.
+The store is compact: slot s of a row holds the token at position s of that row, prompt and
+completion without a gap, so which slots are filled follows from the length of the row alone
+(`cache_of`). Decoding reads it and never writes it. New keys and values go to a buffer of a few
+tokens, `Recent`, in which every row has the same slot, so that writing a token is one slice and
+never a scatter; `merge` moves a full buffer into the store, each row at its own length.
 
 Alphabet: L layers, B batch, K key/value heads, H head width, S slots.
 """
@@ -85,77 +85,71 @@ def empty(like: LayersKV, num_slots: int) -> LayersKV:
     return map_layers(zeros, like)
 
 
-def resized(cache: KVCache, num_slots: int) -> KVCache:
-    """The cache with empty slots added at its end, or with slots cut off there."""
-    more = num_slots - cache.positions.shape[1]
-    if more <= 0:
-        keep = slice(num_slots)
-        kv = map_layers(lambda kv: KV(kv.keys[..., keep], kv.values[..., keep, :]), cache.kv)
-        return KVCache(kv, cache.positions[:, keep])
+def cache_of(store: LayersKV, lengths_B: jax.Array, num_slots: int | None = None) -> KVCache:
+    """The first slots (None: all) of a compact store; those behind a row's length are empty."""
+    kv = store if num_slots is None else resized(store, num_slots)
+    slots = jnp.arange(jax.tree.leaves(kv)[0].shape[-1])  # The first leaf holds keys, [..., S].
+    positions = jnp.where(slots < lengths_B[:, None], slots, EMPTY_POSITION)
+    return KVCache(kv, positions)
 
-    def widened(kv: KV) -> KV:
+
+def resized(store: LayersKV, num_slots: int) -> LayersKV:
+    """The store with slots added at its end, or cut off there."""
+
+    def one(kv: KV) -> KV:
+        more = num_slots - kv.keys.shape[-1]
+        if more <= 0:
+            return KV(kv.keys[..., :num_slots], kv.values[..., :num_slots, :])
         rest = [(0, 0)] * (kv.keys.ndim - 2)
         return KV(
             jnp.pad(kv.keys, [*rest, (0, 0), (0, more)]),
             jnp.pad(kv.values, [*rest, (0, more), (0, 0)]),
         )
 
-    positions = jnp.pad(cache.positions, [(0, 0), (0, more)], constant_values=EMPTY_POSITION)
-    return KVCache(map_layers(widened, cache.kv), positions)
+    return map_layers(one, store)
 
 
-def merge(cache: KVCache, recent: KVCache, starts_B: jax.Array) -> KVCache:
-    """The cache with the slots of `recent` in its own, from slot `starts_B` of each row on.
+def merge(store: LayersKV, recent: LayersKV, starts_B: jax.Array) -> LayersKV:
+    """The store with the slots of `recent` in its own, from slot `starts_B` of each row on.
 
     A row whose slots would reach beyond the end is shifted to end there: the caller must have left
     room for every row that goes on.
     """
 
-    def write(x, new, slot_axis, batch_axis):
+    def write(x, new, slot_axis):
         def one_row(x, new, start):
             return jax.lax.dynamic_update_slice_in_dim(x, new, start, x.ndim + slot_axis)
 
-        batch = x.ndim + batch_axis
+        batch = x.ndim - 4
         return jax.vmap(one_row, (batch, batch, 0), batch)(x, new, starts_B)
 
-    def write_kv(old: KV, new: KV) -> KV:
-        return KV(write(old.keys, new.keys, -1, -4), write(old.values, new.values, -2, -4))
-
-    positions = write(cache.positions, recent.positions, -1, -2)
-    return KVCache(map_layers(write_kv, cache.kv, recent.kv), positions)
-
-
-def pick_rows(cache: KVCache, rows: jax.Array) -> KVCache:
-    """The cache with row rows[b] in place of row b; rows: [B'] int32."""
-
-    def take(kv: KV) -> KV:
-        return jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), kv)
-
-    return KVCache(map_layers(take, cache.kv), cache.positions[rows])
+    return map_layers(
+        lambda old, new: KV(write(old.keys, new.keys, -1), write(old.values, new.values, -2)),
+        store,
+        recent,
+    )
 
 
-def replace_rows(cache: KVCache, new: KVCache, condition_B: jax.Array) -> KVCache:
-    """The cache with the rows of `new`, which has fewer slots, where the condition holds.
+def pick_rows(store: LayersKV, rows: jax.Array) -> LayersKV:
+    """The store with row rows[b] in place of row b; rows: [B'] int32."""
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), store)
 
-    The other slots of those rows become empty.
-    """
-    num_slots = new.positions.shape[1]
-    first = slice(num_slots)
 
-    def where(x, y, batch_axis):
-        shape = [1] * x.ndim
-        shape[batch_axis] = -1
-        return jnp.where(condition_B.reshape(shape), x, y)
+def replace_rows(store: LayersKV, new: LayersKV, condition_B: jax.Array) -> LayersKV:
+    """The store with the rows of `new`, which has no more slots, where the condition holds."""
 
     def replaced(old: KV, kv: KV) -> KV:
-        batch = old.keys.ndim - 4
-        keys = where(kv.keys, old.keys[..., first], batch)
-        values = where(kv.values, old.values[..., first, :], batch)
+        first, axis = slice(kv.keys.shape[-1]), kv.keys.ndim - 4
+        keys = where_rows(condition_B, kv.keys, old.keys[..., first], axis)
+        values = where_rows(condition_B, kv.values, old.values[..., first, :], axis)
         return KV(
             old.keys.at[..., first].set(keys),
             old.values.at[..., first, :].set(values),
         )
 
-    positions = resized(KVCache((), new.positions), cache.positions.shape[1]).positions
-    positions = where(positions, cache.positions, 0)
-    return KVCache(map_layers(replaced, cache.kv, new.kv), positions)
+    return map_layers(replaced, store, new)
+
+
+def where_rows(condition_B: jax.Array, x: jax.Array, y: jax.Array, axis: int = 0) -> jax.Array:
+    """x where the condition holds for its row, else y; rows lie along `axis`."""
+    return jnp.where(condition_B.reshape(-1, *[1] * (x.ndim - axis - 1)), x, y)

@@ -222,7 +222,7 @@ def level_table(groups: Sequence[Group], levels: Sequence[float]) -> str:
                 text = "not reached"
                 note = f"within {own.at_least:,.0f}"
             else:
-                text = f"{own.mean:,.0f}" + ("" if own.sd is None else f" ± {own.sd:,.0f}")
+                text = own.spread
                 short = own.num_reached < own.num_runs
                 note = f"{own.num_reached} of {own.num_runs} runs reached it" if short else ""
             ratio = token_ratio(first, own) if number else None

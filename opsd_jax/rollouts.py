@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax
 import jax
@@ -22,7 +22,16 @@ import jax.numpy as jnp
 
 from opsd_jax.errors import UserError
 from opsd_jax.head import head_logits, output_head
-from opsd_jax.kv_cache import EMPTY_POSITION, KVCache, Recent, empty, merge, resized
+from opsd_jax.kv_cache import (
+    EMPTY_POSITION,
+    KVCache,
+    LayersKV,
+    Recent,
+    cache_of,
+    empty,
+    merge,
+    resized,
+)
 from opsd_jax.model import Decoder, unstacked
 from opsd_jax.sampling import filter_logits, log_prob, penalise, prompt_tokens, sample
 
@@ -121,14 +130,14 @@ class RolloutConfig:
 class Rows:
     """Where the rows of a batch stand between two segments.
 
-    cache: a `KVCache` of prompt and all sampled tokens but the last; lengths: [B] int32, tokens in
-    the cache, so also the position of the last token; ids: [B] int32, the last sampled token;
-    counts: [B] int32, tokens sampled so far; done, stopped: [B] bool, finished for any reason, by
-    a stop id; keys: [B]; seen: None, or [B, V] int32, 1 for tokens of the prompt, 2 of the
-    completion.
+    cache: keys and values of prompt and all sampled tokens but the last, compact (`kv_cache.py`),
+    None within a segment; lengths: [B] int32, tokens in the cache, so also the position of the last
+    token; ids: [B] int32, the last sampled token; counts: [B] int32, tokens sampled so far; done,
+    stopped: [B] bool, finished for any reason, by a stop id; keys: [B]; seen: None, or [B, V]
+    int32, 1 for tokens of the prompt, 2 of the completion.
     """
 
-    cache: Any
+    cache: LayersKV
     lengths: jax.Array
     ids: jax.Array
     counts: jax.Array
@@ -211,7 +220,7 @@ def stream(
         capacity = prompt_ids.shape[1] + config.max_new_tokens
         return dataclasses.replace(rows, cache=resized(rows.cache, capacity)), first.ids[0]
 
-    @jax.jit
+    @partial(jax.jit, donate_argnums=1)
     def go_on(variables, rows):
         rows, tokens = segment(model, variables, rows, 1, config)
         return rows, tokens.ids[0, 0]
@@ -267,14 +276,38 @@ def start(
     cache, hidden_BD = prefill(model, variables, prompt_ids, prompt_lengths)
     B = len(prompt_lengths)
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
-    seen = None
+    prompts = Context(prompt_ids, prompt_lengths)
+    return first_token(model, variables, cache, hidden_BD, prompts, keys, config)
+
+
+def first_token(
+    model: Decoder,
+    variables: dict,
+    cache: LayersKV,
+    hidden_BD: jax.Array,
+    prompts: Context,
+    keys: jax.Array,
+    config: RolloutConfig,
+) -> tuple[Rows, Tokens]:
+    """Rows that have read their prompts, with the first token of each.
+
+    Args:
+      model, variables: see `decoding_form`.
+      cache, hidden_BD: of the prompts, as `prefill` gives them.
+      prompts: B of them.
+      keys: [B].
+      config: see `RolloutConfig`.
+    """
+    rows = begin_rows(cache, prompts.lengths, keys, None)
     if config.penalises:
-        seen = prompt_tokens(prompt_ids, prompt_lengths, model.config.vocab_size)
-    rows = begin_rows(cache, prompt_lengths, keys, seen)
+        seen = prompt_tokens(prompts.ids, prompts.lengths, model.config.vocab_size)
+        rows = dataclasses.replace(rows, seen=seen)
     return next_token(rows, output_head(variables["params"], model.config), hidden_BD, config)
 
 
-def begin_rows(cache: Any, lengths: jax.Array, keys: jax.Array, seen: jax.Array | None) -> Rows:
+def begin_rows(
+    cache: LayersKV, lengths: jax.Array, keys: jax.Array, seen: jax.Array | None
+) -> Rows:
     """Rows that have read their prompts and said nothing."""
     nothing = jnp.zeros_like(lengths)
     never = jnp.zeros(lengths.shape, bool)
@@ -284,13 +317,12 @@ def begin_rows(cache: Any, lengths: jax.Array, keys: jax.Array, seen: jax.Array 
 
 def prefill(
     model: Decoder, variables: dict, prompt_ids: jax.Array, prompt_lengths: jax.Array
-) -> tuple[KVCache, jax.Array]:
-    """Reads the prompts; returns a cache of P slots and the last hidden states [B, D]."""
+) -> tuple[LayersKV, jax.Array]:
+    """Reads the prompts; returns keys and values of P slots and the last hidden states [B, D]."""
     positions = jnp.broadcast_to(jnp.arange(prompt_ids.shape[1]), prompt_ids.shape)
     hidden, kv = model.apply(variables, prompt_ids, positions, return_kv=True)
     last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
-    positions = jnp.where(positions < prompt_lengths[:, None], positions, EMPTY_POSITION)
-    return KVCache(kv, positions), last
+    return kv, last
 
 
 def segment(
@@ -315,7 +347,7 @@ def segment(
     """
     head = output_head(variables["params"], model.config)
     starts_B, slots = rows.lengths, jnp.arange(length)
-    cache = rows.cache if window is None else resized(rows.cache, window)
+    cache = cache_of(rows.cache, starts_B, window)
 
     def step(carry, k):
         rows, kv = carry
@@ -333,8 +365,7 @@ def segment(
 
     carry = (dataclasses.replace(rows, cache=None), empty(cache.kv, length))
     (after, kv), tokens = jax.lax.scan(step, carry, slots)
-    cache = merge(rows.cache, KVCache(kv, starts_B[:, None] + slots), starts_B)
-    return dataclasses.replace(after, cache=cache), tokens
+    return dataclasses.replace(after, cache=merge(rows.cache, kv, starts_B)), tokens
 
 
 def next_token(rows: Rows, head, hidden_BD: jax.Array, config: RolloutConfig):

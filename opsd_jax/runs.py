@@ -185,6 +185,11 @@ class Reach(NamedTuple):
     sd: float | None
     at_least: float
 
+    @property
+    def spread(self) -> str:
+        """Tokens of those that reached it, mean ± sd."""
+        return f"{self.mean:,.0f}" + ("" if self.sd is None else f" ± {self.sd:,.0f}")
+
 
 def reach(group: Group, level: float) -> Reach:
     """Tokens to a level over the runs of a group."""

@@ -25,23 +25,22 @@ from jax.sharding import Mesh
 
 from opsd_jax.contexts import pad
 from opsd_jax.errors import UserError
-from opsd_jax.head import output_head
-from opsd_jax.kv_cache import KVCache, empty, pick_rows, replace_rows
+from opsd_jax.kv_cache import LayersKV, empty, pick_rows, replace_rows, where_rows
 from opsd_jax.model import Decoder
 from opsd_jax.rollouts import (
     Completion,
+    Context,
     RolloutConfig,
     Rows,
     Tokens,
     begin_rows,
     decoding_form,
-    next_token,
+    first_token,
     prefill,
     segment,
     split,
     stages,
 )
-from opsd_jax.sampling import prompt_tokens
 from opsd_jax.sharding import Rules, on_mesh, replicated, shard_batch
 from opsd_jax.tokenizer import Tokenizer
 
@@ -61,18 +60,17 @@ class Sampled(NamedTuple):
 
 @flax.struct.dataclass
 class Store:
-    """Prompts that have been read. cache: P slots; hidden: [R, D]; ids: [R, P]; lengths: [R]."""
+    """R prompts that have been read. cache: keys and values of P slots; hidden: [R, D]."""
 
-    cache: KVCache
+    cache: LayersKV
     hidden: jax.Array
-    ids: jax.Array
-    lengths: jax.Array
+    prompts: Context
 
 
 def read_prompts(model: Decoder, variables: dict, ids: jax.Array, lengths: jax.Array) -> Store:
     """Prefills R prompts."""
     cache, hidden = prefill(model, variables, ids, lengths)
-    return Store(cache, hidden, ids, lengths)
+    return Store(cache, hidden, Context(ids, lengths))
 
 
 def idle_rows(store: Store, num_rows: int, capacity: int, vocab_size: int | None) -> Rows:
@@ -84,8 +82,7 @@ def idle_rows(store: Store, num_rows: int, capacity: int, vocab_size: int | None
       capacity: slots of the cache of each row.
       vocab_size: V where occurrences are counted, else None.
     """
-    like = pick_rows(store.cache, jnp.zeros(num_rows, jnp.int32))
-    cache = KVCache(empty(like.kv, capacity), jnp.zeros((num_rows, capacity), jnp.int32))
+    cache = empty(pick_rows(store.cache, jnp.zeros(num_rows, jnp.int32)), capacity)
     seen = None if vocab_size is None else jnp.zeros((num_rows, vocab_size), jnp.int32)
     keys = jax.random.split(jax.random.key(0), num_rows)
     rows = begin_rows(cache, jnp.zeros(num_rows, jnp.int32), keys, seen)
@@ -114,21 +111,14 @@ def place(
       The rows after it and `Tokens` [1, B], masked where nothing was placed.
     """
     fresh_B, source_B = source_B >= 0, jnp.maximum(source_B, 0)
+    picked = jax.tree.map(lambda x: x[source_B], store.prompts)
+    keys = jax.random.wrap_key_data(key_data)
+    hidden_BD = store.hidden[source_B]
+    new, tokens = first_token(model, variables, None, hidden_BD, picked, keys, config)
+    kept = jax.tree.map(partial(where_rows, fresh_B), new, dataclasses.replace(rows, cache=None))
     cache = replace_rows(rows.cache, pick_rows(store.cache, source_B), fresh_B)
-    lengths, seen = store.lengths[source_B], None
-    if rows.seen is not None:
-        seen = prompt_tokens(store.ids[source_B], lengths, rows.seen.shape[1])
-    new = begin_rows(None, lengths, jax.random.wrap_key_data(key_data), seen)
-    head = output_head(variables["params"], model.config)
-    new, tokens = next_token(new, head, store.hidden[source_B], config)
-
-    def choose(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.where(fresh_B.reshape(-1, *[1] * (x.ndim - 1)), x, y)
-
-    kept = jax.tree.map(choose, new, dataclasses.replace(rows, cache=None))
-    return dataclasses.replace(kept, cache=cache), Tokens(
-        *(x[None] for x in tokens._replace(mask=tokens.mask & fresh_B))
-    )
+    tokens = tokens._replace(mask=tokens.mask & fresh_B)
+    return dataclasses.replace(kept, cache=cache), Tokens(*(x[None] for x in tokens))
 
 
 class Slots:
