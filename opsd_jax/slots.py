@@ -3,8 +3,9 @@
 
     unique prompts -> prefill into a store -> place into free slots -> segment -> place -> …
 
-A long completion then holds up its own slot and no other. Prompts that are asked several times
-are read once. The segments are those of `rollouts.rollout`, and a completion depends on its own
+A long completion then holds up its own slot and no other. When no prompt waits and a quarter of
+the slots would do, the rows that go on move to so many. Prompts that are asked several times are
+read once. The segments are those of `rollouts.rollout`, and a completion depends on its own
 prompt and key (up to the rounding of sums over windows of another width).
 """
 
@@ -39,7 +40,6 @@ from opsd_jax.rollouts import (
     prefill,
     segment,
     split,
-    stages,
 )
 from opsd_jax.sharding import Rules, on_mesh, replicated, shard_batch
 from opsd_jax.tokenizer import Tokenizer
@@ -121,6 +121,12 @@ def place(
     return dataclasses.replace(kept, cache=cache), Tokens(*(x[None] for x in tokens))
 
 
+def pick(rows: Rows, source_B: jax.Array) -> Rows:
+    """Rows source_B[b] in place of rows b; source_B: [B'] int32."""
+    rest = jax.tree.map(lambda x: x[source_B], dataclasses.replace(rows, cache=None))
+    return dataclasses.replace(rest, cache=pick_rows(rows.cache, source_B))
+
+
 class Slots:
     """The host's view of the rows: which sample each works on and what it has said so far."""
 
@@ -143,6 +149,19 @@ class Slots:
         live = (s for s, sample in enumerate(self.sample) if sample is not None)
         return max((int(self.prompt_len[s]) + len(self.ids[s]) - 1 for s in live), default=0)
 
+    def narrow(self, num_slots: int) -> np.ndarray | None:
+        """Keeps so many slots, the busy ones first: their old numbers, or None if it cannot."""
+        free = self.free()
+        if not len(self.sample) - len(free) <= num_slots < len(self.sample):
+            return None
+        busy = [slot for slot, sample in enumerate(self.sample) if sample is not None]
+        kept = [*busy, *free][:num_slots]
+        self.sample = [self.sample[slot] for slot in kept]
+        self.prompt_len = self.prompt_len[kept]
+        self.ids = [self.ids[slot] for slot in kept]
+        self.logps = [self.logps[slot] for slot in kept]
+        return np.asarray(kept, np.int32)
+
     def take(self, tokens: Tokens) -> Iterator[Sampled]:
         """Adds [K, B] tokens, and frees and yields the rows that they finish."""
         ids, mask, logps, _ = (np.asarray(x) for x in tokens)
@@ -162,8 +181,9 @@ class Slots:
 class Sampler:
     """Jitted rollouts over lists of prompts.
 
-    A run compiles one prefill, one placement and at most five segments (of growing windows) per
-    settings and prompt width, and widths are multiples of 16.
+    A run compiles one prefill, one placement and at most five segments (of growing windows), for
+    all slots and again for a quarter of them, per settings and prompt width, and widths are
+    multiples of 16.
 
     Args:
       model: the decoder.
@@ -182,6 +202,8 @@ class Sampler:
             )
         self.model, self.tokenizer, self.mesh, self.rules = model, tokenizer, mesh, rules
         self.batch_size = batch_size
+        quarter = batch_size // 4
+        self.few = quarter if quarter and quarter % mesh.shape["data"] == 0 else batch_size
         self._programs: dict[tuple[RolloutConfig, int], Programs] = {}
 
     def __call__(
@@ -221,6 +243,8 @@ class Sampler:
                 yield from slots.take(first)
             if not slots.in_cache():
                 return
+            if not (ready or chunks) and (kept := slots.narrow(self.few)) is not None:
+                rows = run.pick(rows, kept)
             rows, tokens = run.segment(slots.in_cache())(variables, rows)
             yield from slots.take(tokens)
 
@@ -245,7 +269,11 @@ class Programs:
     def __init__(self, sampler: Sampler, config: RolloutConfig, width: int):
         model, _ = decoding_form(sampler.model, {}, config)
         number, length = split(config)
-        self.windows = [width, *(width + end * length for end in stages(width, number, length))]
+        # Equal steps, where a rollout's stages double: the longest of many rows of all ages is
+        # seldom the longest that there can be, and all pay for its window.
+        step = max(-(-number // 4), -(-64 // max(length, 1)), 1)
+        ends = [*range(0, number, step), number]
+        self.windows = [width + end * length for end in ends]
         vocab_size = model.config.vocab_size if config.penalises else None
         whole = replicated(sampler.mesh)
 
@@ -270,6 +298,7 @@ class Programs:
             lambda store: idle_rows(store, sampler.batch_size, self.windows[-1], vocab_size)
         )
         self.place = jitted(partial(place, model, config), 1, (None, whole))
+        self.pick = jitted(pick)
 
     def segment(self, in_cache: int) -> Callable:
         """The segment that reads as many slots of the cache as hold something."""

@@ -81,19 +81,49 @@ def test_the_order_of_the_prompts_does_not_matter():
     assert {int(order[s.prompt]): s.ids for s in mixed} == straight
 
 
+def row_steps(run, *asked):
+    """Rows computed per step, for every step of a run that has been compiled."""
+    (programs,), found = run._programs.values(), []
+    inner = programs.segment
+
+    def recorded(in_cache):
+        def segment(variables, rows):
+            found.extend([len(rows.ids)] * CONFIG.segment_len)
+            return inner(in_cache)(variables, rows)
+
+        return segment
+
+    programs.segment = recorded
+    list(run(*asked))
+    return found
+
+
 def test_a_slot_does_not_wait_for_a_long_neighbour():
     """Lengths are uneven, so 21 samples on 4 slots take fewer steps than batches of 4 would."""
     prompts, keys = questions()
-    run, steps = sampler(), []
-    variables = tiny_variables(tiny_config())
-    found = list(run(variables, prompts, CONFIG, keys))
-    lengths = [len(s.ids) for s in sorted(found)]
-    (programs,) = run._programs.values()
-    inner = programs.segment
-    programs.segment = lambda in_cache: steps.append(4) or inner(in_cache)
-    list(run(variables, prompts, CONFIG, keys))
+    asked = tiny_variables(tiny_config()), prompts, CONFIG, keys
+    run = sampler()
+    lengths = [len(s.ids) for s in sorted(run(*asked))]
+    steps = len(row_steps(run, *asked))
     in_batches = sum(max(lengths[at : at + 4]) for at in range(0, 21, 4))
-    assert sum(lengths) / NUM_SLOTS <= sum(steps) < in_batches
+    assert sum(lengths) / NUM_SLOTS <= steps < in_batches
+
+
+def test_the_last_rows_move_to_a_quarter_of_the_slots():
+    """One long answer among short ones: after them it is computed alone, and stays the same."""
+    prompts, keys = questions()
+    run, variables = sampler(), tiny_variables(tiny_config())
+    found = sorted(run(variables, prompts, CONFIG, keys), key=lambda s: len(s.ids))
+    chosen = [*found[:3], found[-1]]
+    asked = [prompts[s.prompt] for s in chosen], CONFIG, keys[np.array([s.prompt for s in chosen])]
+    again = sorted(run(variables, *asked))
+    assert [s.ids for s in again] == [s.ids for s in chosen]
+    together, all_steps = (
+        -(-(len(s.ids) - 1) // CONFIG.segment_len) * CONFIG.segment_len for s in chosen[2:]
+    )
+    assert together < all_steps
+    steps = row_steps(run, variables, *asked)
+    assert steps == [4] * together + [1] * (all_steps - together)
 
 
 def test_equal_prompts_are_read_once_and_a_handful_of_programs_is_compiled():

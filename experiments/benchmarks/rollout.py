@@ -8,7 +8,8 @@
 The weights are random: a small Qwen3 (hidden 256, 4 layers, 8 heads / 4 kv, V 4,096), the shape of
 Qwen3-1.7B, or a checkpoint (--model). Compile time is stated and not part of any other number.
 The cases of a batch size are timed in turns and medians compared, so that a busy machine slows all
-of them alike. --refill: stop ids that make lengths geometric with a mean of about --new / 8.
+of them alike. --refill: stop ids that make lengths geometric with a mean of about --new / 8; with
+--samples=8 every prompt is asked so often, as an evaluation does, and slots read it once.
 --floor: the time of a step over the time to read weights and cache once at the measured copy
 bandwidth, and the three largest costs of the profile.
 """
@@ -63,7 +64,7 @@ def prompts(args, rows, vocab_size):
 
 def our_case(args, batch, model, variables):
     """(seconds to compile, function to time) of one jitted rollout."""
-    config = RolloutConfig(args.new, temperature=args.temperature)
+    config = RolloutConfig(args.new, temperature=args.temperature, unroll_layers=args.unroll_layers)
     ids = jnp.asarray(prompts(args, batch, model.config.vocab_size))
     lengths = jnp.full((batch,), args.prompt, jnp.int32)
     start = time.perf_counter()
@@ -145,7 +146,7 @@ def refill(args, batch):
     stop_ids = tuple(range(1, 1 + round(8 * V / args.new)))
     config = RolloutConfig(args.new, temperature=args.temperature, stop_ids=stop_ids)
     keys = jax.random.split(jax.random.key(0), number)
-    asked = prompts(args, number, V)
+    asked = np.repeat(prompts(args, number // args.samples, V), args.samples, axis=0)
     jitted = jax.jit(functools.partial(rollout, model, config=config))
     lengths = jnp.full((batch,), args.prompt, jnp.int32)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -176,7 +177,8 @@ def refill(args, batch):
     medians = in_turns({"plain": plain, "full": full, "refill": slots}, args.repeats)
     rates = {name: tokens[name] / seconds for name, seconds in medians.items()}
     for name, seconds in medians.items():
-        more = dict(mean_length=round(tokens[name] / number, 1), prompts=number)
+        more = dict(mean_length=round(tokens[name] / number, 1), completions=number)
+        more |= dict(samples=args.samples)
         if name == "refill":
             for other in ("plain", "full"):
                 more[f"over_{other}"] = round(rates["refill"] / rates[other], 2)
@@ -232,6 +234,8 @@ def main():
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--unroll_layers", type=int, default=4, help="as rollout.unroll_layers")
+    parser.add_argument("--samples", type=int, default=1, help="--refill: of every prompt")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--no_torch", action="store_true")
