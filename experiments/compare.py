@@ -78,15 +78,15 @@ STUDIES = {
     ),
     "smollm2": Study(
         methods={
-            "OPSD": Method("smollm2_sums.gin", 60, 10),
-            "GRPO": Method("smollm2_sums_grpo.gin", 240, 20),
-            "off-policy distillation": Method("smollm2_sums_off_policy.gin", 60, 10),
-            "SFT on results": Method("smollm2_sums_sft.gin", 60, 10),
+            "OPSD": Method("smollm2_letters.gin", 30, 5),
+            "GRPO": Method("smollm2_letters_grpo.gin", 80, 10),
+            "off-policy distillation": Method("smollm2_letters_off_policy.gin", 30, 5),
+            "SFT on results": Method("smollm2_letters_sft.gin", 30, 5),
         },
-        rates=[1e-4, 5e-4, 2e-3],
-        levels=[0.1, 0.2, 0.4],
-        budgets=[5_000, 20_000],
-        seed_bindings=lambda seed, out: [],
+        rates=[5e-4, 2e-3],
+        levels=[0.2, 0.4, 0.6],
+        budgets=[2_000, 8_000, 20_000],
+        seed_bindings=lambda seed, out: ["evaluate.roles = ('student',)"],
     ),
 }
 
