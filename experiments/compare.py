@@ -30,10 +30,9 @@ from opsd_jax.runs import (
     Run,
     band,
     reach,
-    read_run,
     token_ratio,
 )
-from opsd_jax.train import train
+from opsd_jax.train import train_whole
 
 HERE = Path(__file__).parent
 
@@ -102,8 +101,7 @@ def run(study: Study, method: Method, rate: float, seed: int, out: Path) -> Run:
         *study.seed_bindings(seed, out),
     ]
     experiment, text = load_experiment([str(HERE / method.gin_file)], bindings)
-    train(experiment, text, workdir)
-    return read_run(workdir)
+    return train_whole(experiment, text, workdir)
 
 
 def mean_accuracy(run: Run) -> float:

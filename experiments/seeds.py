@@ -7,14 +7,15 @@ Finished runs are kept below --out and not repeated.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
 import jax
 
 from opsd_jax.config import load_experiment
-from opsd_jax.train import train
+from opsd_jax.report import spread
+from opsd_jax.runs import ACCURACY, Line
+from opsd_jax.train import train_whole
 
 HERE = Path(__file__).parent
 COLUMNS = {
@@ -28,8 +29,8 @@ COLUMNS = {
 }
 
 
-def run(gin_file: str, out: Path, warm_seed: int, seed: int) -> tuple[dict, dict]:
-    """First and last evaluation of one run, from its metrics.jsonl."""
+def run(gin_file: str, out: Path, warm_seed: int, seed: int) -> tuple[Line, Line]:
+    """First and last evaluation of one run."""
     workdir = out / f"{Path(gin_file).stem}_warm{warm_seed}_seed{seed}"
     bindings = [
         f"train.seed = {seed}",
@@ -39,13 +40,11 @@ def run(gin_file: str, out: Path, warm_seed: int, seed: int) -> tuple[dict, dict
         "train.eval_every_steps = 60",
     ]
     experiment, text = load_experiment([gin_file], bindings)
-    train(experiment, text, workdir)
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    found = [line for line in lines if "eval/student/accuracy" in line]
+    found = [line for line in train_whole(experiment, text, workdir).history if ACCURACY in line]
     return found[0], found[-1]
 
 
-def row(label: str, first: dict, last: dict) -> dict:
+def row(label: str, first: Line, last: Line) -> dict:
     """One line of the table; "before" and the probes are the base's, the rest is the result's."""
     source = {"before": first, "after": last, "greedy": last}
     cells = {name: source.get(name, first)[key] for name, key in COLUMNS.items()}
@@ -59,11 +58,8 @@ def print_table(rows: list[dict]) -> None:
     for each in rows:
         cells = [f"{each[n]:,}" if n == "tokens" else f"{each[n]:.3f}" for n in names]
         print(f"| {each['run']} | " + " | ".join(cells) + " |")
-    cells = []
-    for name in names:
-        values = [each[name] for each in rows]
-        mean, spread = statistics.mean(values), statistics.stdev(values)
-        cells.append(f"{mean:,.0f}" if name == "tokens" else f"{mean:.3f} ± {spread:.3f}")
+    cells = [spread([each[n] for each in rows], ".3f") for n in COLUMNS]
+    cells.append(f"{statistics.mean(each['tokens'] for each in rows):,.0f}")
     print("| mean ± sd | " + " | ".join(cells) + " |")
 
 

@@ -58,6 +58,8 @@ CURVES = {
     "student/nll_of_rollout": "student's negative log-likelihood of them, nats per token",
     "rollout/length_mean": "mean length of the completions, tokens",
     "rollout/truncated_fraction": "share of completions cut by the limit",
+    "analysis/length_mean": "mean length of what the teacher writes before it scores, tokens",
+    "analysis/truncated_fraction": "share of those cut by their limit",
     "eval/student/greedy_accuracy": "held-out accuracy, greedy",
     "eval/teacher/accuracy": "held-out accuracy of the teacher",
     "optim/grad_norm": "gradient norm",

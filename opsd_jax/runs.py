@@ -60,6 +60,10 @@ class Run:
         return not self.settings.get("train.completions", "").endswith("References()")
 
     @property
+    def last_step(self) -> int:
+        return max((int(line["step"]) for line in self.history), default=0)
+
+    @property
     def num_tokens(self) -> float:
         """All tokens that the run has been trained on so far, generated unless it says not."""
         return max((number(line, TOKENS) or 0.0 for line in self.history), default=0.0)

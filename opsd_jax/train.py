@@ -38,7 +38,7 @@ from opsd_jax.preemption import Preemption
 from opsd_jax.problems import ProblemSet
 from opsd_jax.progress import ProgressLine
 from opsd_jax.references import ReferenceRows
-from opsd_jax.runs import read_run
+from opsd_jax.runs import Run, read_run
 from opsd_jax.sharding import make_mesh, num_bytes
 from opsd_jax.slots import Sampler
 from opsd_jax.stepping import Grade, check_answers
@@ -64,43 +64,25 @@ def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict
     mesh = make_mesh(experiment.mesh)
     with ExitStack() as stack:
         progress = stack.enter_context(ProgressLine(settings.num_steps))
-        base = settings.model.load(
-            mesh, experiment.mesh.rules, str(workdir / "base"), progress.note
-        )
-        external = load_teacher(
-            experiment, base.tokenizer, mesh, str(workdir / "base"), progress.note
-        )
+        say, bases = progress.note, str(workdir / "base")
+        base = settings.model.load(mesh, experiment.mesh.rules, bases, say)
+        external = load_teacher(experiment, base.tokenizer, mesh, bases, say)
         parts = assemble(
             experiment, base.config, base.tokenizer, mesh, external and external.config
         )
         problems = settings.problems.load(str(workdir / "problems"))
-        batches = training_batches(experiment, problems, base.tokenizer, progress.note)
+        batches = training_batches(experiment, problems, base.tokenizer, say)
         evaluator = make_evaluator(experiment, parts, base.tokenizer, workdir, stack)
-        checkpoints = stack.enter_context(
-            Checkpoints(
-                workdir / "checkpoints", settings.keep_checkpoints, BEST_METRIC, progress.note
-            )
-        )
+        folder, kept = workdir / "checkpoints", settings.keep_checkpoints
+        checkpoints = stack.enter_context(Checkpoints(folder, kept, BEST_METRIC, say))
         state, tokens, start = start_or_resume(
             checkpoints, parts, batches, base, external, settings.seed
         )
         write_config(workdir, config_text)
-        progress.note(
+        say(
             f"{num_bytes(state.trainable) // 4:,} trainable parameters, {len(problems):,} "
             f"problems, mesh {dict(mesh.shape)}, from step {start}"
         )
-        writers = stack.enter_context(
-            MetricWriters(
-                workdir,
-                settings.tensorboard,
-                settings.wandb,
-                resumed_step=start or None,
-                config=config_text,
-            )
-        )
-        guard = Guard(experiment.guard)
-        for line in read_json_lines(workdir / "metrics.jsonl", "step") if start else []:
-            guard.see(line)
         loop = Loop(
             experiment,
             workdir,
@@ -109,15 +91,29 @@ def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict
             problems,
             grading(problems, settings.grader_workers, stack),
             evaluator,
-            writers,
+            make_writers(experiment, workdir, start, config_text, stack),
             checkpoints,
             progress,
-            guard,
+            guard_of(experiment, workdir, start),
             tokens_total=tokens,
             meta={"config": config_text},
         )
-        preemption = stack.enter_context(Preemption())
-        return loop.run(state, batches, start, preemption)
+        return loop.run(state, batches, start, stack.enter_context(Preemption()))
+
+
+def train_whole(experiment: Experiment, config_text: str, workdir: Path) -> Run:
+    """`train` for scripts of many runs: the finished run, read back.
+
+    Raises:
+      UserError: also when the run was stopped before its last step, so that no script goes on.
+    """
+    train(experiment, config_text, workdir)
+    run = read_run(workdir)
+    if run.last_step < experiment.train.num_steps:
+        raise UserError(
+            f"{workdir} was stopped after step {run.last_step}; the same command goes on from there"
+        )
+    return run
 
 
 def check_config(workdir: Path, config_text: str) -> None:
@@ -197,6 +193,30 @@ def make_evaluator(
         problems,
         stack.enter_context(GraderPool(problems.grade, num_workers=settings.grader_workers)),
     )
+
+
+def make_writers(
+    experiment: Experiment, workdir: Path, start: int, config_text: str, stack: ExitStack
+) -> MetricWriters:
+    """Where the metrics go; lines behind the step that a run resumes from are dropped."""
+    settings = experiment.train
+    return stack.enter_context(
+        MetricWriters(
+            workdir,
+            settings.tensorboard,
+            settings.wandb,
+            resumed_step=start or None,
+            config=config_text,
+        )
+    )
+
+
+def guard_of(experiment: Experiment, workdir: Path, start: int) -> Guard:
+    """The guard of a run, which has seen what a resumed run wrote."""
+    guard = Guard(experiment.guard)
+    for line in read_json_lines(workdir / "metrics.jsonl", "step") if start else []:
+        guard.see(line)
+    return guard
 
 
 def start_or_resume(

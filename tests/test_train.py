@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from opsd_jax import train as train_module
+from opsd_jax.errors import UserError
 from opsd_jax.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -252,3 +255,15 @@ def test_a_guarded_run_ends_and_leaves_the_best_checkpoint(tmp_path, capsys):
     assert main(command(tmp_path, *alarm[:4], *alarm[5:], *further)) == 0
     assert not (tmp_path / "guard.json").exists()
     assert lines_of(tmp_path)[-1]["step"] == steps[-1] + 1
+
+
+def test_a_script_of_many_runs_does_not_go_on_after_one_that_was_stopped(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 3}\n')
+    monkeypatch.setattr(train_module, "train", lambda *arguments: {})
+
+    def experiment(num_steps):
+        return SimpleNamespace(train=SimpleNamespace(num_steps=num_steps))
+
+    assert train_module.train_whole(experiment(3), "", tmp_path).last_step == 3
+    with pytest.raises(UserError, match="was stopped after step 3"):
+        train_module.train_whole(experiment(4), "", tmp_path)
