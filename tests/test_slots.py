@@ -23,9 +23,9 @@ class Padding:
     pad_id = 0
 
 
-def sampler(data=1, model=1):
+def sampler(data=1, model=1, num_slots=NUM_SLOTS):
     mesh = make_mesh(MeshConfig(data, model), jax.devices()[: data * model])
-    return Sampler(Decoder(tiny_config()), Padding(), mesh, FULLY_SHARDED, NUM_SLOTS)
+    return Sampler(Decoder(tiny_config()), Padding(), mesh, FULLY_SHARDED, num_slots)
 
 
 def questions(num=7, samples=3, longest=19):
@@ -51,20 +51,21 @@ PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "min_new_tokens
 
 
 @pytest.mark.parametrize(
-    "changes, mesh",
+    "changes, slots",
     [
         ({}, (1, 1)),
         ({}, (4, 2)),
+        ({}, (4, 2, 16)),
         (PENALTIES, (1, 1)),
         ({"max_new_tokens": 1}, (1, 1)),
         ({"unroll_layers": 0, "temperature": 0.0, "stop_ids": ()}, (1, 1)),
     ],
 )
-def test_refilled_slots_say_what_every_prompt_says_alone(changes, mesh):
+def test_refilled_slots_say_what_every_prompt_says_alone(changes, slots):
     config = dataclasses.replace(CONFIG, **changes)
     prompts, keys = questions()
     found = {
-        s.prompt: s for s in sampler(*mesh)(tiny_variables(tiny_config()), prompts, config, keys)
+        s.prompt: s for s in sampler(*slots)(tiny_variables(tiny_config()), prompts, config, keys)
     }
     assert sorted(found) == list(range(len(prompts)))
     for i, (ids, logps, stopped) in enumerate(alone(prompts, keys, config)):
