@@ -79,13 +79,13 @@ STUDIES = {
     "smollm2": Study(
         methods={
             "OPSD": Method("smollm2_letters.gin", 30, 5),
-            "GRPO": Method("smollm2_letters_grpo.gin", 60, 10),
-            "off-policy distillation": Method("smollm2_letters_off_policy.gin", 30, 5),
-            "SFT on results": Method("smollm2_letters_sft.gin", 30, 5),
+            "GRPO": Method("smollm2_letters_grpo.gin", 40, 10),
+            "off-policy distillation": Method("smollm2_letters_off_policy.gin", 20, 5),
+            "SFT on results": Method("smollm2_letters_sft.gin", 20, 5),
         },
         rates=[5e-4, 2e-3],
         levels=[0.2, 0.4, 0.6],
-        budgets=[2_000, 8_000, 20_000],
+        budgets=[2_000, 4_000, 8_000],
         seed_bindings=lambda seed, out: ["evaluate.roles = ('student',)"],
     ),
 }
