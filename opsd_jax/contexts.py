@@ -226,12 +226,9 @@ class TrainingPrompts:
             out[f"{role}_length"] = np.int32(len(row))
         return out
 
-    def narrow(
-        self, problems: list[Problem], arrays: dict[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
-        """The arrays of some rows of a batch, cut to the narrowest level of the whole batch."""
-        rows = [self._rows[problem.id] or () for problem in problems]
-        longest = [max(map(len, lengths)) for lengths in zip(*rows, strict=True)]
+    def narrow(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The arrays of a batch, cut to the narrowest level that its prompts fit."""
+        longest = [arrays[f"{role}_length"].max() for role in self.ROLES]
         level = next(w for w in self.levels if all(a <= b for a, b in zip(longest, w, strict=True)))
         cut = {
             f"{role}_ids": arrays[f"{role}_ids"][:, :width]

@@ -285,11 +285,3 @@ def of_first_process(metrics: dict[str, float]) -> dict[str, float]:
     halves = np.array([*metrics.values()], np.float64).view(np.uint32)  # jax would round float64
     values = np.asarray(multihost_utils.broadcast_one_to_all(halves)).view(np.float64)
     return dict(zip(metrics, values.tolist(), strict=True))
-
-
-def mean_over_processes(total: float, count: int) -> float:
-    """total / count with both summed over all processes; NaN when nothing was counted."""
-    both = np.array([total, count], np.float64)
-    if jax.process_count() > 1:
-        both = np.sum(multihost_utils.process_allgather(both), axis=0)
-    return float(both[0] / both[1]) if both[1] else float("nan")

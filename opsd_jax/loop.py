@@ -220,7 +220,7 @@ class Loop:
         grades = step.taken.grades
         if grades is None:
             grades = self._grade_rows(step.taken.completion, step.problems)
-        metrics |= grade_metrics(grades, step.taken.completion, rows)
+        metrics |= grade_metrics(grades, rows)
         metrics |= {
             "time/step_s": step_s,
             "time/rollout_s": self._rollout_s,

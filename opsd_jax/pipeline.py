@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a problem set to batches of arrays: Grain's shuffle, epochs, host shards and position.
+"""From a problem set to batches of arrays: Grain's shuffle, epochs and position.
 
-    indices that fit -> shuffle -> repeat -> global batch -> this host's rows -> render -> stack
-                                                                             -> narrow
+    indices that fit -> shuffle -> repeat -> global batch -> render -> stack -> narrow
 
-The order is one global stream, cut into global batches before hosts take their rows. So an epoch
-shows every problem once whatever the number of hosts, their rows never overlap, row h of a global
-batch is the same problem on 1 and on 8 hosts, and the position is simply the step.
+Every host makes the whole batch, and `shard_batch` takes from it what the mesh puts on its devices.
+Rendering is cheap beside a step, and the order of a pod's devices is the hardware's own choice. So
+a batch is the same on 1 and on 8 hosts, and the position is simply the step.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ from opsd_jax.problems import Problem, ProblemSet
 
 log = logging.getLogger(__name__)
 Render = Callable[[Problem], dict[str, np.ndarray] | None]
-Narrow = Callable[[list[Problem], dict[str, np.ndarray]], dict[str, np.ndarray]]
+Narrow = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,7 @@ class PipelineConfig:
     """How batches are drawn.
 
     Attributes:
-      batch_size: rows of a global batch, over all hosts.
+      batch_size: rows of a global batch.
       seed: of the order.
       shuffle: a new order in each epoch; False keeps the order of the set.
       num_epochs: None repeats for ever. Batches run across the ends of epochs; rows that do not
@@ -58,14 +57,13 @@ class PipelineConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """Batches of one host; every `iter` starts at the beginning.
+    """Global batches; every `iter` starts at the beginning.
 
     The iterators are Grain's: `get_state` and `set_state`, or Orbax through
     `grain.checkpoint.CheckpointSave(it)` and `CheckpointRestore(it)`.
 
     Attributes:
-      dataset: yields {"index": [b] int32 positions in the problem set, **rendered [b, ...]} with
-        b = batch_size / num_hosts.
+      dataset: yields {"index": [B] int32 positions in the problem set, **rendered [B, ...]}.
       num_problems: how many are drawn from.
       num_dropped: how many had no rendering.
     """
@@ -82,54 +80,43 @@ def make_batches(
     problems: ProblemSet,
     render: Render,
     config: PipelineConfig,
-    *,
-    host: int = 0,
-    num_hosts: int = 1,
     narrow: Narrow | None = None,
 ) -> Batches:
-    """Batches of rendered problems for one host.
+    """Batches of rendered problems.
 
-    Every problem is rendered once here, to know on all hosts alike which ones fit.
+    Every problem is rendered once here, to know which ones fit.
 
     Args:
       problems: the same on all hosts.
       render: problem -> arrays of fixed shapes and dtypes, or None if a prompt is over budget.
       config: see `PipelineConfig`.
-      host, num_hosts: `jax.process_index()` and `jax.process_count()`.
-      narrow: (problems of the global batch, this host's arrays) -> the arrays without columns
-        that are padding in all rows; all hosts then have the same shapes.
+      narrow: a batch's arrays -> the same without columns that are padding in all rows.
 
     Raises:
-      UserError: nothing fits, fewer problems than a batch has rows, or a batch that does
-        not divide among the hosts.
+      UserError: fewer problems fit than a batch has rows.
     """
-    if config.batch_size % num_hosts:
-        raise UserError(
-            f"batch_size {config.batch_size} does not divide among {num_hosts} hosts; "
-            f"make it a multiple of {num_hosts}."
-        )
     fitting = np.array(list(_fitting(problems, render)), np.int32)
     num_dropped = len(problems) - len(fitting)
     if num_dropped:
         log.warning(
-            "%d of %d problems are dropped: a prompt is longer than its budget.",
+            "%d of %d problems are dropped: a prompt or a reference is over its budget.",
             num_dropped,
             len(problems),
         )
     if len(fitting) < config.batch_size:
         raise UserError(
             f"batch_size {config.batch_size} is more than the {len(fitting)} problems "
-            f"there are ({num_dropped} of {len(problems)} were dropped because a prompt is longer "
-            "than its budget); take a smaller batch, more problems or larger budgets."
+            f"there are ({num_dropped} of {len(problems)} were dropped because a prompt is over "
+            "contexts.*_max_tokens or a reference over rollout.max_new_tokens); take a smaller "
+            "batch, more problems or larger budgets."
         )
-    rows = config.batch_size // num_hosts
     indices = grain.MapDataset.source(fitting).seed(config.seed)
     if config.shuffle:
         indices = indices.shuffle()
     batches = (
         indices.repeat(config.num_epochs)
         .batch(config.batch_size, drop_remainder=True)
-        .map(functools.partial(_render_rows, problems, render, narrow, host * rows, rows))
+        .map(functools.partial(_render_rows, problems, render, narrow))
     )
     # One thread: it keeps ahead of the device, and tokenizers need not be safe for more.
     reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
@@ -157,20 +144,14 @@ def _fitting(problems: ProblemSet, render: Render) -> Iterator[int]:
 
 
 def _render_rows(
-    problems: ProblemSet,
-    render: Render,
-    narrow: Narrow | None,
-    first: int,
-    num_rows: int,
-    batch: np.ndarray,
+    problems: ProblemSet, render: Render, narrow: Narrow | None, indices: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Arrays of the rows first … first + num_rows - 1 of a global batch of positions."""
-    indices = batch[first : first + num_rows]
+    """Arrays of the problems at these positions."""
     rows = [render(problems[int(i)]) for i in indices]
     kept = [row for row in rows if row is not None]
     if len(kept) < len(rows):
         raise ValueError("render must be pure: it now refuses a problem that it accepted before.")
     arrays = {k: np.stack([row[k] for row in kept]) for k in kept[0]}
     if narrow is not None:
-        arrays = narrow([problems[int(i)] for i in batch], arrays)
+        arrays = narrow(arrays)
     return {"index": indices} | arrays

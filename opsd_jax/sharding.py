@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from opsd_jax.errors import UserError
@@ -158,11 +159,40 @@ def check_batch(batch_size: int, num_micro_batches: int, mesh: Mesh) -> None:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Global arrays from this process's rows (NumPy leaves with the batch leading)."""
+    """Global arrays of a batch that every process holds whole (NumPy leaves, the batch leading).
+
+    The mesh decides which rows a device gets: on a pod those of a process need not be adjacent,
+    and with `model` across processes they are not its own alone.
+    """
     sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-    )
+
+    def place(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda rows: x[rows])
+
+    return jax.tree.map(place, batch)
+
+
+def local_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(numbers, values) of the rows of a batch that this process's devices hold, ascending."""
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    starts = sorted(shards)
+    numbers = [np.arange(start, start + len(shards[start])) for start in starts]
+    return np.concatenate(numbers), np.concatenate([np.asarray(shards[s]) for s in starts])
+
+
+def gathered_rows(numbers: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
+    """[size] float32 on every process of what each knows of some rows; NaN where none does.
+
+    Where two processes hold a row, the value of the first stands on both.
+    """
+    rows = np.full(size, np.nan, np.float32)
+    rows[numbers] = values
+    if jax.process_count() == 1:
+        return rows
+    found = multihost_utils.process_allgather(rows)
+    first = np.argmin(np.isnan(found), axis=0)
+    return found[first, np.arange(size)]
 
 
 def num_bytes(tree: Any) -> int:

@@ -259,8 +259,7 @@ class Sampler:
     def _padded(self, prompts: list[list[int]], width: int) -> tuple[jax.Array, jax.Array]:
         """Global ids [R, P] and lengths [R]; copies of the first prompt fill what is missing."""
         filled = prompts + prompts[:1] * (self.batch_size - len(prompts))
-        lo, size = process_rows(self.batch_size)
-        return shard_batch(pad(filled[lo : lo + size], width, self.tokenizer.pad_id), self.mesh)
+        return shard_batch(pad(filled, width, self.tokenizer.pad_id), self.mesh)
 
 
 class Programs:
@@ -303,12 +302,6 @@ class Programs:
     def segment(self, in_cache: int) -> Callable:
         """The segment that reads as many slots of the cache as hold something."""
         return self._segment_of(next(window for window in self.windows if window >= in_cache))
-
-
-def process_rows(batch_size: int) -> tuple[int, int]:
-    """First row and number of rows that this process contributes to a global batch."""
-    size = batch_size // jax.process_count()
-    return jax.process_index() * size, size
 
 
 def completion_rows(completion: Completion) -> list[list[int]]:

@@ -11,13 +11,11 @@ import jax
 import numpy as np
 
 from opsd_jax.errors import UserError
-from opsd_jax.evaluate import mean_over_processes
 from opsd_jax.experiment import Assembly
 from opsd_jax.objective import Batch
 from opsd_jax.problems import Problem, ProblemSet
 from opsd_jax.rollouts import Completion, Context
-from opsd_jax.sharding import shard_batch
-from opsd_jax.slots import completion_rows
+from opsd_jax.sharding import gathered_rows, local_rows, shard_batch
 from opsd_jax.tokenizer import Tokenizer
 from opsd_jax.train_step import TrainState, jit_halves, jit_sample, jit_step
 
@@ -28,8 +26,8 @@ GradeRows = Callable[[Completion, np.ndarray], np.ndarray]
 class Taken(NamedTuple):
     """A dispatched step.
 
-    state, metrics, completion: as `train_step` gives them; grades: [b] of this process's rows
-    where they were needed, else None; rollout_s: how long sampling took, where that is known.
+    state, metrics, completion: as `train_step` gives them; grades: [B] where they were
+    needed, else None; rollout_s: how long sampling took, where that is known.
     """
 
     state: TrainState
@@ -43,7 +41,7 @@ TakeStep = Callable[[TrainState, Batch, np.ndarray], Taken]
 
 
 def make_step(parts: Assembly, grade_rows: GradeRows) -> TakeStep:
-    """The step of a method: (state, batch, problem numbers of this process's rows) -> Taken."""
+    """The step of a method: (state, batch, problem numbers [B]) -> Taken."""
     built = (parts.method, parts.shardings, parts.mesh, parts.rules)
     if not parts.method.objective.needs_rewards:
         step = jit_step(*built)
@@ -56,7 +54,7 @@ def make_step(parts: Assembly, grade_rows: GradeRows) -> TakeStep:
         completion = jax.block_until_ready(sample(state, batch))
         rollout_s = time.monotonic() - start
         grades = grade_rows(completion, numbers)
-        rewards = shard_batch(np.asarray(grades, np.float32), parts.mesh)
+        rewards = shard_batch(grades, parts.mesh)
         state, metrics = learn(state, batch, completion, rewards)
         return Taken(state, metrics, completion, grades, rollout_s)
 
@@ -81,38 +79,37 @@ def rollout_timer(parts: Assembly) -> Callable[[TrainState, Batch], float]:
 
 
 def row_grader(problems: ProblemSet, tokenizer: Tokenizer, grade: Grade) -> GradeRows:
-    """(completion, problem numbers) -> grades [b] of this process's rows; NaN without answer."""
+    """(completion, problem numbers [B]) -> grades [B]; NaN without answer.
+
+    Every process grades the rows on its own devices.
+    """
 
     def grade_rows(completion: Completion, numbers: np.ndarray) -> np.ndarray:
-        texts = [tokenizer.decode(ids) for ids in completion_rows(local_rows(completion))]
-        asked = [problems[int(i)] for i in numbers]
+        (mine, ids), (_, mask) = local_rows(completion.ids), local_rows(completion.mask)
+        asked = [problems[int(i)] for i in numbers[mine]]
         answered = [i for i, problem in enumerate(asked) if problem.answer]
+        texts = [tokenizer.decode(ids[i][mask[i]].tolist()) for i in answered]
         grades = np.full(len(asked), np.nan)
-        grades[answered] = grade([asked[i] for i in answered], [texts[i] for i in answered])
-        return grades
+        grades[answered] = grade([asked[i] for i in answered], texts)
+        return gathered_rows(mine, grades, len(numbers))
 
     return grade_rows
 
 
-def grade_metrics(
-    grades: np.ndarray, completion: Completion, rows: dict[str, np.ndarray]
-) -> dict[str, float]:
+def grade_metrics(grades: np.ndarray, rows: dict[str, np.ndarray]) -> dict[str, float]:
     """The mean grade, and the divergence per token of right and of wrong completions.
 
     Args:
-      grades: [b] of this process's rows, NaN where there is none.
-      completion: of the global batch.
-      rows: name -> [B] sums over the tokens of each row of the global batch.
+      grades: [B], NaN where there is none.
+      rows: name -> [B] sums over the tokens of each row, "rows/tokens" among them.
     """
-    known = ~np.isnan(grades)
-    metrics = {"rollout/reward_mean": mean_over_processes(grades[known].sum(), known.sum())}
+    known = grades[~np.isnan(grades)].astype(np.float64)
+    metrics = {"rollout/reward_mean": float(known.mean()) if known.size else float("nan")}
     if "rows/divergence" in rows:
-        first = jax.process_index() * len(grades)
-        divergence = rows["rows/divergence"][first : first + len(grades)]
-        lengths = local_rows(completion.mask).sum(axis=1)
         for name, those in (("right", grades >= 0.5), ("wrong", grades < 0.5)):
-            mean = mean_over_processes(divergence[those].sum(), lengths[those].sum())
-            if not np.isnan(mean):
+            tokens = rows["rows/tokens"][those].sum()
+            if tokens:
+                mean = float(rows["rows/divergence"][those].sum() / tokens)
                 metrics[f"loss/divergence_{name}"] = mean
     return metrics
 
@@ -143,13 +140,3 @@ def repeat_rows(rows: dict[str, Any], group_size: int) -> dict[str, Any]:
     if group_size == 1:
         return rows
     return {name: np.repeat(values, group_size, axis=0) for name, values in rows.items()}
-
-
-def local_rows(tree: Any) -> Any:
-    """This process's rows of arrays sharded over the batch, in their order."""
-
-    def rows(x: jax.Array) -> np.ndarray:
-        shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
-        return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
-
-    return jax.tree.map(rows, tree)

@@ -141,7 +141,7 @@ def training_batches(
     tokenizer: Tokenizer,
     say: Callable[[str], None],
 ) -> Any:
-    """This process's batches as a Grain iterator whose position can be saved.
+    """Global batches as a Grain iterator whose position can be saved.
 
     Raises:
       UserError: too few problems fit, or one cannot be graded where grades are needed.
@@ -156,8 +156,7 @@ def training_batches(
         render = ReferenceRows(prompts, template, tokenizer, limit, contexts.too_long)
     num_problems = settings.batch_size // settings.group_size
     config = PipelineConfig(batch_size=num_problems, seed=settings.seed)
-    hosts = {"host": jax.process_index(), "num_hosts": jax.process_count()}
-    batches = make_batches(problems, render, config, narrow=prompts.narrow, **hosts)
+    batches = make_batches(problems, render, config, prompts.narrow)
     dropped = getattr(render, "dropped", ())
     if dropped:
         say(f"{len(dropped):,} problems left out: their reference exceeds rollout.max_new_tokens")

@@ -224,6 +224,7 @@ def loss_metrics(method: Method, loss: Loss, completion: Completion) -> Metrics:
 def token_metrics(method: Method, completion: Completion) -> Metrics:
     """What was generated for the step; rollout/tokens counts the tokens of analyses, too."""
     metrics = rollout_metrics(completion, method.rollout)
+    metrics["rows/tokens"] = jnp.sum(completion.mask, axis=1)
     if completion.analysis is not None:
         metrics |= analysis_metrics(completion.analysis)
         # Where completions are the data's, the count is of tokens that were read.

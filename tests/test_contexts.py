@@ -90,16 +90,15 @@ def test_training_prompts_have_one_shape_where_they_are_short_and_drop_whole_pro
 
 
 def test_a_batch_is_as_wide_as_its_longest_prompt_needs_in_three_widths():
-    """All hosts cut alike: the width is that of the whole batch, not of one host's rows."""
     lengths = (3, 20, 40, 41, 79, 90, 160)
     problems = [Problem(str(n), "q" * n, "s", "a") for n in lengths]
     config = ContextConfig("{question}", "{question}!!{solution}")
     loaded = LoadedProblems(tuple(problems), lambda p, t: 0.0)
     prompts = TrainingPrompts(config, CharacterTokenizer(), loaded)
     assert prompts.levels == [(40, 48), (80, 88), (160, 168)]
-    wide = {name: np.stack([v]) for name, v in prompts(problems[1]).items()}
-    for batch, width in ((1, 2), (40, 48)), ((1, 3), (80, 88)), ((0, 4, 5), (160, 168)):
-        rows = prompts.narrow([problems[i] for i in batch], wide)
+    for batch, width in ((2,), (40, 48)), ((3,), (80, 88)), ((0, 4, 5), (160, 168)):
+        rendered = [prompts(problems[i]) for i in (1, *batch)]
+        rows = prompts.narrow({name: np.stack([r[name] for r in rendered]) for name in rendered[0]})
         assert (rows["student_ids"].shape[1], rows["teacher_ids"].shape[1]) == width
         assert rows["student_ids"][0, :20].tolist() == [ord("q")] * 20
         assert not rows["student_ids"][0, 20:].any()

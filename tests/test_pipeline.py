@@ -46,21 +46,12 @@ def test_batches_hold_what_render_gave():
 @settings(max_examples=20, deadline=None)
 @given(
     size=st.integers(4, 20),
-    hosts=st.sampled_from([1, 2, 4]),
     seed=st.integers(0, 2**31),
     epochs=st.integers(1, 3),
 )
-def test_every_epoch_shows_every_problem_once_whatever_the_hosts(size, hosts, seed, epochs):
+def test_every_epoch_shows_every_problem_once(size, seed, epochs):
     config = PipelineConfig(4, seed=seed, num_epochs=epochs)
-    problems = problem_set(size)
-    shards = [
-        [b["index"] for b in make_batches(problems, render, config, host=h, num_hosts=hosts)]
-        for h in range(hosts)
-    ]
-    assert len({len(shard) for shard in shards}) == 1
-    stream = np.concatenate([np.concatenate(rows) for rows in zip(*shards, strict=True)])
-    alone = np.concatenate([b["index"] for b in make_batches(problems, render, config)])
-    np.testing.assert_array_equal(stream, alone)
+    stream = np.concatenate([b["index"] for b in make_batches(problem_set(size), render, config)])
     assert len(stream) == size * epochs // 4 * 4
     for epoch in range(len(stream) // size):
         assert set(stream[epoch * size : (epoch + 1) * size]) == set(range(size))
@@ -136,18 +127,17 @@ def test_worker_processes_keep_the_order():
 
 
 @pytest.mark.parametrize(
-    ("size", "render", "hosts", "message"),
+    ("size", "render", "message"),
     [
-        (3, render, 1, r"batch_size 4 is more than the 3 problems there are \(0 of 3 were"),
-        (4, render_most, 1, None),
-        (5, lambda problem: None, 1, r"more than the 0 problems there are \(5 of 5 were dropped"),
-        (0, render, 1, r"more than the 0 problems there are \(0 of 0"),
-        (9, render, 3, "batch_size 4 does not divide among 3 hosts"),
+        (3, render, r"batch_size 4 is more than the 3 problems there are \(0 of 3 were"),
+        (4, render_most, None),
+        (5, lambda problem: None, r"more than the 0 problems there are \(5 of 5 were dropped"),
+        (0, render, r"more than the 0 problems there are \(0 of 0"),
     ],
 )
-def test_too_little_is_told(size, render, hosts, message):
+def test_too_little_is_told(size, render, message):
     def make():
-        return make_batches(problem_set(size), render, PipelineConfig(4), num_hosts=hosts)
+        return make_batches(problem_set(size), render, PipelineConfig(4))
 
     if message is None:
         assert make().num_problems == 4
@@ -186,13 +176,7 @@ def test_uneven_prompts_compile_no_more_programs_than_there_are_widths():
     prompts = TrainingPrompts(
         ContextConfig("{question}", "{question} {solution}"), Characters(), problems
     )
-    batches = make_batches(problems, prompts, PipelineConfig(4), narrow=prompts.narrow)
-    halves = [
-        make_batches(
-            problems, prompts, PipelineConfig(4), host=h, num_hosts=2, narrow=prompts.narrow
-        )
-        for h in range(2)
-    ]
+    batches = make_batches(problems, prompts, PipelineConfig(4), prompts.narrow)
     traced = []
 
     @jax.jit
@@ -201,10 +185,8 @@ def test_uneven_prompts_compile_no_more_programs_than_there_are_widths():
         return ids.sum()
 
     slots = used = 0
-    for batch, first, second in zip(take(batches, 60), *(take(h, 60) for h in halves), strict=True):
+    for batch in take(batches, 60):
         step(batch["student_ids"])
-        both = np.concatenate([first["student_ids"], second["student_ids"]])
-        np.testing.assert_array_equal(both, batch["student_ids"])
         assert (batch["student_ids"] != 0).sum() == batch["student_length"].sum()
         slots += batch["student_ids"].size
         used += 4 * prompts.levels[-1][0]

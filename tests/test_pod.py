@@ -15,8 +15,15 @@ def commands(workdir, method: str, *num_steps: int) -> list[list[str]]:
     return [[*flags, f"--gin_bindings=train.num_steps = {n}"] for n in num_steps]
 
 
+# A pod's devices come in the order of the hardware: here those of the second process between two
+# of the first; or the two processes side by side along `model`.
 SCRIPT = """
-import json
+import json, numpy as np
+from opsd_jax import sharding
+make, order = jax.make_mesh, json.loads(arguments.pop(0))
+def make_mesh(shape, names, types, devices):
+    return make(shape, names, types, devices=[devices[i] for i in order])
+sharding.jax.make_mesh = make_mesh
 for command in map(json.loads, arguments):
     assert main([*command, "--distributed"]) == 0
     sync_global_devices(str(command))
@@ -24,8 +31,15 @@ for command in map(json.loads, arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, steps", [("quickstart", (1, 3)), ("baselines/opsd_reward", (2,))])
-def test_two_processes_say_what_one_says(method, steps, tmp_path):
+@pytest.mark.parametrize(
+    "method, steps, order, model",
+    [
+        ("quickstart", (1, 3), (0, 2, 3, 1), 1),
+        ("baselines/opsd_reward", (2,), (0, 2, 3, 1), 1),
+        ("baselines/opsd_reward", (2,), (0, 1), 2),
+    ],
+)
+def test_two_processes_say_what_one_says(method, steps, order, model, tmp_path):
     """Resumed and evaluated where a step is one program; graded between its halves where not."""
     for folder in ("one", "two"):
         run = commands(tmp_path / folder, method, *steps)
@@ -34,7 +48,13 @@ def test_two_processes_say_what_one_says(method, steps, tmp_path):
         if folder == "one":
             assert all(main(each) == 0 for each in run)
         else:
-            (said, _), (nothing, _) = run_pair(SCRIPT, *map(json.dumps, run))
+            run = [
+                [*each, f"--gin_bindings=mesh.model = {model}"] if model > 1 else each
+                for each in run
+            ]
+            (said, _), (nothing, _) = run_pair(
+                SCRIPT, json.dumps(order), *map(json.dumps, run), num_devices=len(order) // 2
+            )
     assert "generated tokens" in said and "eval/" not in nothing
     one, two = tmp_path / "one", tmp_path / "two"
     assert [line["step"] for line in lines_of(two)] == list(range(steps[-1] + 1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pod of two local processes with one device each, as hosts with `--distributed` are."""
+"""A pod of two local processes, as hosts with `--distributed` are."""
 
 import os
 import socket
@@ -20,8 +20,11 @@ arguments = sys.argv[3:]
 """
 
 
-def run_pair(script: str, *arguments: object) -> list[tuple[str, str]]:
+def run_pair(script: str, *arguments: object, num_devices: int = 1) -> list[tuple[str, str]]:
     """Runs a script in both processes, which finds `index`, `main` and `arguments`.
+
+    Args:
+      num_devices: of each process.
 
     Returns:
       (stdout, stderr) of each; both have ended with status 0.
@@ -29,7 +32,8 @@ def run_pair(script: str, *arguments: object) -> list[tuple[str, str]]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    devices = f"--xla_force_host_platform_device_count={num_devices}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": devices}
     pair = [
         subprocess.Popen(
             [sys.executable, "-c", JOIN + script, address, str(index), *map(str, arguments)],
