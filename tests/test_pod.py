@@ -3,6 +3,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from test_train import command, lines_of
 from two_processes import run_pair
@@ -17,17 +18,54 @@ def commands(workdir, method: str, *num_steps: int) -> list[list[str]]:
 
 # A pod's devices come in the order of the hardware: here those of the second process between two
 # of the first; or the two processes side by side along `model`.
-SCRIPT = """
+ORDERED = """
 import json, numpy as np
 from opsd_jax import sharding
 make, order = jax.make_mesh, json.loads(arguments.pop(0))
 def make_mesh(shape, names, types, devices):
     return make(shape, names, types, devices=[devices[i] for i in order])
 sharding.jax.make_mesh = make_mesh
+"""
+SCRIPT = (
+    ORDERED
+    + """
 for command in map(json.loads, arguments):
     assert main([*command, "--distributed"]) == 0
     sync_global_devices(str(command))
 """
+)
+GRADED = (
+    ORDERED
+    + """
+from types import SimpleNamespace
+from opsd_jax.rollouts import Completion
+from opsd_jax.stepping import row_grader
+jax.distributed.initialize()
+mesh = sharding.make_mesh(sharding.MeshConfig(-1, int(arguments[0])))
+ids = 10 * np.arange(8)[:, None] + np.arange(3)
+rows = sharding.shard_batch((ids, np.ones((8, 3), bool)), mesh)
+problems = [SimpleNamespace(answer="a" if i != 5 else "", number=i) for i in range(8)]
+tokenizer = SimpleNamespace(decode=lambda ids: ids)
+grade = lambda asked, texts: [p.number + t[0] + t[2] / 100 for p, t in zip(asked, texts)]
+graded = row_grader(problems, tokenizer, grade)(Completion(*rows, None, None), np.arange(8)[::-1])
+mine, held = sharding.local_rows(rows[0])
+assert (held == ids[mine]).all()
+print("found", json.dumps([mine.tolist(), graded.tolist()]))
+"""
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order, model", [((0, 2, 3, 1), 1), ((0, 2, 1, 3), 2), ((0, 1), 2)])
+def test_every_process_grades_its_rows_and_knows_all_grades(order, model):
+    said = run_pair(GRADED, json.dumps(order), model, num_devices=len(order) // 2)
+    lines = [line for text, _ in said for line in text.splitlines() if line.startswith("found ")]
+    (mine, grades), (theirs, same) = (json.loads(line.removeprefix("found ")) for line in lines)
+    assert sorted({*mine, *theirs}) == list(range(8))
+    assert (mine == list(range(8))) == (model == 2)
+    wanted = [np.nan if i == 2 else 7 - i + 10 * i + (10 * i + 2) / 100 for i in range(8)]
+    np.testing.assert_allclose(grades, wanted, rtol=1e-6)
+    np.testing.assert_array_equal(grades, same)
 
 
 @pytest.mark.slow
