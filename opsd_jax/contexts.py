@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each role is shown. All prompt text of the project lives in this file.
+"""What each role is shown: all prompt text but the turn of a tokenizer without a chat template.
 
 A template is text with the placeholders {question}, {solution}, {answer} and {instruction};
 every other brace is plain text, so LaTeX needs no escapes. It becomes one user turn of the
-tokenizer's chat template, with that role's own template switches, or stands as it is when the
-tokenizer has no chat template.
+tokenizer's chat template, with that role's own template switches, or of `tokenizer.PLAIN_FORMAT`
+where there is none.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class ContextConfig:
             "answer": problem.answer,
             "instruction": self.instruction,
         }
-        return _PLACEHOLDER.sub(lambda m: _field(fields, m.group(1), problem), self.template(role))
+        return _PLACEHOLDER.sub(lambda m: shown(fields, m.group(1), problem), self.template(role))
 
     def switches(self, role: str) -> dict[str, Any]:
         """Keyword arguments of a role for the chat template."""
@@ -151,9 +151,10 @@ class ContextConfig:
         return {} if thinking is None else {"enable_thinking": thinking}
 
 
-def _field(fields: Mapping[str, str], name: str, problem: Problem) -> str:
+def shown(fields: Mapping[str, str], name: str, problem: Problem) -> str:
+    """The field that a template names; a UserError where the problem has none."""
     if not fields[name]:
-        raise UserError(f"problem {problem.id!r} has no {name}, which a context template shows")
+        raise UserError(f"problem {problem.id!r} has no {name}, which a template shows")
     return fields[name]
 
 

@@ -132,7 +132,8 @@ class Evaluator:
     Args:
       config: see `EvaluateConfig`.
       contexts: prompts of the roles.
-      settings: rollout settings of training; stop and pad ids are taken from it.
+      settings: rollout settings of training, of which stop ids and numerics are taken; their
+        filters and penalties are not.
       sampler: compiled rollouts.
       problems: held-out problems.
       pool: grades completions and compares answers.
@@ -148,8 +149,7 @@ class Evaluator:
         pool: GraderPool,
     ):
         self.config, self.sampler, self.pool = config, sampler, pool
-        self.settings = dataclasses.replace(
-            settings,
+        self.settings = settings.sampling(
             max_new_tokens=config.max_new_tokens or settings.max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,

@@ -186,10 +186,10 @@ class Experiment:
                 "PolicyGradient needs completions that were sampled: set train.completions to "
                 "@StudentRollouts()"
             )
-        if (rollout.temperature, rollout.top_k, rollout.top_p) != (1.0, 0, 1.0):
+        if not rollout.is_plain:
             raise UserError(
-                "PolicyGradient takes log-probabilities at temperature 1 over all tokens: set "
-                "rollout.temperature = 1.0, rollout.top_k = 0 and rollout.top_p = 1.0"
+                "PolicyGradient takes log-probabilities of the model itself: set "
+                "rollout.temperature = 1.0 and no filter, penalty or rollout.min_new_tokens"
             )
         if objective.kl_weight and (self.teacher.weights != "initial" or self.teacher.model):
             raise UserError(
@@ -276,9 +276,8 @@ def assemble(
             "embedding rows; use the tokenizer that belongs to the model"
         )
     model = model_of(train, base)
-    rollout = dataclasses.replace(
-        experiment.rollout, stop_ids=tuple(tokenizer.stop_ids), pad_id=tokenizer.pad_id
-    )
+    stop_ids = tuple(dict.fromkeys((*tokenizer.stop_ids, *experiment.rollout.stop_ids)))
+    rollout = dataclasses.replace(experiment.rollout, stop_ids=stop_ids, pad_id=tokenizer.pad_id)
     reasoner = None
     if experiment.teacher.reasons:
         transition_ids = tokenizer.encode(experiment.contexts.transition)

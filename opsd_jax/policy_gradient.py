@@ -172,9 +172,10 @@ def group_advantages(
     groups = rewards.astype(jnp.float32).reshape(-1, group_size)
     advantages = groups - jnp.mean(groups, axis=1, keepdims=True)
     flat = jnp.max(groups, axis=1, keepdims=True) == jnp.min(groups, axis=1, keepdims=True)
-    advantages = jnp.where(flat, 0.0, advantages)
     if normalize_std:
         advantages /= jnp.std(groups, axis=1, keepdims=True, ddof=1) + STD_EPSILON
+    # Exact zeros, and no NaN: a group of one has no deviation.
+    advantages = jnp.where(flat, 0.0, advantages)
     return advantages.reshape(-1), jnp.broadcast_to(flat, groups.shape).reshape(-1)
 
 

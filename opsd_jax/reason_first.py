@@ -49,11 +49,7 @@ class ReasonFirst:
 
     def build(self, rollout: RolloutConfig, transition_ids: list[int]) -> Reasoner:
         """With the stop ids and the numerics of the run's rollouts."""
-        shared = "stop_ids pad_id segment_len unroll_layers dtype".split()
-        settings = RolloutConfig(
-            **dataclasses.asdict(self), **{name: getattr(rollout, name) for name in shared}
-        )
-        return Reasoner(settings, tuple(transition_ids))
+        return Reasoner(rollout.sampling(**dataclasses.asdict(self)), tuple(transition_ids))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from opsd_jax.contexts import shown
 from opsd_jax.errors import UserError
 from opsd_jax.problems import Problem
 from opsd_jax.tokenizer import Tokenizer
@@ -71,7 +72,9 @@ def reference_text(template: str | Callable[[Problem], str], problem: Problem) -
         text = template(problem)
     else:
         fields = {"solution": problem.solution, "answer": problem.answer}
-        text = re.sub(r"\{(solution|answer)\}", lambda m: fields[m.group(1)], template)
+        text = re.sub(
+            r"\{(solution|answer)\}", lambda m: shown(fields, m.group(1), problem), template
+        )
     if not text:
         raise UserError(f"problem {problem.id!r} has no reference completion to learn from")
     return text

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -77,7 +77,8 @@ class RolloutConfig:
       repetition_penalty: divides the logits of tokens in prompt or completion, 1 = off.
       presence_penalty: taken off the logits of tokens in the completion, 0 = off.
       min_new_tokens: no stop id is sampled before so many tokens.
-      stop_ids: ids that end a completion; they are part of it.
+      stop_ids: ids that end a completion, in a run besides the tokenizer's own; they are part of
+        it.
       pad_id: written after the stop token.
       segment_len: tokens between two looks at whether rows are done; also those that wait in the
         buffer of new keys and values.
@@ -124,6 +125,16 @@ class RolloutConfig:
     @property
     def penalises(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the distribution that is sampled is the model's own."""
+        return self == self.sampling(max_new_tokens=self.max_new_tokens)
+
+    def sampling(self, **settings: Any) -> RolloutConfig:
+        """Another way to sample with the same stop ids and numerics; what is not named is off."""
+        shared = "stop_ids pad_id segment_len unroll_layers dtype".split()
+        return RolloutConfig(**settings, **{name: getattr(self, name) for name in shared})
 
 
 @flax.struct.dataclass

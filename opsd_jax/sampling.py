@@ -128,24 +128,28 @@ def sample(logits_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
     weights_BNs = padded.reshape(B, NUM_BLOCKS, size)
     block_BN = jnp.sum(weights_BNs, axis=-1)
     through_BN = jnp.cumsum(block_BN, axis=-1)
-    block_B = _first_above(through_BN, uniform_B * through_BN[:, -1])
+    block_B = _first_above(through_BN, block_BN, uniform_B * through_BN[:, -1])
     # The block by a product with one-hot rows: a gather would fetch all blocks of all devices.
     chosen_BN = jnp.arange(NUM_BLOCKS) == block_B[:, None]
     inside_Bs = jnp.sum(jnp.where(chosen_BN[:, :, None], weights_BNs, 0.0), axis=1)
     before_B = jnp.sum(jnp.where(chosen_BN, through_BN - block_BN, 0.0), axis=1)
     through_Bs = jnp.cumsum(inside_Bs, axis=-1)
     rest_B = uniform_B * through_BN[:, -1] - before_B
-    return block_B * size + _first_above(through_Bs, rest_B)
+    return block_B * size + _first_above(through_Bs, inside_Bs, rest_B)
 
 
-def _first_above(through_BN: jax.Array, target_B: jax.Array) -> jax.Array:
-    """First index whose running sum exceeds the target; always one of positive weight.
+def _first_above(through_BN: jax.Array, weights_BN: jax.Array, target_B: jax.Array) -> jax.Array:
+    """First index of positive weight whose running sum exceeds the target, else the last such.
 
-    The target is kept strictly below the total, also after rounding.
+    The weight is asked for besides: a parallel running sum is rounded in another order at every
+    index, so it may rise where the weight is zero, and fall.
     """
-    total = through_BN[:, -1:]
-    target = jnp.clip(target_B[:, None], 0.0, jnp.nextafter(total, 0.0))
-    return jnp.sum(through_BN <= target, axis=-1, dtype=jnp.int32)
+    indices, number = jnp.arange(through_BN.shape[1], dtype=jnp.int32), through_BN.shape[1]
+    positive_BN = weights_BN > 0
+    above_BN = positive_BN & (through_BN > target_B[:, None])
+    first_B = jnp.min(jnp.where(above_BN, indices, number), axis=-1)
+    last_B = jnp.max(jnp.where(positive_BN, indices, 0), axis=-1)
+    return jnp.where(first_B < number, first_B, last_B)
 
 
 def log_prob(logits_BV: jax.Array, ids_B: jax.Array) -> jax.Array:

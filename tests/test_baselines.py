@@ -75,6 +75,8 @@ def test_references_are_whole_stop_at_their_end_and_are_never_cut():
     assert short(problem) is None and short.dropped == {"p"}
     with pytest.raises(UserError, match="6 tokens"):
         ReferenceRows(lambda p: {}, "say {solution} {answer}", tokenizer, 5, "error")(problem)
+    with pytest.raises(UserError, match="'p' has no answer"):
+        ReferenceRows(lambda p: {}, "{answer}", tokenizer, 8, "drop")(Problem("p", "q", "s", ""))
     prompt = {f"{role}_ids": np.ones((2, 3)) for role in ("student", "teacher")}
     prompt |= {f"{role}_length": np.ones(2) for role in ("student", "teacher")}
     batch = to_batch(prompt | {k: np.stack([v, v]) for k, v in row.items()}, group_size=2)
@@ -185,6 +187,11 @@ def curves_of(page: str) -> set[str]:
              "rollout.temperature = 0.7"],
             "temperature",
         ),
+        *[
+            (["train.objective = @PolicyGradient()", "train.group_size = 8", f"rollout.{one}"],
+             "no filter, penalty")
+            for one in ("min_p = 0.1", "repetition_penalty = 1.2", "min_new_tokens = 2")
+        ],
         (
             ["train.objective = @PolicyGradient()", "train.group_size = 8",
              "PolicyGradient.kl_weight = 0.1", "teacher.weights = 'live'"],

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -129,6 +131,10 @@ def test_roles_choose_weights_context_and_thinking(pool):
         roles=("student", "student_no_thinking", "teacher_thinking"), num_problems=1
     )
     sampler.tokenizer = SwitchTokenizer()
+    explored = dataclasses.replace(settings, repetition_penalty=1.5, min_p=0.2, min_new_tokens=2)
+    assert Evaluator(config, contexts, explored, sampler, problems, pool).settings == (
+        Evaluator(config, contexts, settings, sampler, problems, pool).settings
+    )
     run = Evaluator(config, contexts, settings, sampler, problems, pool)
     encode = sampler.tokenizer.encode
     assert {role: prompts[0].ids for role, prompts in run.prompts.items()} == {

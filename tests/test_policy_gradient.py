@@ -163,6 +163,11 @@ def test_advantages_are_centred_and_scaled(rewards, group_size):
     assert flat.tolist() == np.repeat(np.ptp(groups, axis=1) == 0, group_size).tolist()
 
 
+def test_a_group_of_one_has_nothing_to_compare_with():
+    advantages, flat = group_advantages(jnp.array([1.0, 0.0]), 1, True)
+    assert advantages.tolist() == [0.0, 0.0] and flat.all()
+
+
 def test_means_weigh_tokens_as_they_say():
     mask = np.arange(4) < np.array([[4], [1], [0]])
     for mean, rows in (("token", [4 / 5, 1 / 5, 0]), ("sequence", [0.5, 0.5, 0]),

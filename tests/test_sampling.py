@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsd_jax.sampling import filter_logits, log_prob, penalise, prompt_tokens, sample
+from opsd_jax.sampling import (
+    _first_above,
+    filter_logits,
+    log_prob,
+    penalise,
+    prompt_tokens,
+    sample,
+)
 
 
 def slow_filter(logits, temperature, top_k, top_p):
@@ -131,3 +138,10 @@ def test_extreme_uniforms_draw_possible_tokens():
     logits = jnp.array([[-jnp.inf, 0.0, -jnp.inf, 1.0, -jnp.inf]] * 2)
     largest = np.nextafter(np.float32(1), np.float32(0))
     assert sample(logits, jnp.array([0.0, largest])).tolist() == [1, 3]
+
+
+def test_what_has_no_weight_is_not_drawn_where_a_rounded_running_sum_rises_there():
+    weights = jnp.array([[0.0, 0.5, 0.0, 0.5, 0.0]])
+    through = jnp.array([[1e-8, 0.5, 0.5000001, 0.99999994, 1.0]])
+    drawn = [int(_first_above(through, weights, jnp.array([u]))[0]) for u in (0, 0.50000004, 1)]
+    assert drawn == [1, 3, 3]
