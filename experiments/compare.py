@@ -14,6 +14,7 @@ at the end, which needs `pip install '.[plot]'`. The study smollm2 takes two CPU
 import argparse
 import importlib.util
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ import jax
 import numpy as np
 
 from opsd_jax.config import load_experiment
+from opsd_jax.errors import UserError
 from opsd_jax.report import spread
 from opsd_jax.runs import (
     ACCURACY,
@@ -210,7 +212,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if importlib.util.find_spec("matplotlib") is None:  # Told before the hours of training.
         parser.exit(2, "the figure needs matplotlib: pip install '.[plot]'\n")
-    study, out = STUDIES[arguments.study], arguments.out
+    study, out = STUDIES[arguments.study], arguments.out.resolve()
     jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
     rates = tune(study, out)
     seeds = range(1, 1 + arguments.seeds) if arguments.seeds else [0]
@@ -226,4 +228,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

@@ -8,11 +8,13 @@ Finished runs are kept below --out and not repeated.
 
 import argparse
 import statistics
+import sys
 from pathlib import Path
 
 import jax
 
 from opsd_jax.config import load_experiment
+from opsd_jax.errors import UserError
 from opsd_jax.report import spread
 from opsd_jax.runs import ACCURACY, Line
 from opsd_jax.train import train_whole
@@ -70,10 +72,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    out = arguments.out.resolve()
     # Every run compiles the same programs.
-    jax.config.update("jax_compilation_cache_dir", str(arguments.out / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
     rows = [
-        row(f"warm {w}, seed {s}", *run(arguments.gin_file, arguments.out, w, s))
+        row(f"warm {w}, seed {s}", *run(arguments.gin_file, out, w, s))
         for w in range(arguments.warm_seeds)
         for s in range(arguments.seeds)
     ]
@@ -81,4 +84,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

@@ -148,6 +148,12 @@ def _check_same_problems(role: str, folders: list[Path], a: Mapping, b: Mapping)
                 f"{role}: the problem sets differ: {len(only)} of {len(here)} problems are in "
                 f"{folder} alone ({some})"
             )
+    for id in a:
+        if a[id].get("answer") != b[id].get("answer"):
+            raise UserError(
+                f"{role}: problem {id} has the answer {a[id].get('answer')!r} in {folders[0]} and "
+                f"{b[id].get('answer')!r} in {folders[1]}: these are different problems"
+            )
 
 
 def summary(differences: Mapping[str, Difference]) -> str:

@@ -26,7 +26,7 @@ from opsd_jax.model_config import LoraConfig, ModelConfig
 from opsd_jax.objective import Distillation, Likelihood, Objective
 from opsd_jax.optimizer import OptimizerConfig, make_optimizer
 from opsd_jax.policy_gradient import PolicyGradient, RewardMix
-from opsd_jax.problems import ProblemSource
+from opsd_jax.problems import ProblemSource, is_source
 from opsd_jax.rollouts import RolloutConfig
 from opsd_jax.sharding import MeshConfig, Rules, check_batch, variable_shardings
 from opsd_jax.teacher import TeacherConfig
@@ -121,8 +121,9 @@ class TrainConfig:
                 )
         if not isinstance(self.learning_rate, (int, float)) or self.learning_rate <= 0:
             raise UserError(f"train.learning_rate must be positive, not {self.learning_rate!r}")
-        for name in ("model", "problems"):
-            if not hasattr(getattr(self, name), "load"):
+        sources = ["model", "problems", *([] if self.heldout is None else ["heldout"])]
+        for name in sources:
+            if not is_source(getattr(self, name)):
                 raise UserError(
                     f"train.{name} must be a source such as @PretrainedModel() or @JsonlProblems() "
                     f"(with @ and parentheses), not {getattr(self, name)!r}"

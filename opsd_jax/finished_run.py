@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import sys
 import zlib
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ from opsd_jax.export import save_adapter, save_pretrained
 from opsd_jax.files import write_json_lines, write_whole
 from opsd_jax.generations import BY_PROBLEM_FILE, GenerationLog
 from opsd_jax.guard import restored_step
+from opsd_jax.metrics import plain
 from opsd_jax.scores import table
 from opsd_jax.sharding import make_mesh
 from opsd_jax.tokenizer import Tokenizer
@@ -147,7 +149,7 @@ def evaluate_command(
         found = evaluator(run.student, run.teacher, log)
     if writes:
         write_json_lines(folder / BY_PROBLEM_FILE, found.by_problem)
-        text = json.dumps({"step": run.step} | found.metrics, indent=1)
+        text = json.dumps(plain({"step": run.step} | found.metrics), indent=1, allow_nan=False)
         write_whole(folder / "summary.json", text + "\n")
         _say(table(found.metrics))
         print(text)
@@ -175,7 +177,7 @@ def record_of(run: Restored, evaluator: Evaluator) -> dict[str, Any]:
     config = evaluator.config
     record: dict[str, Any] = {
         "step": run.step,
-        "problems": repr(run.experiment.train.heldout),
+        "problems": re.sub(r" at 0x[0-9a-f]+", "", repr(run.experiment.train.heldout)),
         "dtype": run.experiment.train.dtype,
         "roles": list(config.roles),
         "num_samples": config.num_samples,

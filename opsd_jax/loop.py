@@ -87,6 +87,7 @@ class Loop:
         settings = self.experiment.train
         if self.guard.ends_the_run:
             self.progress.note("the guard has ended this run; guard.action = 'warn' lets it go on")
+            self.conclude()  # It may have been killed before it could, or now be told to restore.
             return self.evaluated
         if jax.process_index() == 0:
             forget_verdict(self.workdir)
@@ -106,7 +107,7 @@ class Loop:
             stop = preemption.requested(number) or self.guard.ends_the_run
             evaluated: dict[str, float] = {}
             finished: float | None = None
-            if due(number, settings.eval_every_steps, last):
+            if settings.eval_every_steps and due(number, settings.eval_every_steps, last):
                 finished = self.finish(taken, batch)
                 evaluated = self.evaluate(number, state)
             save = due(number, settings.checkpoint_every_steps, last or stop)

@@ -95,7 +95,7 @@ class MetricWriters:
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"metrics of step {step} come after those of {self._last_step}")
         self._last_step = step
-        scalars = {name: _plain(value) for name, value in metrics.items() if name != "step"}
+        scalars = {name: plain(value) for name, value in metrics.items() if name != "step"}
         for sink in self._sinks:
             sink.write(step, scalars)
 
@@ -103,7 +103,7 @@ class MetricWriters:
         """Writes samples/step_XXXXXX.jsonl, whole or not at all."""
         if self._active:
             path = self._workdir / "samples" / f"step_{step:06d}.jsonl"
-            write_json_lines(path, (_plain(row) for row in rows))
+            write_json_lines(path, (plain(row) for row in rows))
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -180,12 +180,12 @@ def _import(module: str, extra: str) -> Any:
         ) from error
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What json can hold: Python numbers and text, null for NaN and infinities."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
-        return _plain(np.asarray(value).tolist())
+        return plain(np.asarray(value).tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value

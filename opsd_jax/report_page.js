@@ -49,7 +49,9 @@ function ticks([low, high], count, whole = false) {
 }
 
 function range(values) {
-  const low = Math.min(...values), high = Math.max(...values);
+  // Not Math.min(...values): a hundred runs are more points than a call may have arguments.
+  const low = values.reduce((a, b) => Math.min(a, b), Infinity);
+  const high = values.reduce((a, b) => Math.max(a, b), -Infinity);
   if (high > low) return [low, high];
   if (low === 0) return [0, 1];
   const room = Math.abs(low) * 0.1;

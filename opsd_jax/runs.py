@@ -45,7 +45,13 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        return bindings(self.config)
+        """The bindings of its config, macros filled in."""
+        found = bindings(self.config)
+
+        def filled(value: str) -> str:
+            return re.sub(r"%([\w./]+)", lambda m: found.get(m.group(1), m.group()), value)
+
+        return {name: filled(value) for name, value in found.items()}
 
     @property
     def guard(self) -> GuardConfig:
@@ -120,15 +126,10 @@ _SEEDS = re.compile(r"(train\.seed|(.*/)?WarmStart\.seed|.*\.cache_dir)$")
 
 
 def method_of(run: Run) -> dict[str, str]:
-    """The bindings that make the method: macros filled in, seeds and logging left out."""
-    settings = run.settings
-
-    def filled(value: str) -> str:
-        return re.sub(r"%([\w./]+)", lambda m: settings.get(m.group(1), m.group()), value)
-
+    """The bindings that make the method: seeds and logging left out."""
     return {
-        name: filled(value)
-        for name, value in settings.items()
+        name: value
+        for name, value in run.settings.items()
         if "." in name and not is_free(name) and not _SEEDS.match(name)
     }
 
@@ -143,7 +144,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     for members in found.values():
         first, taken = members[0], {group.label for group in groups}
         # Seeds are numbered at the end of a name: quick_seed3, warm1_seed3.
-        stem = re.sub(r"([_-]*(warm|seed|s)_?\d+)+$", "", first.workdir.resolve().name)
+        stem = re.sub(r"((^|[_-])(warm|seed|s)_?\d+)+$", "", first.workdir.resolve().name)
         name = first.label or stem or first.workdir.resolve().name
         names = (name if n == 1 else f"{name} ({n})" for n in range(1, len(found) + 1))
         groups.append(Group(next(n for n in names if n not in taken), members))

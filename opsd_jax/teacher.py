@@ -106,7 +106,8 @@ class TeacherConfig:
                 "teacher.reasons must be None or @ReasonFirst() (with @ and parentheses), not "
                 f"{self.reasons!r}"
             )
-        if self.model is not None and not hasattr(self.model, "load"):
+        unusable = isinstance(self.model, type) or not hasattr(self.model, "load")
+        if self.model is not None and unusable:
             raise UserError(
                 "teacher.model must be None or a source such as @PretrainedModel() (with @ and "
                 f"parentheses), not {self.model!r}"

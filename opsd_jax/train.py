@@ -211,10 +211,14 @@ def make_writers(
 
 
 def guard_of(experiment: Experiment, workdir: Path, start: int) -> Guard:
-    """The guard of a run, which has seen what a resumed run wrote."""
+    """The guard of a run, which has seen what a resumed run wrote up to its step.
+
+    Process 0 drops the later lines, maybe after another process has read them here.
+    """
     guard = Guard(experiment.guard)
     for line in read_json_lines(workdir / "metrics.jsonl", "step") if start else []:
-        guard.see(line)
+        if line["step"] <= start:
+            guard.see(line)
     return guard
 
 

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +88,11 @@ def test_other_problems_are_refused_by_name(tmp_path, capsys):
     b = write(tmp_path / "b", {"p": [1.0], "r": [0.0]})
     assert main(["eval", "--compare", a, b]) == 2
     assert "1 of 2 problems are in" in (told := capsys.readouterr().err) and "(q)" in told
+    path = Path(write(tmp_path / "c", {"p": [1.0], "q": [0.0]})) / "by_problem.jsonl"
+    assert main(["eval", "--compare", a, str(path.parent)]) == 0
+    path.write_text(path.read_text().replace('"answer": "a"', '"answer": "b"'))
+    assert main(["eval", "--compare", a, str(path.parent)]) == 2
+    assert "problem p has the answer 'a' in" in capsys.readouterr().err
 
 
 def test_what_cannot_be_compared_is_told(tmp_path):

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
-from opsd_jax.config import load_experiment
+from opsd_jax.config import AREAS, load_experiment
 from opsd_jax.errors import UserError
+from opsd_jax.model_config import LoraConfig
 from opsd_jax.operative_config import FREE_TO_CHANGE, first_difference
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -48,6 +51,11 @@ def test_base_gin_lists_every_default():
     ]
     without, _ = load_experiment([], bare + [*required, "rollout.max_new_tokens = 1024"])
     assert with_base == without
+    text = (EXPERIMENTS / "base.gin").read_text()
+    fields = {f"{area}.{f.name}" for area, of in AREAS.items() for f in dataclasses.fields(of)}
+    fields |= {f"lora.{field.name}" for field in dataclasses.fields(LoraConfig)}
+    missing = {field for field in fields if not re.search(rf"^(# )?{field} = ", text, re.M)}
+    assert missing == {"rollout.pad_id"}  # the tokenizer's
 
 
 @pytest.mark.parametrize(
@@ -57,6 +65,9 @@ def test_base_gin_lists_every_default():
         (["trane.num_steps = 3"], "trane"),
         (["train.num_steps = 'many'"], "train.num_steps"),
         (["train.num_steps = 0"], "train.num_steps"),
+        (["train.problems = @JsonlProblems"], "train.problems"),
+        (["train.heldout = 'my.jsonl'"], "train.heldout"),
+        (["teacher.model = @PretrainedModel"], "teacher.model"),
         (["train.seed = %seed"], "seed"),
         (["divergence.clip = 'hard'"], "divergence.clip"),
         (["train.model = None"], "train.model"),

@@ -70,7 +70,7 @@ train.num_steps = {seed}60
 TestbedBase.warm_start = @WarmStart()
 WarmStart.seed = {seed}
 TestbedBase.cache_dir = '/somewhere/{seed}'
-guard.window = {seed}
+guard.window = %seed
 """
 
 
@@ -84,6 +84,19 @@ def test_runs_that_differ_by_their_seeds_are_one_group():
     assert [(g.label, len(g.runs)) for g in groups] == [("opsd_lr1", 3), ("opsd_lr2", 3)]
     assert differing_settings(groups) == {"train.learning_rate": ["1", "2"]}
     assert runs[0].guard.window == 3
+
+
+def test_a_name_loses_its_seed_and_no_other_number():
+    names = ["tokens64", "tokens128", "x_s3", "loss2", "warm1_seed3", "quick-seed_4"]
+    groups = group_runs([run_of([], name=name, config=f"a.b = '{name}'") for name in names])
+    assert [g.label for g in groups] == [
+        "tokens64",
+        "tokens128",
+        "x",
+        "loss2",
+        "warm1_seed3",
+        "quick",
+    ]
 
 
 def test_labels_group_whatever_the_config_and_equal_names_are_told_apart():

@@ -14,6 +14,7 @@ import pytest
 
 from opsd_jax import train as train_module
 from opsd_jax.errors import UserError
+from opsd_jax.guard import GuardConfig
 from opsd_jax.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -255,6 +256,16 @@ def test_a_guarded_run_ends_and_leaves_the_best_checkpoint(tmp_path, capsys):
     assert main(command(tmp_path, *alarm[:4], *alarm[5:], *further)) == 0
     assert not (tmp_path / "guard.json").exists()
     assert lines_of(tmp_path)[-1]["step"] == steps[-1] + 1
+
+
+def test_a_resumed_guard_has_not_seen_what_is_taken_back(tmp_path):
+    """Alarms rise at steps that are trained again: every process must judge them alike."""
+    leaking = {"probe/teacher/ok": 0.1, "probe/teacher/leak": 0.9}
+    lines = [{"step": 1}, {"step": 2}, {"step": 3} | leaking]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    experiment = SimpleNamespace(guard=GuardConfig())
+    rung = [train_module.guard_of(experiment, tmp_path, start).alarms for start in (0, 2, 3)]
+    assert [len(alarms) for alarms in rung] == [0, 0, 1]
 
 
 def test_a_script_of_many_runs_does_not_go_on_after_one_that_was_stopped(tmp_path, monkeypatch):

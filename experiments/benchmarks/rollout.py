@@ -144,7 +144,12 @@ def refill(args, batch):
     V, number = model.config.vocab_size, 8 * batch
     # Random weights give nearly uniform probabilities: 8 V / new ids stop with one in new / 8.
     stop_ids = tuple(range(1, 1 + round(8 * V / args.new)))
-    config = RolloutConfig(args.new, temperature=args.temperature, stop_ids=stop_ids)
+    config = RolloutConfig(
+        args.new,
+        temperature=args.temperature,
+        stop_ids=stop_ids,
+        unroll_layers=args.unroll_layers,
+    )
     keys = jax.random.split(jax.random.key(0), number)
     asked = np.repeat(prompts(args, number // args.samples, V), args.samples, axis=0)
     jitted = jax.jit(functools.partial(rollout, model, config=config))
