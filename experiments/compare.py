@@ -7,8 +7,8 @@ Every method gets the same tuning: one run at each learning rate of the study on
 the largest mean accuracy over its tokens wins. The table is of other seeds than that one, each
 with a warm start of its own where the study has one; --seeds=0 takes the tuning runs themselves.
 Finished runs are kept below --out and not repeated; OUT/table.md and OUT/compare.svg are written
-at the end, which needs `pip install '.[plot]'`. The study smollm2 takes two CPU cores about two hours
-with --seeds=0.
+at the end, which needs `pip install '.[plot]'`. With --seeds=0 the study smollm2 takes two CPU
+cores about two hours.
 """
 
 import argparse
