@@ -57,11 +57,6 @@ class ProblemSource(Protocol):
     def load(self, cache_dir: str | None) -> ProblemSet: ...
 
 
-def is_source(value: object) -> bool:
-    """Whether it can be loaded: an instance with `load`, not the class of one."""
-    return hasattr(value, "load") and not isinstance(value, type)
-
-
 @dataclasses.dataclass(frozen=True)
 class LoadedProblems:
     """A problem set in memory.

@@ -29,7 +29,6 @@ from opsd_jax.errors import UserError
 from opsd_jax.kv_cache import LayersKV, empty, pick_rows, replace_rows, where_rows
 from opsd_jax.model import Decoder
 from opsd_jax.rollouts import (
-    Completion,
     Context,
     RolloutConfig,
     Rows,
@@ -270,7 +269,7 @@ class Programs:
         number, length = split(config)
         # Equal steps, where a rollout's stages double: the longest of many rows of all ages is
         # seldom the longest that there can be, and all pay for its window.
-        step = max(-(-number // 4), -(-64 // max(length, 1)), 1)
+        step = max(-(-number // 4), -(-64 // max(length, 1)))
         ends = [*range(0, number, step), number]
         self.windows = [width + end * length for end in ends]
         vocab_size = model.config.vocab_size if config.penalises else None
@@ -302,8 +301,3 @@ class Programs:
     def segment(self, in_cache: int) -> Callable:
         """The segment that reads as many slots of the cache as hold something."""
         return self._segment_of(next(window for window in self.windows if window >= in_cache))
-
-
-def completion_rows(completion: Completion) -> list[list[int]]:
-    """The sampled ids of every row, stop token included, padding removed."""
-    return [ids[mask].tolist() for ids, mask in zip(completion.ids, completion.mask, strict=True)]

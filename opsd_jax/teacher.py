@@ -81,6 +81,11 @@ def snapshot(every_steps: int) -> Teacher:
     )
 
 
+def is_source(value: object) -> bool:
+    """Whether it can be loaded: an instance with `load`, not the class of one."""
+    return hasattr(value, "load") and not isinstance(value, type)
+
+
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
     """Which weights teach.
@@ -106,8 +111,7 @@ class TeacherConfig:
                 "teacher.reasons must be None or @ReasonFirst() (with @ and parentheses), not "
                 f"{self.reasons!r}"
             )
-        unusable = isinstance(self.model, type) or not hasattr(self.model, "load")
-        if self.model is not None and unusable:
+        if self.model is not None and not is_source(self.model):
             raise UserError(
                 "teacher.model must be None or a source such as @PretrainedModel() (with @ and "
                 f"parentheses), not {self.model!r}"

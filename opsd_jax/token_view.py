@@ -34,7 +34,6 @@ from opsd_jax.reason_first import Reasoner
 from opsd_jax.rollouts import Completion, Context, RolloutConfig, rollout
 from opsd_jax.scoring import completion_hidden
 from opsd_jax.sharding import on_mesh
-from opsd_jax.slots import completion_rows
 from opsd_jax.tokenizer import Tokenizer
 from opsd_jax.train import grading
 
@@ -286,3 +285,8 @@ def tokens_command(workdir: str, step: int | None, num: int, seed: int) -> Path:
     write_json_lines(path, lines)
     print(path)
     return path
+
+
+def completion_rows(completion: Completion) -> list[list[int]]:
+    """The sampled ids of every row, stop token included, padding removed."""
+    return [ids[mask].tolist() for ids, mask in zip(completion.ids, completion.mask, strict=True)]
