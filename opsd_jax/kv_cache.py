@@ -117,11 +117,16 @@ def merge(store: LayersKV, recent: LayersKV, starts_B: jax.Array) -> LayersKV:
     """
 
     def write(x, new, slot_axis):
-        def one_row(x, new, start):
-            return jax.lax.dynamic_update_slice_in_dim(x, new, start, x.ndim + slot_axis)
-
-        batch = x.ndim - 4
-        return jax.vmap(one_row, (batch, batch, 0), batch)(x, new, starts_B)
+        slot, batch = x.ndim + slot_axis, x.ndim - 4
+        # Not vmap of an update, which would transpose the whole store to bring B in front.
+        numbers = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=tuple(axis for axis in range(x.ndim) if axis != batch),
+            inserted_window_dims=(),
+            scatter_dims_to_operand_dims=(slot,),
+            operand_batching_dims=(batch,),
+            scatter_indices_batching_dims=(0,),
+        )
+        return jax.lax.scatter(x, starts_B[:, None], new, numbers, unique_indices=True, mode="clip")
 
     return map_layers(
         lambda old, new: KV(write(old.keys, new.keys, -1), write(old.values, new.values, -2)),

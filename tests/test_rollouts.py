@@ -15,6 +15,7 @@ from flax import linen as nn
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.errors import UserError
 from opsd_jax.head import head_logits, output_head
+from opsd_jax.kv_cache import KV, merge
 from opsd_jax.model import Decoder, init_variables
 from opsd_jax.objective import compare
 from opsd_jax.rollouts import RolloutConfig, rollout, stages
@@ -249,3 +250,18 @@ def test_all_rows_may_stop_at_once_or_never():
 def test_bad_settings_name_themselves(field, value):
     with pytest.raises(UserError, match=f"rollout.{field}"):
         dataclasses.replace(CONFIG, **{field: value})
+
+
+def test_a_merge_moves_nothing_but_the_new_slots():
+    """vmap of an update would transpose the whole store, there and back, at every segment."""
+    keys, values = jnp.zeros((3, 4, 2, 5, 11)), jnp.zeros((3, 4, 2, 11, 5))
+    rng = np.random.default_rng(0)
+    new = KV(*(jnp.asarray(rng.normal(size=s)) for s in ((3, 4, 2, 5, 2), (3, 4, 2, 2, 5))))
+    starts = jnp.array([0, 9, 4, 20])
+    wanted = KV(np.zeros(keys.shape), np.zeros(values.shape))
+    for row, start in enumerate([0, 9, 4, 9]):  # The last one is shifted to end at the end.
+        wanted.keys[:, row, :, :, start : start + 2] = new.keys[:, row]
+        wanted.values[:, row, :, start : start + 2] = new.values[:, row]
+    jax.tree.map(np.testing.assert_allclose, merge(KV(keys, values), new, starts), wanted)
+    text = str(jax.make_jaxpr(merge)(KV(keys, values), new, starts))
+    assert "transpose" not in text and text.count("scatter[") == 2
