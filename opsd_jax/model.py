@@ -20,7 +20,6 @@ K key/value heads, G = N / K, H head width, R LoRA rank, V vocabulary, E experts
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import flax
@@ -329,25 +328,6 @@ def _apart(cache: KVCache | None, recent: Recent | None):
     kvs = (cache and cache.kv, recent and recent.cache.kv)
     rest = (cache and cache.positions, recent and recent.cache.positions, recent and recent.slot)
     return kvs, rest
-
-
-def unstacked(model: Decoder, variables: dict) -> tuple[Decoder, dict]:
-    """The same model with a parameter array of its own for every layer.
-
-    For decoding small models: a scan over layers reads each layer's weights and cache through a
-    slice, which on a CPU is a copy, at every token. The arrays exist twice for that time.
-    """
-
-    def per_layer(collection: dict) -> dict:
-        rest = {name: tree for name, tree in collection.items() if name != "layers"}
-        layers = {
-            f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], collection["layers"])
-            for i in range(model.config.num_layers)
-        }
-        return rest | layers
-
-    config = dataclasses.replace(model.config, scan_layers=False)
-    return Decoder(config), {name: per_layer(tree) for name, tree in variables.items()}
 
 
 def init_variables(model: Decoder, key: jax.Array) -> dict:

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from opsd_jax.errors import UserError
 
@@ -87,7 +87,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     )
 
 
-def variable_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
+def variable_shardings(boxed: Any, mesh: Mesh | AbstractMesh, rules: Any) -> Any:
     """Shardings of a boxed abstract variable tree (from `jax.eval_shape` of an init).
 
     Returns:

@@ -25,16 +25,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opsd_jax.contexts import pad
+from opsd_jax.decoding_form import decoding_form
 from opsd_jax.errors import UserError
 from opsd_jax.kv_cache import LayersKV, empty, pick_rows, replace_rows, where_rows
 from opsd_jax.model import Decoder
+from opsd_jax.rollout_config import RolloutConfig
 from opsd_jax.rollouts import (
     Context,
-    RolloutConfig,
     Rows,
     Tokens,
     begin_rows,
-    decoding_form,
     first_token,
     prefill,
     segment,
@@ -289,7 +289,8 @@ class Programs:
 
         self._segment_of = segment_of
         self.prepare: Callable = lambda variables: variables
-        if model is not sampler.model:
+        several = config.gather_weights and sampler.mesh.shape["data"] > 1
+        if several or model is not sampler.model:
             self.prepare = jitted(lambda v: decoding_form(sampler.model, v, config)[1])
         self.read = jitted(partial(read_prompts, model))
         self.idle = jitted(

@@ -163,27 +163,49 @@ def test_bfloat16_rollouts_stay_near_the_scoring(model_dtype, dtype):
     assert 0 < gap.max() < 0.1 and gap.mean() < 0.02
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_split_vocabulary_is_never_gathered(temperature):
-    """No collective of the compiled rollout carries as many columns as there are tokens."""
-    config = dataclasses.replace(tiny_config(), vocab_size=512)
+def compiled_text(config, mesh, settings):
+    """The compiled rollout of fully sharded parameters."""
     model, variables = Decoder(config), tiny_variables(config)
-    settings = dataclasses.replace(CONFIG, temperature=temperature, min_p=0.01)
-    mesh = make_mesh(MeshConfig(2, 4))
     boxed = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
     shardings = variable_shardings(boxed, mesh, FULLY_SHARDED)
-    rows, prompts = batch_sharding(mesh), tiny_batch(4).student
+    rows, prompts = batch_sharding(mesh), tiny_batch(8).student
 
     def run(variables, ids, lengths):
         return rollout(model, variables, ids, lengths, jax.random.key(0), settings)
 
     with jax.set_mesh(mesh), nn.logical_axis_rules(FULLY_SHARDED):
         jitted = jax.jit(run, in_shardings=(shardings, rows, rows))
-        text = jitted.lower(variables, prompts.ids, prompts.lengths).compile().as_text()
+        return jitted.lower(variables, prompts.ids, prompts.lengths).compile().as_text()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_split_vocabulary_is_never_gathered(temperature):
+    """No collective of the compiled rollout carries as many columns as there are tokens."""
+    config = dataclasses.replace(tiny_config(), vocab_size=512)
+    settings = dataclasses.replace(CONFIG, temperature=temperature, min_p=0.01)
+    text = compiled_text(config, make_mesh(MeshConfig(2, 4)), settings)
     gathers = re.findall(r"= \(?\w+\[([\d,]*)\][^=]* all-gather", text)
     assert "all-reduce" in text  # It is split at all.
     for shape in gathers:
         assert "512" not in shape.split(","), f"an all-gather of [{shape}]"
+
+
+@pytest.mark.parametrize("unroll_layers", [0, 4])
+def test_weights_are_gathered_once_and_not_at_every_token(unroll_layers):
+    mesh, config = make_mesh(MeshConfig(8, 1)), dataclasses.replace(CONFIG, temperature=1.0)
+
+    def gathers(gather_weights):
+        """(outside, inside) of loops."""
+        settings = dataclasses.replace(
+            config, unroll_layers=unroll_layers, gather_weights=gather_weights
+        )
+        text = compiled_text(tiny_config(), mesh, settings)
+        entry = re.search(r"^ENTRY .*?^}", text, re.MULTILINE | re.DOTALL).group()
+        outside = entry.count(" all-gather(")
+        return outside, text.count(" all-gather(") - outside
+
+    assert gathers(True)[0] > 0 == gathers(True)[1]
+    assert gathers(False)[1] > 0
 
 
 def test_rollout_logps_equal_scoring_logps(any_config):

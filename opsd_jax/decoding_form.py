@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters as sampling reads them: cast, gathered and unstacked once, read at every token."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+from flax import linen as nn
+
+from opsd_jax.model import Decoder, init_variables
+from opsd_jax.rollout_config import RolloutConfig
+from opsd_jax.sharding import variable_shardings
+
+
+def decoding_form(model: Decoder, variables: dict, config: RolloutConfig) -> tuple[Decoder, dict]:
+    """Model and constant variables as sampling reads them, made once per rollout.
+
+    Args:
+      model: the decoder.
+      variables: {"params"[, "lora"]}; no gradient flows through what is returned.
+      config: says which of the forms below to take.
+    """
+    variables = jax.lax.stop_gradient(variables)
+    if config.dtype is not None:
+        variables = jax.tree.map(lambda x: x.astype(config.dtype), variables)
+        model = Decoder(dataclasses.replace(model.config, dtype=config.dtype))
+    if config.gather_weights:
+        variables = gathered(model, variables)
+    if model.config.scan_layers and model.config.num_layers <= config.unroll_layers:
+        return unstacked(model, variables)
+    return model, variables
+
+
+def gathered(model: Decoder, variables: dict) -> dict:
+    """The variables whole on every device along `data`, split along `model` as they were.
+
+    A fully sharded matrix is fetched from all devices where it is used: once per layer and pass in
+    the loss, but once per token in decoding, which then waits for the network and for nothing else.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["data"] == 1:
+        return variables
+    rules = tuple(
+        (name, None if axis == "data" else axis) for name, axis in nn.get_logical_axis_rules()
+    )
+    boxed = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
+    wanted = variable_shardings(boxed, mesh, rules)
+    place = jax.lax.with_sharding_constraint
+    return {name: place(tree, wanted[name]) for name, tree in variables.items()}
+
+
+def unstacked(model: Decoder, variables: dict) -> tuple[Decoder, dict]:
+    """The same model with a parameter array of its own for every layer.
+
+    For decoding small models: a scan over layers reads each layer's weights and cache through a
+    slice, which on a CPU is a copy, at every token. The arrays exist twice for that time.
+    """
+
+    def per_layer(collection: dict) -> dict:
+        rest = {name: tree for name, tree in collection.items() if name != "layers"}
+        layers = {
+            f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], collection["layers"])
+            for i in range(model.config.num_layers)
+        }
+        return rest | layers
+
+    config = dataclasses.replace(model.config, scan_layers=False)
+    return Decoder(config), {name: per_layer(tree) for name, tree in variables.items()}

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How completions are sampled, as numbers: `RolloutConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from opsd_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled.
+
+    Args:
+      max_new_tokens: C.
+      temperature: 0 is greedy.
+      top_k: entries kept, 0 = all.
+      top_p: probability mass kept, 1 = all.
+      min_p: least share of the largest probability, 0 = all are kept.
+      repetition_penalty: divides the logits of tokens in prompt or completion, 1 = off.
+      presence_penalty: taken off the logits of tokens in the completion, 0 = off.
+      min_new_tokens: no stop id is sampled before so many tokens.
+      stop_ids: ids that end a completion, in a run besides the tokenizer's own; they are part of
+        it.
+      pad_id: written after the stop token.
+      segment_len: tokens between two looks at whether rows are done; also those that wait in the
+        buffer of new keys and values.
+      unroll_layers: models of at most so many layers decode with unrolled layers: faster steps on
+        a CPU, for a second copy of the weights and a longer compilation.
+      gather_weights: on a mesh, every device along `data` holds all weights while it samples (its
+        part along `model`); False fetches them again at every token and spares the memory.
+      dtype: of weights and computation while sampling, None = the model's; "bfloat16" under a
+        float32 model makes rollout/logp_gap the price of speed.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    min_new_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+    segment_len: int = 16
+    unroll_layers: int = 4
+    gather_weights: bool = True
+    dtype: str | None = None
+
+    def __post_init__(self):
+        checks = {
+            "max_new_tokens": (self.max_new_tokens >= 1, ">= 1"),
+            "temperature": (self.temperature >= 0, ">= 0"),
+            "top_k": (self.top_k >= 0, ">= 0 (0 keeps all)"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
+            "repetition_penalty": (self.repetition_penalty > 0, "positive (1 is off)"),
+            "min_new_tokens": (
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+                "between 0 and rollout.max_new_tokens",
+            ),
+            "segment_len": (self.segment_len >= 1, ">= 1"),
+            "unroll_layers": (self.unroll_layers >= 0, ">= 0"),
+            "dtype": (self.dtype in (None, "float32", "bfloat16"), "None, 'float32', 'bfloat16'"),
+        }
+        for name, (fine, wanted) in checks.items():
+            if not fine:
+                raise UserError(f"rollout.{name} must be {wanted}, not {getattr(self, name)!r}")
+
+    @property
+    def penalises(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the distribution that is sampled is the model's own."""
+        return self == self.sampling(max_new_tokens=self.max_new_tokens)
+
+    def sampling(self, **settings: Any) -> RolloutConfig:
+        """Another way to sample with the same stop ids and numerics; what is not named is off."""
+        shared = "stop_ids pad_id segment_len unroll_layers gather_weights dtype".split()
+        return RolloutConfig(**settings, **{name: getattr(self, name) for name in shared})
