@@ -70,6 +70,8 @@ class TrainConfig:
       num_micro_batches: A, the loss is computed on B / A rows at a time.
       lora: train adapters only; None trains all parameters.
       dtype: compute dtype; trained parameters and moments are float32 whatever it is.
+      attention: how whole texts are attended to: "xla", "splash" (TPU) or "cudnn" (NVIDIA GPU,
+        bfloat16); see `attention.py`.
       remat: recompute layers in the backward pass.
       log_every_steps, eval_every_steps, checkpoint_every_steps: periods; 0 = never (a
         checkpoint is always written at the end).
@@ -96,6 +98,7 @@ class TrainConfig:
     num_micro_batches: int = 1
     lora: LoraConfig | None = None
     dtype: str = "float32"
+    attention: str = "xla"
     remat: bool = True
     log_every_steps: int = 1
     eval_every_steps: int = 20
@@ -220,9 +223,23 @@ class Assembly(NamedTuple):
 
 def model_of(train: TrainConfig, config: ModelConfig) -> Decoder:
     """The decoder of a run: the base's shape with the run's numerics and adapters."""
-    return Decoder(
-        dataclasses.replace(config, dtype=train.dtype, remat=train.remat, lora=train.lora)
-    )
+    names = ("dtype", "attention", "remat", "lora")
+    return Decoder(dataclasses.replace(config, **{name: getattr(train, name) for name in names}))
+
+
+def check_attention(model: ModelConfig, mesh: Mesh) -> None:
+    """Raises a UserError where `train.attention` names a kernel that cannot run there."""
+    platform = mesh.devices.flat[0].platform
+    wanted = {"splash": "tpu", "cudnn": "gpu"}.get(model.attention, platform)
+    refusal = None
+    if platform != wanted:
+        refusal = f"needs a {wanted.upper()}, and the devices here are of kind {platform!r}"
+    elif model.attention == "cudnn" and model.dtype != "bfloat16":
+        refusal = "computes in bfloat16 only: set train.dtype = 'bfloat16' besides"
+    elif model.attention == "cudnn" and model.attention_softcap is not None:
+        refusal = "cannot cap attention scores, as this model does"
+    if refusal:
+        raise UserError(f"train.attention = {model.attention!r} {refusal}; 'xla' runs anywhere")
 
 
 def load_teacher(
@@ -277,6 +294,7 @@ def assemble(
             "embedding rows; use the tokenizer that belongs to the model"
         )
     model = model_of(train, base)
+    check_attention(model.config, mesh)
     stop_ids = tuple(dict.fromkeys((*tokenizer.stop_ids, *experiment.rollout.stop_ids)))
     rollout = dataclasses.replace(experiment.rollout, stop_ids=stop_ids, pad_id=tokenizer.pad_id)
     reasoner = None
@@ -292,7 +310,7 @@ def assemble(
         num_micro_batches=train.num_micro_batches,
         completions=train.completions,
         objective=train.objective,
-        external=Decoder(dataclasses.replace(external, dtype=train.dtype)) if external else None,
+        external=model_of(dataclasses.replace(train, lora=None), external) if external else None,
         num_updates=train.num_updates,
         group_size=train.group_size,
         reasoner=reasoner,
@@ -369,5 +387,5 @@ def external_variables(parts: Assembly, params: dict | None) -> dict:
 def teacher_variables(parts: Assembly, state: TrainState) -> dict[str, Any] | None:
     """The variables that teach at this state; None if they are those of another kind of model."""
     teacher = policies(parts.method, state, state.trainable)[1]
-    plain = dataclasses.replace(parts.model.config, lora=None, remat=teacher.model.config.remat)
+    plain = dataclasses.replace(parts.model.config, lora=None)
     return teacher.variables if teacher.model.config in (parts.model.config, plain) else None

@@ -20,13 +20,12 @@ K key/value heads, G = N / K, H head width, R LoRA rank, V vocabulary, E experts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from opsd_jax.attention import attend, attend_text
 from opsd_jax.kv_cache import KV, KVCache, LayersKV, Recent, put
 from opsd_jax.model_config import ModelConfig, layer_numbers
 from opsd_jax.projection import logical, project
@@ -80,45 +79,6 @@ def rotate(
     return (turned * scale).astype(x_BTxH.dtype)
 
 
-def attend(
-    q_BKGTH: jax.Array,
-    sources: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
-    positions_BT: jax.Array,
-    window: jax.Array,
-    softcap: float | None = None,
-) -> jax.Array:
-    """Softmax attention over several stores of keys and values as if they were one.
-
-    Args:
-      q_BKGTH: queries, already scaled; every group of G query heads shares a key head.
-      sources: (keys [B, K, H, S], values [B, K, S, H], positions [B, S]) each; a query sees
-        the keys whose positions are its own or up to `window` - 1 before it.
-      positions_BT: positions of the queries.
-      window: [] int32.
-      softcap: c > 0 replaces a score s by c · tanh(s / c).
-
-    Returns:
-      [B, K, G, T, H] in the dtype of the queries; softmax in float32.
-    """
-    scores = []
-    for keys_BKHS, _, positions_BS in sources:
-        s = jnp.einsum("bkgth,bkhs->bkgts", q_BKGTH, keys_BKHS, preferred_element_type=jnp.float32)
-        if softcap is not None:
-            s = softcap * jnp.tanh(s / softcap)
-        distance_BTS = positions_BT[:, :, None] - positions_BS[:, None, :]
-        seen_BTS = (distance_BTS >= 0) & (distance_BTS < window)
-        # Finite, so that a padded query that sees nothing averages instead of giving NaN.
-        scores.append(jnp.where(seen_BTS[:, None, None], s, jnp.float32(-1e30)))
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-    out, start = jnp.zeros_like(q_BKGTH), 0
-    for _, values_BKSH, positions_BS in sources:
-        stop = start + positions_BS.shape[1]
-        w = weights[..., start:stop].astype(q_BKGTH.dtype)
-        out = out + jnp.einsum("bkgts,bksh->bkgth", w, values_BKSH.astype(q_BKGTH.dtype))
-        start = stop
-    return out
-
-
 class Attention(nn.Module):
     """Grouped-query causal self-attention with rotary positions."""
 
@@ -146,14 +106,17 @@ class Attention(nn.Module):
         k = rotate(k, positions_BT, numbers.rope)
         q_BKGTH = q.reshape(B, T, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
         kv = KV(keys=k.transpose(0, 2, 3, 1), values=v.transpose(0, 2, 1, 3))
-        # Written before it is read: the other way round XLA would copy the buffer at every step.
-        positions_BS = positions_BT
-        if recent is not None:
-            kv, positions_BS = put(recent, kv), recent.cache.positions
-        sources = [(kv.keys, kv.values, positions_BS)]
-        if cache is not None:
-            sources.insert(0, (cache.kv.keys, cache.kv.values, cache.positions))
-        out = attend(q_BKGTH, sources, positions_BT, numbers.window, c.attention_softcap)
+        if cache is None and recent is None:
+            out = attend_text(c, q_BKGTH, kv, positions_BT, numbers.window)
+        else:
+            # Written before it is read: the other way round XLA would copy the buffer every step.
+            positions_BS = positions_BT
+            if recent is not None:
+                kv, positions_BS = put(recent, kv), recent.cache.positions
+            sources = [(kv.keys, kv.values, positions_BS)]
+            if cache is not None:
+                sources.insert(0, (cache.kv.keys, cache.kv.values, cache.positions))
+            out = attend(q_BKGTH, sources, positions_BT, numbers.window, c.attention_softcap)
         out_BTNH = out.transpose(0, 3, 1, 2, 4).reshape(B, T, c.num_heads, c.head_dim)
         return project(c, "o_proj", q_shape, (D,), q_axes, ("embed",))(out_BTNH), kv
 

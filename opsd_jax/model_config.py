@@ -83,6 +83,8 @@ class ModelConfig:
       qk_norm: RMSNorm on queries and keys before the rotation, over H (Qwen3).
       dtype: compute dtype of activations, "float32" or "bfloat16"; the parameters keep
         their own dtype (float32 masters in training).
+      attention: how whole texts are attended to, "xla", "splash" (TPU) or "cudnn" (NVIDIA GPU,
+        bfloat16); see `attention.py`.
       remat: recompute each layer in the backward pass instead of storing its activations.
       scan_layers: one scan over stacked layers, compiled once whatever L is; False is for
         decoding, see `model.unstacked`.
@@ -121,6 +123,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     qk_norm: bool = False
     dtype: str = "float32"
+    attention: str = "xla"
     remat: bool = True
     scan_layers: bool = True
     lora: LoraConfig | None = None
@@ -163,6 +166,7 @@ class ModelConfig:
             )
         for name, allowed in (
             ("dtype", ("float32", "bfloat16")),
+            ("attention", ("xla", "splash", "cudnn")),
             ("activation", ("silu", "gelu")),
         ):
             if getattr(self, name) not in allowed:

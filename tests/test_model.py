@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
+from opsd_jax.attention import attend
 from opsd_jax.errors import UserError
 from opsd_jax.kv_cache import EMPTY_POSITION, KV, KVCache
-from opsd_jax.model import Decoder, Experts, attend, init_variables
+from opsd_jax.model import Decoder, Experts, init_variables
 from opsd_jax.model_config import NO_WINDOW, LoraConfig, ModelConfig, layer_numbers
 from opsd_jax.rope import RopeScaling, rope_frequencies
 from opsd_jax.sharding import FULLY_SHARDED, variable_shardings

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Softmax attention: token by token over stores, and over whole texts.
+
+Decoding reads stores through `attend`, on every platform: XLA reads each store once, where it lies.
+Whole texts, in prefill and in the loss, go through one of three (`train.attention`):
+
+    "xla"     anywhere; in blocks of queries, so that memory grows with T and not with its square
+    "splash"  TPU: the splash attention kernel of jax.experimental.pallas
+    "cudnn"   NVIDIA GPU: cuDNN's flash attention, in bfloat16
+
+The two kernels never hold scores; they take a text's positions to be 0, 1, 2, …
+
+Alphabet: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from opsd_jax.kv_cache import KV
+from opsd_jax.model_config import NO_WINDOW, ModelConfig
+
+QUERY_BLOCK = 512
+
+
+def attend(
+    q_BKGTH: jax.Array,
+    sources: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
+    positions_BT: jax.Array,
+    window: jax.Array,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Softmax attention over several stores of keys and values as if they were one.
+
+    Args:
+      q_BKGTH: queries, already scaled; every group of G query heads shares a key head.
+      sources: (keys [B, K, H, S], values [B, K, S, H], positions [B, S]) each; a query sees
+        the keys whose positions are its own or up to `window` - 1 before it.
+      positions_BT: positions of the queries.
+      window: [] int32.
+      softcap: c > 0 replaces a score s by c · tanh(s / c).
+
+    Returns:
+      [B, K, G, T, H] in the dtype of the queries; softmax in float32.
+    """
+    scores = []
+    for keys_BKHS, _, positions_BS in sources:
+        s = jnp.einsum("bkgth,bkhs->bkgts", q_BKGTH, keys_BKHS, preferred_element_type=jnp.float32)
+        if softcap is not None:
+            s = softcap * jnp.tanh(s / softcap)
+        distance_BTS = positions_BT[:, :, None] - positions_BS[:, None, :]
+        seen_BTS = (distance_BTS >= 0) & (distance_BTS < window)
+        # Finite, so that a padded query that sees nothing averages instead of giving NaN.
+        scores.append(jnp.where(seen_BTS[:, None, None], s, jnp.float32(-1e30)))
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    out, start = jnp.zeros_like(q_BKGTH), 0
+    for _, values_BKSH, positions_BS in sources:
+        stop = start + positions_BS.shape[1]
+        w = weights[..., start:stop].astype(q_BKGTH.dtype)
+        out = out + jnp.einsum("bkgts,bksh->bkgth", w, values_BKSH.astype(q_BKGTH.dtype))
+        start = stop
+    return out
+
+
+def attend_text(
+    config: ModelConfig, q_BKGTH: jax.Array, kv: KV, positions_BT: jax.Array, window: jax.Array
+) -> jax.Array:
+    """Causal attention of whole texts to themselves.
+
+    Args:
+      config: says by which implementation.
+      q_BKGTH: queries, already scaled.
+      kv: keys [B, K, H, T] and values [B, K, T, H] of the same tokens.
+      positions_BT: 0, 1, 2, … in every row, unless the implementation is "xla".
+      window: [] int32, positions that a query of this layer sees.
+
+    Returns:
+      [B, K, G, T, H] in the dtype of the queries.
+    """
+    if config.attention == "xla":
+        return attend_in_blocks(q_BKGTH, kv, positions_BT, window, config.attention_softcap)
+    kernel: Callable[..., jax.Array] = splash if config.attention == "splash" else flash
+
+    def run(width: int | None) -> Callable[..., jax.Array]:
+        return partial(kernel, window=width, softcap=config.attention_softcap)
+
+    # A kernel is compiled for a window, and layers are scanned: where they differ, it has both.
+    local = [config.windows(layer) for layer in range(config.num_layers)]
+    operands = (q_BKGTH, kv.keys.swapaxes(2, 3), kv.values)
+    if any(local) != all(local):
+        return on_each_device(
+            lambda seen, *x: jax.lax.cond(seen < NO_WINDOW, run(config.window), run(None), *x),
+            window,
+            *operands,
+        )
+    function = run(config.window if all(local) else None)
+    return on_each_device(lambda _, *x: function(*x), window, *operands)
+
+
+def attend_in_blocks(
+    q_BKGTH: jax.Array, kv: KV, positions_BT: jax.Array, window: jax.Array, softcap: float | None
+) -> jax.Array:
+    """`attend` of texts to themselves, a long one in blocks of queries, recomputed backwards."""
+    source, T = (kv.keys, kv.values, positions_BT), q_BKGTH.shape[3]
+    if T <= 2 * QUERY_BLOCK:
+        return attend(q_BKGTH, (source,), positions_BT, window, softcap)
+
+    def blocks(x: jax.Array, axis: int) -> jax.Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, -T % QUERY_BLOCK)
+        shape = (*x.shape[:axis], -1, QUERY_BLOCK, *x.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(x, widths).reshape(shape), axis, 0)
+
+    @jax.checkpoint
+    def one(block):
+        return attend(block[0], (source,), block[1], window, softcap)
+
+    out = jnp.moveaxis(jax.lax.map(one, (blocks(q_BKGTH, 3), blocks(positions_BT, 1))), 0, 3)
+    return out.reshape(*q_BKGTH.shape[:3], -1, out.shape[-1])[:, :, :, :T]
+
+
+def splash(
+    q_BKGTH: jax.Array,
+    keys_BKTH: jax.Array,
+    values_BKTH: jax.Array,
+    window: int | None,
+    softcap: float | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """The TPU kernel on one device's rows and heads; blocks nobody sees are skipped."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as lib
+
+    B, K, G, T, H = q_BKGTH.shape
+    size = min(512, -(-T // 128) * 128)
+    padded = -(-T // size) * size
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, padded - T), (0, 0)])
+
+    shape = (padded, padded)
+    seen = lib.CausalMask(shape) if window is None else lib.LocalMask(shape, (window - 1, 0), 0)
+    blocks = lib.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_kv_compute=size,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_kv_dkv_compute=size,
+        block_q_dq=size,
+        block_kv_dq=size,
+    )
+    kernel = lib.make_splash_mha(
+        lib.MultiHeadMask([seen] * (K * G)),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
+    )
+    q_BNTH = pad(q_BKGTH.reshape(B, K * G, T, H))
+    out_BNTH = jax.vmap(kernel)(q_BNTH, pad(keys_BKTH), pad(values_BKTH))
+    return out_BNTH[:, :, :T].reshape(q_BKGTH.shape)
+
+
+def flash(
+    q_BKGTH: jax.Array,
+    keys_BKTH: jax.Array,
+    values_BKTH: jax.Array,
+    window: int | None,
+    softcap: float | None,
+    implementation: Literal["xla", "cudnn"] = "cudnn",
+) -> jax.Array:
+    """jax.nn.dot_product_attention on one device's rows and heads."""
+    assert softcap is None, "refused by ModelConfig"
+    B, K, G, T, H = q_BKGTH.shape
+    out_BTNH = jax.nn.dot_product_attention(
+        q_BKGTH.reshape(B, K * G, T, H).swapaxes(1, 2),
+        keys_BKTH.swapaxes(1, 2),
+        values_BKTH.swapaxes(1, 2),
+        scale=1.0,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
+    )
+    return out_BTNH.swapaxes(1, 2).reshape(q_BKGTH.shape)
+
+
+def on_each_device(function: Callable, window: jax.Array, *operands: jax.Array) -> jax.Array:
+    """function(window, *operands) of [B, K, …] arrays, on a mesh by every device on its own part.
+
+    The compiler cannot split a kernel: left alone, it would compute the whole batch everywhere.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(window, *operands)
+    axes = tuple(nn.logical_to_mesh_axes(("batch", "kv_heads")) or ())
+    sizes = operands[0].shape[:2]
+    fits = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, sizes, strict=True)]
+    part = PartitionSpec(*fits)
+    return jax.shard_map(
+        function,
+        in_specs=(PartitionSpec(), *[part] * len(operands)),
+        out_specs=part,
+        check_vma=False,
+    )(window, *operands)
