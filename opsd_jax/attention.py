@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Softmax attention: token by token over stores, and over whole texts.
 
-Decoding reads stores through `attend`, on every platform: XLA reads each store once, where it lies.
+Decoding reads stores through `attend` or, on a TPU, through a kernel (`decode_attention.py`).
 Whole texts, in prefill and in the loss, go through one of three (`train.attention`):
 
     "xla"     anywhere; in blocks of queries, so that memory grows with T and not with its square
@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from opsd_jax.kv_cache import KV
+from opsd_jax.decode_attention import attend_both
+from opsd_jax.kv_cache import KV, KVCache
 from opsd_jax.model_config import NO_WINDOW, ModelConfig
 
 QUERY_BLOCK = 512
@@ -69,6 +70,50 @@ def attend(
     return out
 
 
+def attend_cached(
+    config: ModelConfig,
+    q_BKGTH: jax.Array,
+    cache: KVCache | None,
+    new: tuple[jax.Array, jax.Array, jax.Array],
+    layer: jax.Array,
+    positions_BT: jax.Array,
+    window: jax.Array,
+) -> jax.Array:
+    """Attention to what was said before, and to new tokens.
+
+    Args:
+      config: says by which implementation.
+      q_BKGTH: queries, already scaled; T = 1 for "pallas".
+      cache: keys and values of this layer, or of all layers for "pallas"; None: there is none.
+      new: a source as in `attend`.
+      layer: [] int32, the number of this layer.
+      positions_BT: positions of the queries.
+      window: [] int32.
+
+    Returns:
+      [B, K, G, T, H] in the dtype of the queries.
+    """
+    softcap = config.attention_softcap
+    if cache is None:
+        return attend(q_BKGTH, (new,), positions_BT, window, softcap)
+    if config.decode_attention == "xla":
+        sources = ((cache.kv.keys, cache.kv.values, cache.positions), new)
+        return attend(q_BKGTH, sources, positions_BT, window, softcap)
+    store = "bk" if cache.kv.keys.ndim == 4 else "lbk"
+    kernel: Callable[..., jax.Array] = partial(attend_both, softcap=softcap)
+    return on_each_device(
+        lambda keys, values, positions, *rest: kernel(KVCache(KV(keys, values), positions), *rest),
+        (store, cache.kv.keys),
+        (store, cache.kv.values),
+        ("b", cache.positions),
+        ("bk", q_BKGTH),
+        *zip(("bk", "bk", "b"), new, strict=True),
+        ("", layer),
+        ("b", positions_BT),
+        ("", window),
+    )
+
+
 def attend_text(
     config: ModelConfig, q_BKGTH: jax.Array, kv: KV, positions_BT: jax.Array, window: jax.Array
 ) -> jax.Array:
@@ -93,15 +138,14 @@ def attend_text(
 
     # A kernel is compiled for a window, and layers are scanned: where they differ, it has both.
     local = [config.windows(layer) for layer in range(config.num_layers)]
-    operands = (q_BKGTH, kv.keys.swapaxes(2, 3), kv.values)
-    if any(local) != all(local):
-        return on_each_device(
-            lambda seen, *x: jax.lax.cond(seen < NO_WINDOW, run(config.window), run(None), *x),
-            window,
-            *operands,
-        )
-    function = run(config.window if all(local) else None)
-    return on_each_device(lambda _, *x: function(*x), window, *operands)
+    operands = [("bk", x) for x in (q_BKGTH, kv.keys.swapaxes(2, 3), kv.values)]
+    if any(local) == all(local):
+        return on_each_device(run(config.window if all(local) else None), *operands)
+    return on_each_device(
+        lambda *x: jax.lax.cond(x[-1] < NO_WINDOW, run(config.window), run(None), *x[:-1]),
+        *operands,
+        ("", window),
+    )
 
 
 def attend_in_blocks(
@@ -192,21 +236,35 @@ def flash(
     return out_BTNH.swapaxes(1, 2).reshape(q_BKGTH.shape)
 
 
-def on_each_device(function: Callable, window: jax.Array, *operands: jax.Array) -> jax.Array:
-    """function(window, *operands) of [B, K, …] arrays, on a mesh by every device on its own part.
+def on_each_device(
+    function: Callable[..., jax.Array], *operands: tuple[str, jax.Array]
+) -> jax.Array:
+    """A function of whole arrays, on a mesh computed by every device on its own rows and heads.
 
     The compiler cannot split a kernel: left alone, it would compute the whole batch everywhere.
+
+    Args:
+      function: gives [B, K, …].
+      operands: ("bk", array) for an array [B, K, …], "lbk" for [L, B, K, …], "" for a number.
     """
+    arrays = [array for _, array in operands]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return function(window, *operands)
-    axes = tuple(nn.logical_to_mesh_axes(("batch", "kv_heads")) or ())
-    sizes = operands[0].shape[:2]
-    fits = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, sizes, strict=True)]
-    part = PartitionSpec(*fits)
+        return function(*arrays)
+    B, K = next(array.shape[:2] for axes, array in operands if axes == "bk")
+    batch, heads = nn.logical_to_mesh_axes(("batch", "kv_heads")) or (None, None)
+    place = {
+        "l": None,
+        "b": batch if batch and B % mesh.shape[batch] == 0 else None,
+        "k": heads if heads and K % mesh.shape[heads] == 0 else None,
+    }
+
+    def spec(axes: str) -> PartitionSpec:
+        return PartitionSpec(*(place[axis] for axis in axes))
+
     return jax.shard_map(
         function,
-        in_specs=(PartitionSpec(), *[part] * len(operands)),
-        out_specs=part,
+        in_specs=tuple(spec(axes) for axes, _ in operands),
+        out_specs=spec("bk"),
         check_vma=False,
-    )(window, *operands)
+    )(*arrays)

@@ -26,6 +26,8 @@ def decoding_form(model: Decoder, variables: dict, config: RolloutConfig) -> tup
     if config.dtype is not None:
         variables = jax.tree.map(lambda x: x.astype(config.dtype), variables)
         model = Decoder(dataclasses.replace(model.config, dtype=config.dtype))
+    if config.attention != "xla":
+        model = Decoder(dataclasses.replace(model.config, decode_attention=config.attention))
     if config.gather_weights:
         variables = gathered(model, variables)
     if model.config.scan_layers and model.config.num_layers <= config.unroll_layers:

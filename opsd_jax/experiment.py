@@ -227,19 +227,23 @@ def model_of(train: TrainConfig, config: ModelConfig) -> Decoder:
     return Decoder(dataclasses.replace(config, **{name: getattr(train, name) for name in names}))
 
 
-def check_attention(model: ModelConfig, mesh: Mesh) -> None:
-    """Raises a UserError where `train.attention` names a kernel that cannot run there."""
-    platform = mesh.devices.flat[0].platform
-    wanted = {"splash": "tpu", "cudnn": "gpu"}.get(model.attention, platform)
-    refusal = None
-    if platform != wanted:
-        refusal = f"needs a {wanted.upper()}, and the devices here are of kind {platform!r}"
-    elif model.attention == "cudnn" and model.dtype != "bfloat16":
-        refusal = "computes in bfloat16 only: set train.dtype = 'bfloat16' besides"
-    elif model.attention == "cudnn" and model.attention_softcap is not None:
-        refusal = "cannot cap attention scores, as this model does"
-    if refusal:
-        raise UserError(f"train.attention = {model.attention!r} {refusal}; 'xla' runs anywhere")
+def check_attention(model: ModelConfig, rollout: RolloutConfig, mesh: Mesh) -> None:
+    """Raises a UserError where a setting names a kernel that cannot run there."""
+    here = mesh.devices.flat[0].platform
+    for key, value in (
+        ("train.attention", model.attention),
+        ("rollout.attention", rollout.attention),
+    ):
+        wanted = {"splash": "tpu", "pallas": "tpu", "cudnn": "gpu"}.get(value, here)
+        refusal = None
+        if wanted != here:
+            refusal = f"needs a {wanted.upper()}, and the devices here are of kind {here!r}"
+        elif value == "cudnn" and model.dtype != "bfloat16":
+            refusal = "computes in bfloat16 only: set train.dtype = 'bfloat16' besides"
+        elif value == "cudnn" and model.attention_softcap is not None:
+            refusal = "cannot cap attention scores, as this model does"
+        if refusal:
+            raise UserError(f"{key} = {value!r} {refusal}; 'xla' runs anywhere")
 
 
 def load_teacher(
@@ -294,7 +298,7 @@ def assemble(
             "embedding rows; use the tokenizer that belongs to the model"
         )
     model = model_of(train, base)
-    check_attention(model.config, mesh)
+    check_attention(model.config, experiment.rollout, mesh)
     stop_ids = tuple(dict.fromkeys((*tokenizer.stop_ids, *experiment.rollout.stop_ids)))
     rollout = dataclasses.replace(experiment.rollout, stop_ids=stop_ids, pad_id=tokenizer.pad_id)
     reasoner = None

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from opsd_jax.attention import attend, attend_text
+from opsd_jax.attention import attend_cached, attend_text
 from opsd_jax.kv_cache import KV, KVCache, LayersKV, Recent, put
 from opsd_jax.model_config import ModelConfig, layer_numbers
 from opsd_jax.projection import logical, project
@@ -35,12 +35,14 @@ from opsd_jax.projection import logical, project
 class LayerNumbers:
     """Where layers differ; leading L when stacked, none inside a layer.
 
-    rope: [H/2] radians per position; query_scale: []; window: [] int32, positions seen.
+    rope: [H/2] radians per position; query_scale: []; window: [] int32, positions seen; layer: []
+    int32, its number.
     """
 
     rope: jax.Array
     query_scale: jax.Array
     window: jax.Array
+    layer: jax.Array
 
 
 class RMSNorm(nn.Module):
@@ -113,10 +115,8 @@ class Attention(nn.Module):
             positions_BS = positions_BT
             if recent is not None:
                 kv, positions_BS = put(recent, kv), recent.cache.positions
-            sources = [(kv.keys, kv.values, positions_BS)]
-            if cache is not None:
-                sources.insert(0, (cache.kv.keys, cache.kv.values, cache.positions))
-            out = attend(q_BKGTH, sources, positions_BT, numbers.window, c.attention_softcap)
+            new = (kv.keys, kv.values, positions_BS)
+            out = attend_cached(c, q_BKGTH, cache, new, numbers.layer, positions_BT, numbers.window)
         out_BTNH = out.transpose(0, 3, 1, 2, 4).reshape(B, T, c.num_heads, c.head_dim)
         return project(c, "o_proj", q_shape, (D,), q_axes, ("embed",))(out_BTNH), kv
 
@@ -192,7 +192,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, positions_BT, numbers, kvs, rest):
         c = self.config
-        (kv, recent_kv), (positions_BS, recent_positions_BS, slot) = kvs, rest
+        (kv, recent_kv), (all_kv, positions_BS, recent_positions_BS, slot) = kvs, rest
+        kv = all_kv or kv
         cache = kv and KVCache(kv, positions_BS)
         recent = recent_kv and Recent(KVCache(recent_kv, recent_positions_BS), slot)
 
@@ -266,7 +267,11 @@ class Decoder(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, return_kv, name="layers")
         numbers = LayerNumbers(**{k: jnp.asarray(v) for k, v in layer_numbers(c).items()})
-        return layers(x_BTD, positions_BT, numbers, *_apart(cache, recent))
+        (kv, recent_kv), rest = _apart(cache, recent)
+        if c.decode_attention == "pallas":
+            # A layer's slice would be copied for the kernel, which picks it from the whole itself.
+            (kv, recent_kv), rest = (None, recent_kv), (kv, *rest[1:])
+        return layers(x_BTD, positions_BT, numbers, (kv, recent_kv), rest)
 
     def _unrolled(self, x_BTD, positions_BT, cache, recent, return_kv):
         """One `layers_<i>` after the other: the form that `unstacked` makes."""
@@ -289,8 +294,8 @@ class Decoder(nn.Module):
 def _apart(cache: KVCache | None, recent: Recent | None):
     """Of both, keys and values, which differ from layer to layer, and the rest, which does not."""
     kvs = (cache and cache.kv, recent and recent.cache.kv)
-    rest = (cache and cache.positions, recent and recent.cache.positions, recent and recent.slot)
-    return kvs, rest
+    positions = (cache and cache.positions, recent and recent.cache.positions)
+    return kvs, (None, *positions, recent and recent.slot)
 
 
 def init_variables(model: Decoder, key: jax.Array) -> dict:

@@ -85,6 +85,8 @@ class ModelConfig:
         their own dtype (float32 masters in training).
       attention: how whole texts are attended to, "xla", "splash" (TPU) or "cudnn" (NVIDIA GPU,
         bfloat16); see `attention.py`.
+      decode_attention: how one new token attends to what was said, "xla" or "pallas" (TPU); see
+        `decode_attention.py`.
       remat: recompute each layer in the backward pass instead of storing its activations.
       scan_layers: one scan over stacked layers, compiled once whatever L is; False is for
         decoding, see `model.unstacked`.
@@ -124,6 +126,7 @@ class ModelConfig:
     qk_norm: bool = False
     dtype: str = "float32"
     attention: str = "xla"
+    decode_attention: str = "xla"
     remat: bool = True
     scan_layers: bool = True
     lora: LoraConfig | None = None
@@ -167,6 +170,7 @@ class ModelConfig:
         for name, allowed in (
             ("dtype", ("float32", "bfloat16")),
             ("attention", ("xla", "splash", "cudnn")),
+            ("decode_attention", ("xla", "pallas")),
             ("activation", ("silu", "gelu")),
         ):
             if getattr(self, name) not in allowed:
@@ -208,7 +212,8 @@ def layer_numbers(config: ModelConfig) -> dict[str, np.ndarray]:
 
     Returns:
       rope: [L, H/2] float32 angle per position, 0 where nothing is rotated;
-      query_scale: [L] float32; window: [L] int32, `NO_WINDOW` where all is seen.
+      query_scale: [L] float32; window: [L] int32, `NO_WINDOW` where all is seen; layer: [L] int32,
+      its number.
     """
     rope, query_scale, window = [], [], []
     for layer in range(config.num_layers):
@@ -228,4 +233,5 @@ def layer_numbers(config: ModelConfig) -> dict[str, np.ndarray]:
         "rope": np.stack(rope).astype(np.float32),
         "query_scale": np.asarray(query_scale, np.float32),
         "window": np.asarray(window, np.int32),
+        "layer": np.arange(config.num_layers, dtype=np.int32),
     }

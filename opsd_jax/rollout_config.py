@@ -31,6 +31,8 @@ class RolloutConfig:
         a CPU, for a second copy of the weights and a longer compilation.
       gather_weights: on a mesh, every device along `data` holds all weights while it samples (its
         part along `model`); False fetches them again at every token and spares the memory.
+      attention: how a new token attends to what was said, "xla" or "pallas", a kernel for TPUs
+        that reads of each row what is there (`decode_attention.py`).
       dtype: of weights and computation while sampling, None = the model's; "bfloat16" under a
         float32 model makes rollout/logp_gap the price of speed.
     """
@@ -48,6 +50,7 @@ class RolloutConfig:
     segment_len: int = 16
     unroll_layers: int = 4
     gather_weights: bool = True
+    attention: str = "xla"
     dtype: str | None = None
 
     def __post_init__(self):
@@ -64,6 +67,7 @@ class RolloutConfig:
             ),
             "segment_len": (self.segment_len >= 1, ">= 1"),
             "unroll_layers": (self.unroll_layers >= 0, ">= 0"),
+            "attention": (self.attention in ("xla", "pallas"), "'xla' or 'pallas'"),
             "dtype": (self.dtype in (None, "float32", "bfloat16"), "None, 'float32', 'bfloat16'"),
         }
         for name, (fine, wanted) in checks.items():
@@ -81,5 +85,5 @@ class RolloutConfig:
 
     def sampling(self, **settings: Any) -> RolloutConfig:
         """Another way to sample with the same stop ids and numerics; what is not named is off."""
-        shared = "stop_ids pad_id segment_len unroll_layers gather_weights dtype".split()
+        shared = "stop_ids pad_id segment_len unroll_layers gather_weights attention dtype".split()
         return RolloutConfig(**settings, **{name: getattr(self, name) for name in shared})

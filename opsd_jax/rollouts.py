@@ -20,6 +20,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from opsd_jax.decode_attention import NUM_LANES
 from opsd_jax.decoding_form import decoding_form
 from opsd_jax.head import head_logits, output_head
 from opsd_jax.kv_cache import (
@@ -133,9 +134,11 @@ def rollout(
         return number + 1, rows, out
 
     carry = (jnp.int32(0), rows, out)
-    for last in stages(prompt_ids.shape[1], num_segments, length):
+    ends = stages(prompt_ids.shape[1], num_segments, length)
+    # A kernel that reads what is there has nothing to gain from a small store.
+    for last in ends if config.attention == "xla" else ends[-1:]:
         number, rows, out = carry
-        cache = resized(rows.cache, prompt_ids.shape[1] + last * length)
+        cache = resized(rows.cache, num_slots(prompt_ids.shape[1] + last * length, config))
         carry = (number, dataclasses.replace(rows, cache=cache), out)
         carry = jax.lax.while_loop(partial(unfinished, last), one_more, carry)
     ids, mask, logps, sampled = (x[: config.max_new_tokens].T for x in carry[2])
@@ -156,7 +159,7 @@ def stream(
     @jax.jit
     def begin(variables):
         rows, first = start(model, variables, prompt_ids, prompt_lengths, key, config)
-        capacity = prompt_ids.shape[1] + config.max_new_tokens
+        capacity = num_slots(prompt_ids.shape[1] + config.max_new_tokens, config)
         return dataclasses.replace(rows, cache=resized(rows.cache, capacity)), first.ids[0]
 
     @partial(jax.jit, donate_argnums=1)
@@ -190,6 +193,11 @@ def stages(prompt_len: int, num_segments: int, length: int) -> list[int]:
         twice = -(-(prompt_len + 2 * done * length) // length)
         ends.append(min(num_segments, max(twice, done + least)))
     return ends
+
+
+def num_slots(least: int, config: RolloutConfig) -> int:
+    """Slots of a cache that has room for so many tokens."""
+    return least if config.attention == "xla" else -(-least // NUM_LANES) * NUM_LANES
 
 
 def start(
@@ -275,7 +283,7 @@ def segment(
     """
     head = output_head(variables["params"], model.config)
     starts_B, slots = rows.lengths, jnp.arange(length)
-    cache = cache_of(rows.cache, starts_B, window)
+    cache = cache_of(rows.cache, starts_B, window if config.attention == "xla" else None)
 
     def step(carry, k):
         rows, kv = carry

@@ -36,6 +36,7 @@ from opsd_jax.rollouts import (
     Tokens,
     begin_rows,
     first_token,
+    num_slots,
     prefill,
     segment,
     split,
@@ -272,6 +273,9 @@ class Programs:
         step = max(-(-number // 4), -(-64 // max(length, 1)))
         ends = [*range(0, number, step), number]
         self.windows = [width + end * length for end in ends]
+        capacity = num_slots(self.windows[-1], config)
+        if config.attention != "xla":  # It reads of every row what is there, in one program.
+            self.windows = [capacity]
         vocab_size = model.config.vocab_size if config.penalises else None
         whole = replicated(sampler.mesh)
 
@@ -290,12 +294,11 @@ class Programs:
         self._segment_of = segment_of
         self.prepare: Callable = lambda variables: variables
         several = config.gather_weights and sampler.mesh.shape["data"] > 1
-        if several or model is not sampler.model:
+        unrolled = model.config.scan_layers != sampler.model.config.scan_layers
+        if several or unrolled or config.dtype is not None:
             self.prepare = jitted(lambda v: decoding_form(sampler.model, v, config)[1])
         self.read = jitted(partial(read_prompts, model))
-        self.idle = jitted(
-            lambda store: idle_rows(store, sampler.batch_size, self.windows[-1], vocab_size)
-        )
+        self.idle = jitted(lambda store: idle_rows(store, sampler.batch_size, capacity, vocab_size))
         self.place = jitted(partial(place, model, config), 1, (None, whole))
         self.pick = jitted(pick)
 

@@ -19,6 +19,7 @@ from opsd_jax.experiment import check_attention
 from opsd_jax.kv_cache import KV
 from opsd_jax.model import Decoder
 from opsd_jax.model_config import NO_WINDOW
+from opsd_jax.rollout_config import RolloutConfig
 from opsd_jax.sharding import FULLY_SHARDED, MeshConfig, make_mesh
 
 B, K, G, H = 2, 2, 2, 16
@@ -119,12 +120,14 @@ def test_a_model_says_the_same_through_kernels(name, windows, monkeypatch):
     [
         ("cpu", dict(attention="splash"), "needs a TPU, and the devices here are of kind 'cpu'"),
         ("tpu", dict(attention="cudnn", dtype="bfloat16"), "needs a GPU"),
+        ("gpu", dict(decode_attention="pallas"), "rollout.attention = 'pallas' needs a TPU"),
         ("gpu", dict(attention="cudnn"), "train.dtype = 'bfloat16'"),
         ("gpu", dict(attention="cudnn", dtype="bfloat16", attention_softcap=5.0), "cannot cap"),
     ],
 )
 def test_a_kernel_that_cannot_run_is_refused(platform, changes, message):
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+    rollout = RolloutConfig(8, attention=changes.pop("decode_attention", "xla"))
     with pytest.raises(UserError, match=re.escape(message)):
-        check_attention(tiny_config(**changes), mesh)
-    check_attention(tiny_config(), mesh)
+        check_attention(tiny_config(**changes), rollout, mesh)
+    check_attention(tiny_config(), RolloutConfig(8), mesh)
