@@ -31,7 +31,7 @@ class PretrainedModel:
 
     Args:
       path: a Hugging Face directory, a GGUF file, or "smollm2" (the installed package).
-      dtype: of the parameters; keep "float32" when all of them are trained.
+      dtype: of the parameters as loaded; those that are trained become float32.
     """
 
     path: str

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -353,17 +354,29 @@ def split(variables: dict) -> tuple[dict, dict]:
 
 
 def initial_variables(parts: Assembly, params: dict, seed: int) -> dict:
-    """{"params"[, "lora"]} on the mesh: the base's parameters and fresh adapters."""
-    variables = {"params": jax.device_put(params, parts.variables["params"])}
-    if "lora" in parts.variables:
+    """{"params"[, "lora"]} on the mesh: the base's parameters and fresh adapters.
 
-        def adapters(key):
-            return nn.meta.unbox(init_variables(parts.model, key))["lora"]
+    Parameters that are trained become float32 whatever the base was loaded as: a small update
+    of a bfloat16 weight is rounded away.
+    """
+    if "lora" not in parts.variables:
+        placed = jax.device_put(params, parts.variables["params"])
+        return {"params": jax.tree.map(lambda leaf: leaf.astype(jnp.float32), placed)}
 
-        key = jax.random.fold_in(jax.random.key(seed), 1)
-        with jax.set_mesh(parts.mesh):
-            variables["lora"] = jax.jit(adapters, out_shardings=parts.variables["lora"])(key)
-    return variables
+    def adapters(key):
+        return nn.meta.unbox(init_variables(parts.model, key))["lora"]
+
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    with jax.set_mesh(parts.mesh):
+        lora = jax.jit(adapters, out_shardings=parts.variables["lora"])(key)
+    return frozen_variables(parts, params) | {"lora": lora}
+
+
+def frozen_variables(parts: Assembly, params: dict) -> dict:
+    """The base's parameters on the mesh where adapters are trained over them, else {}."""
+    if "lora" not in parts.variables:
+        return {}
+    return {"params": jax.device_put(params, parts.variables["params"])}
 
 
 def initial_state(

@@ -30,8 +30,8 @@ from opsd_jax.experiment import (
     Experiment,
     assemble,
     external_variables,
+    frozen_variables,
     load_teacher,
-    split,
     teacher_variables,
 )
 from opsd_jax.export import save_adapter, save_pretrained
@@ -82,8 +82,7 @@ def restore_run(
         _say(f"step {step} is taken: the guard ended the run (see {workdir}/guard.json)")
     with Checkpoints(Path(workdir) / "checkpoints", warn=_say) as checkpoints:
         found = checkpoints.restore_only(wanted, step)
-    params = jax.device_put(base.params, parts.variables["params"])
-    frozen = split({"params": params} | found.state["trainable"])[1]
+    frozen = frozen_variables(parts, base.params)
     external_teacher = external_variables(parts, external and external.params)
     state = dataclasses.replace(
         parts.abstract, frozen=frozen, external=external_teacher, **found.state

@@ -22,10 +22,9 @@ from opsd_jax.experiment import (
     Experiment,
     assemble,
     external_variables,
+    frozen_variables,
     initial_state,
-    initial_variables,
     load_teacher,
-    split,
 )
 from opsd_jax.files import read_json_lines, write_whole
 from opsd_jax.grader_pool import GraderPool
@@ -78,6 +77,7 @@ def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict
         state, tokens, start = start_or_resume(
             checkpoints, parts, batches, base, external, settings.seed
         )
+        base = base._replace(params={})  # a bfloat16 base has been copied to be trained
         write_config(workdir, config_text)
         say(
             f"{num_bytes(state.trainable) // 4:,} trainable parameters, {len(problems):,} "
@@ -235,7 +235,7 @@ def start_or_resume(
     if not checkpoints.steps():
         return initial_state(parts, base.params, seed, teacher_params), 0, 0
     step, state, meta = checkpoints.restore(saved(parts.abstract), batches)
-    frozen = split(initial_variables(parts, base.params, seed))[1]
+    frozen = frozen_variables(parts, base.params)
     teacher = external_variables(parts, teacher_params)
     state = dataclasses.replace(state, frozen=frozen, external=teacher)
     return state, meta["tokens_total"], step

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state that a run starts from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import WordTokenizer, tiny_config, tiny_variables
+
+from opsd_jax.checkpoint import Checkpoints
+from opsd_jax.config import load_experiment
+from opsd_jax.experiment import assemble, frozen_variables, initial_state
+from opsd_jax.loop import saved
+from opsd_jax.sharding import make_mesh
+
+CHAINS = (
+    "train.model = @RandomModel()",
+    "train.problems = @ChainArithmetic()",
+    "train.num_steps = 1",
+    "train.batch_size = 8",
+    "train.learning_rate = 1e-5",
+    "rollout.max_new_tokens = 4",
+)
+LORA = ("train.lora = @lora()", "lora.rank = 2", "lora.alpha = 2.0")
+
+
+def parts_and_params(*bindings):
+    """An assembly over eight devices and a base that was loaded in bfloat16."""
+    experiment, _ = load_experiment([], [*CHAINS, *bindings])
+    config = tiny_config(vocab_size=100)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_variables(config)["params"])
+    mesh = make_mesh(experiment.mesh)
+    return assemble(experiment, config, WordTokenizer(), mesh), params
+
+
+def dtypes(tree) -> set[str]:
+    return {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
+
+
+def test_what_is_trained_of_a_bfloat16_base_is_float32_and_can_be_restored(tmp_path):
+    parts, params = parts_and_params()
+    state = initial_state(parts, params, seed=0)
+    assert dtypes(state.trainable) == {"float32"} and state.frozen == {}
+    assert jax.tree.map(lambda x: x.sharding, state.trainable) == parts.shardings.trainable
+    jax.tree.map(np.testing.assert_array_equal, state.trainable["params"], params)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, saved(state))
+        checkpoints.wait()
+        found = checkpoints.restore(saved(parts.abstract)).state
+    jax.tree.map(np.testing.assert_array_equal, found.trainable, state.trainable)
+
+
+def test_what_lies_frozen_below_adapters_keeps_its_dtype():
+    parts, params = parts_and_params(*LORA)
+    state = initial_state(parts, params, seed=0)
+    assert dtypes(state.frozen) == {"bfloat16"} and dtypes(state.trainable) == {"float32"}
+    assert dtypes(frozen_variables(parts, params)) == {"bfloat16"}
