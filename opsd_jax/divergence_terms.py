@@ -110,7 +110,7 @@ def clip_terms(config: DivergenceConfig, over: Vocabulary, terms: jax.Array) -> 
     """
     tau = config.clip_threshold
     if config.clip == "entry":
-        kept = terms < tau
+        kept = ~(terms >= tau)  # NaN is kept, to be seen
         objective = over.sum(jnp.where(kept, terms, tau))
         return Clip(objective, over.max(jax.lax.stop_gradient(terms)) >= tau, kept=kept)
     total = over.sum(terms)
@@ -121,17 +121,18 @@ def clip_terms(config: DivergenceConfig, over: Vocabulary, terms: jax.Array) -> 
         scale = jnp.where(clipped, jnp.zeros_like(total), 1)
         return Clip(jnp.where(clipped, tau, total), clipped, scale=scale)
     scale = jax.lax.stop_gradient(tau / jnp.where(clipped, total, tau))
-    return Clip(scale * total, clipped, scale=scale)
+    # tau / inf · inf would be NaN.
+    return Clip(jnp.where(total == jnp.inf, tau, scale * total), clipped, scale=scale)
 
 
 def _weighted_gap(logps: jax.Array, reference_logps: jax.Array) -> jax.Array:
     """p (log p - log q), and exactly 0, also in the gradient, where p = 0.
 
     Where q = 0 < p it is infinite, and says so, but has gradient 0: an infinite pull on one
-    entry would make every gradient of the step NaN.
+    entry would make every gradient of the step NaN. NaN on either side stays NaN.
     """
-    possible = logps > -jnp.inf
-    finite = possible & (reference_logps > -jnp.inf)
+    possible = logps != -jnp.inf
+    finite = possible & (reference_logps != -jnp.inf)
     gap = jnp.where(finite, logps, 0) - jnp.where(finite, reference_logps, 0)
     infinite = jnp.where(possible, jnp.inf, 0)
     return jnp.where(finite, jnp.exp(logps) * gap, infinite)

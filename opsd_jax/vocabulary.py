@@ -60,10 +60,10 @@ class Vocabulary:
         """log sum exp [..., U] -> [...]; -inf, with gradient 0, when every entry is -inf."""
         top = jax.lax.stop_gradient(self.max(logps))
         top = jnp.where(jnp.isfinite(top), top, 0)
-        possible = logps > -jnp.inf
+        possible = logps != -jnp.inf
         shifted = jnp.where(possible, logps, 0) - top[..., None]
         total = self.sum(jnp.where(possible, jnp.exp(shifted), 0))
-        return jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1)) + top, -jnp.inf)
+        return jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1, total)) + top)
 
     def take(self, values: jax.Array, index: jax.Array) -> jax.Array:
         """Entries of values [..., U] at index [..., K]; -inf where the index is -1."""

@@ -143,6 +143,50 @@ def test_an_impossible_token_is_infinite_but_never_nan(name, side):
     assert np.all(np.isfinite(closed_gradient(config, *logits, np.zeros(1, np.int32))))
 
 
+@pytest.mark.parametrize("name", KLS)
+@pytest.mark.parametrize("support", [("full", "renormalise"), ("teacher_top_k", "tail")])
+@pytest.mark.parametrize("clip", CLIPS)
+def test_nan_on_either_side_is_nan_and_not_perfect_agreement(name, support, clip):
+    config = DivergenceConfig(name, clip=clip, support=support[0], completion=support[1], top_k=3)
+    ids = np.zeros(2, np.int32)
+    for side in (0, 1):
+        logits = np.random.default_rng(2).normal(size=(2, 2, 5)).astype(np.float32)
+        logits[side, 0, 2] = np.nan
+        tokens, gradient = dense_with_gradient(config, *logits, ids)
+        closed = closed_gradient(config, *logits, ids)
+        for values in (tokens.objective, tokens.divergence, gradient, closed):
+            assert np.all(np.isnan(values[0])) and np.all(np.isfinite(values[1]))
+
+
+@pytest.mark.parametrize("implementation", ["dense", "fused"])
+def test_a_teacher_that_says_nan_is_seen_through_the_heads(implementation):
+    rng = np.random.default_rng(3)
+    hidden, kernel = rng.normal(size=(1, 3, 4)).astype(np.float32), rng.normal(size=(9, 4))
+    teacher = jnp.asarray(hidden).at[0, 1].set(jnp.nan)
+    ids, mask = np.zeros((1, 3), np.int32), np.ones((1, 3), bool)
+    config = DivergenceConfig(clip="entry", implementation=implementation)
+    head = Head(jnp.asarray(kernel, jnp.float32))
+
+    def total(hidden):
+        tokens = token_divergence(config, hidden, head, teacher, head, ids, mask)
+        return tokens.objective.sum(), tokens.objective
+
+    gradient, objective = jax.grad(total, has_aux=True)(jnp.asarray(hidden))
+    assert np.isnan(objective).tolist() == [[False, True, False]]
+    assert np.isnan(gradient).all(-1).tolist() == [[False, True, False]]
+
+
+@pytest.mark.parametrize("clip", ["token", "rescale"])
+def test_an_infinite_divergence_is_clipped_to_the_threshold(clip):
+    logits = np.random.default_rng(2).normal(size=(2, 1, 5)).astype(np.float32)
+    logits[0, 0, 2] = -np.inf
+    config = DivergenceConfig("forward_kl", clip=clip, clip_threshold=0.25)
+    tokens, gradient = dense_with_gradient(config, *logits, np.zeros(1, np.int32))
+    assert tokens.objective.tolist() == [0.25] and np.isinf(tokens.divergence[0])
+    assert not np.any(gradient)
+    assert not np.any(closed_gradient(config, *logits, np.zeros(1, np.int32)))
+
+
 def test_users_own_divergence():
     """A function of the two log-probabilities, here the squared Hellinger distance."""
 
