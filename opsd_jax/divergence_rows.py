@@ -89,7 +89,9 @@ def prepare_rows(
         if config.target is None:
             (teacher,) = teachers
         else:
-            teacher = vocabulary.log_softmax(config.target(teachers))
+            # What a target makes of padding's -inf may be NaN: barycentre's 0 · -inf is.
+            made = vocabulary.without_padding(config.target(teachers))
+            teacher = vocabulary.log_softmax(made)
         return student, teacher
 
     student, teacher = log_probs(config.temperature)

@@ -218,6 +218,24 @@ def test_split_over_a_mesh_is_one_device(fields):
     assert_close(got, want)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_target_leaves_no_nan_in_the_padding_of_a_split_vocabulary(alpha):
+    """At the ends the barycentre is one of its teachers, whom the dense loss reads alone."""
+    hidden, kernel, teacher, teacher_kernel, ids, mask = operands()
+    heads = (Head(teacher_kernel), Head(kernel))
+    target = functools.partial(targets.barycentre, alpha=alpha)
+    fused = DivergenceConfig(target=target, implementation="fused")
+    both_teachers = (teacher, hidden + 1)
+    got = token_divergence(
+        fused, hidden, Head(kernel), both_teachers, heads, ids, mask, mesh=mesh_of(2, 4)
+    )
+    alone = int(alpha)
+    want = token_divergence(
+        DivergenceConfig(), hidden, Head(kernel), both_teachers[alone], heads[alone], ids, mask
+    )
+    assert_close(got, want)
+
+
 def test_mesh_argument_and_rows_that_do_not_divide():
     inputs = operands(B=3, V=16)
     config = DivergenceConfig(implementation="fused")
