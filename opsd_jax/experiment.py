@@ -311,7 +311,7 @@ def assemble(
         rollout=rollout,
         divergence=experiment.divergence,
         teacher=experiment.teacher.build(),
-        optimizer=make_optimizer(experiment.optimizer, train.learning_rate),
+        optimizer=make_optimizer(experiment.optimizer, train.learning_rate, train.num_updates),
         num_micro_batches=train.num_micro_batches,
         completions=train.completions,
         objective=train.objective,

@@ -65,12 +65,21 @@ def learning_rate_schedule(config: OptimizerConfig, peak: float) -> optax.Schedu
     return optax.join_schedules([warmup, rest], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, learning_rate: float) -> optax.GradientTransformation:
-    """Clip, then AdamW. Moments have the dtype of the parameters: float32 masters."""
+def make_optimizer(
+    config: OptimizerConfig, learning_rate: float, num_updates: int = 1
+) -> optax.GradientTransformation:
+    """Clip, then AdamW. Moments have the dtype of the parameters: float32 masters.
+
+    Args:
+      config: of AdamW and its schedule.
+      learning_rate: peak of the schedule.
+      num_updates: passes that make one step of the schedule, which optax would count one by one.
+    """
     if learning_rate <= 0:
         raise UserError(f"train.learning_rate must be positive, not {learning_rate}")
+    schedule = learning_rate_schedule(config, learning_rate)
     adamw = optax.adamw(
-        learning_rate_schedule(config, learning_rate),
+        lambda passes: schedule(passes // num_updates),
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,

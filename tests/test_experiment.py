@@ -54,3 +54,16 @@ def test_what_lies_frozen_below_adapters_keeps_its_dtype():
     state = initial_state(parts, params, seed=0)
     assert dtypes(state.frozen) == {"bfloat16"} and dtypes(state.trainable) == {"float32"}
     assert dtypes(frozen_variables(parts, params)) == {"bfloat16"}
+
+
+def test_the_schedule_counts_steps_and_not_passes():
+    """Adam moves by the learning rate as long as the gradient stays the same."""
+    linear = ("optimizer.schedule = 'linear'", "optimizer.decay_steps = 4")
+    changes = ("train.num_updates = 3", "train.learning_rate = 8.0", *linear)
+    parts, _ = parts_and_params(*changes)
+    optimizer, params = parts.method.optimizer, jnp.zeros(())
+    state, moved = optimizer.init(params), []
+    for _ in range(4 * 3):
+        update, state = optimizer.update(jnp.ones(()), state, params)
+        moved.append(-update)
+    np.testing.assert_allclose(moved, np.repeat([8.0, 6.0, 4.0, 2.0], 3), rtol=1e-4)
