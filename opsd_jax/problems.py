@@ -95,8 +95,12 @@ class AnswerGrader:
         return self.grader.same  # type: ignore[attr-defined]
 
     def warm_up(self) -> None:
-        """Has a parser of mathematics import and build what it builds on first use."""
-        self.grader(r"\frac{1}{2}", r"\boxed{0.5}")
+        """Has a parser of mathematics import and build what it builds on first use.
+
+        No other grader: a function of the user's need not stand an answer that is not the data's.
+        """
+        if getattr(self.grader, "same", None) is grading.same_mathematics:
+            self.grader(r"\frac{1}{2}", r"\boxed{0.5}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -266,6 +266,16 @@ def test_warming_up_is_outside_the_limit():
         assert pool.grade([PROBLEM], ["x"]) == [Grade(1.0)]
 
 
+def test_a_users_function_sees_nothing_but_the_data():
+    """It may rely on the form of its own answers."""
+
+    def integers(answer, completion):
+        return float(int(answer) == int(completion))
+
+    with GraderPool(AnswerGrader(integers), num_workers=1) as pool:
+        assert pool.submit(PROBLEM, "4").result().value == 1.0
+
+
 def test_settings_are_checked():
     with pytest.raises(UserError, match="time_limit_s > 0"):
         GraderPool(evaluating_grader(), time_limit_s=0)
