@@ -266,7 +266,7 @@ def _byte_level_bpe(tokens: list[str], merges: Sequence[str], pre: str) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     vocab = {token: i for i, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     # Merged ids win over merge ranks for llama-bpe, as in its Hugging Face tokenizer.
     core = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
     if pre == "smollm":
