@@ -189,6 +189,7 @@ def record_of(run: Restored, evaluator: Evaluator) -> dict[str, Any]:
         record[f"{name}.weights"] = _digest(sorted(checksums(variables).items()))
     for role, prompts in evaluator.prompts.items():
         record[f"{role}.prompts"] = _digest([(p.problem.id, p.ids) for p in prompts])
+        record[f"{role}.answers"] = _digest([(p.problem.id, p.problem.answer) for p in prompts])
     return record
 
 

@@ -155,6 +155,16 @@ def test_another_evaluation_in_its_folder_is_refused(folder, whole, binding, wor
     assert (whole / "generations.jsonl").read_bytes() == before
 
 
+def test_grades_by_an_answer_key_that_was_corrected_are_not_taken_over(folder, whole, capsys):
+    path = folder / "aime.jsonl"
+    wrong = path.read_text()
+    assert wrong.count('"answer": "6"') > 0
+    path.write_text(wrong.replace('"answer": "6"', '"answer": "5"', 1))
+    assert main(command(folder, "whole")) == 2
+    path.write_text(wrong)
+    assert "student.answers was" in capsys.readouterr().err
+
+
 SMALL = ("evaluate.num_problems = 6", "evaluate.num_samples = 2", "evaluate.greedy = True")
 ROLES = ("student_thinking", "student_no_thinking", "teacher")
 
