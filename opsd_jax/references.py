@@ -38,6 +38,7 @@ class ReferenceRows:
         if not tokenizer.stop_ids:
             raise UserError("train.completions = @References() needs a tokenizer with a stop token")
         self._prompts, self._template, self._tokenizer = prompts, template, tokenizer
+        self._end_id = getattr(tokenizer, "turn_end_id", tokenizer.stop_ids[0])
         self._max_tokens, self._too_long = max_tokens, too_long
         self.dropped: set[str] = set()
 
@@ -47,7 +48,7 @@ class ReferenceRows:
         if row is None:
             return None
         tokenizer = self._tokenizer
-        ids = [*tokenizer.encode(reference_text(self._template, problem)), tokenizer.stop_ids[0]]
+        ids = [*tokenizer.encode(reference_text(self._template, problem)), self._end_id]
         if len(ids) > self._max_tokens:
             if self._too_long == "error":
                 raise UserError(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 from opsd_jax.errors import UserError
@@ -94,6 +95,25 @@ class HFTokenizer:
             turns, add_generation_prompt=True, tokenize=True, return_dict=True, **template_kwargs
         )
         return list(rendered["input_ids"])
+
+    @cached_property
+    def turn_end_id(self) -> int | None:
+        """The id that ends an assistant's turn: the first stop id that its template writes there.
+
+        A model may declare several, the end of a document first. Without a template, the
+        tokenizer's own, else the first declared.
+        """
+        if self.inner.chat_template:
+            said = [{"role": "user", "content": "Ask"}, {"role": "assistant", "content": "Answer"}]
+            try:
+                text = self.inner.apply_chat_template(said, tokenize=False)
+            except Exception:  # templates raise what they like, and some take no such dialogue
+                text = ""
+            _, answer, end = text.rpartition("Answer")
+            if ends := [i for i in self.encode(end) if answer and i in self.stop_ids]:
+                return ends[0]
+        own = self.inner.eos_token_id
+        return own if own is not None else next(iter(self.stop_ids), None)
 
     def save(self, directory: str) -> None:
         self.inner.save_pretrained(directory)

@@ -12,6 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from opsd_jax.errors import UserError
 from opsd_jax.huggingface import config_from_hf
 from opsd_jax.pretrained import load_pretrained
+from opsd_jax.problems import Problem
+from opsd_jax.references import ReferenceRows
 from opsd_jax.tokenizer import PLAIN_FORMAT, HFTokenizer, load_tokenizer
 
 SPECIAL = ["<pad>", "<bos>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -58,6 +60,27 @@ def test_all_declared_ends_of_turn_stop(directory):
     (directory / "generation_config.json").write_text(json.dumps(generation))
     tokenizer = load_tokenizer(str(directory))
     assert tokenizer.stop_ids == (4, 3) and tokenizer.pad_id == 0
+
+
+@pytest.mark.parametrize(
+    "template, eos, end",
+    [
+        (TEMPLATE, "<|endoftext|>", 3),
+        (TEMPLATE.replace("<|im_end|>", "<|endoftext|>", 1), "<|im_end|>", 4),
+        ("{{ raise_exception('no') }}", "<|im_end|>", 3),
+        ("{{ messages[0].content }}<bos>", "<|im_end|>", 3),
+        (None, "<|endoftext|>", 4),
+        (None, None, 1),
+    ],
+)
+def test_a_reference_ends_as_the_template_ends_a_turn(template, eos, end):
+    """And not with whichever stop id is declared first."""
+    tokenizer = HFTokenizer(byte_tokenizer(template, eos_token=eos), stop_ids=(1, 3, 4))
+    row = ReferenceRows(lambda p: {}, "{solution}", tokenizer, 4, "drop")(
+        Problem("p", "q", "s", "")
+    )
+    ids = row["reference_ids"][: row["reference_length"]]
+    assert ids.tolist() == [*tokenizer.encode("s"), end]
 
 
 @given(st.text(max_size=30))
