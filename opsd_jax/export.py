@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,12 @@ from opsd_jax.tensor_names import Leaf, file_shapes, leaves, to_file
 from opsd_jax.tokenizer import HFTokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
+
+# What this module writes beside config.json, whatever the number of shards.
+_WEIGHT_FILES = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|adapter_model\.safetensors|adapter_config\.json"
+)
 
 
 def merge_lora(config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +78,8 @@ def save_pretrained(
     process 0 writes.
 
     Args:
-      out_dir: made if missing; files of the same names are replaced.
+      out_dir: made if missing; the weights and adapters of an older export are removed first,
+        so that no reader ever finds two models, and other files of the same names are replaced.
       config: the model's.
       variables: {"params", "lora"?}; adapters are merged.
       tokenizer: an `HFTokenizer`; any other kind has no Hugging Face form and is left out.
@@ -86,6 +94,7 @@ def save_pretrained(
     writer = jax.process_index() == 0
     if writer:
         os.makedirs(out_dir, exist_ok=True)
+        _remove_weights(out_dir)
         _write_json(out_dir, "config.json", raw | ids)
         known = {key: value for key, value in ids.items() if value is not None}
         _write_json(out_dir, "generation_config.json", known)
@@ -207,6 +216,13 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
         shards[-1].append(name)
         room -= size
     return shards
+
+
+def _remove_weights(directory: str) -> None:
+    """The index goes first: without it no reader takes the shards for a model."""
+    names = sorted(os.listdir(directory), key=lambda name: not name.endswith(".index.json"))
+    for name in filter(_WEIGHT_FILES.fullmatch, names):
+        os.remove(os.path.join(directory, name))
 
 
 def _save_file(path: str, tensors: Mapping[str, np.ndarray]) -> None:

@@ -105,6 +105,24 @@ def test_shards_and_their_index(tmp_path):
     assert_same_bits(load_pretrained(str(tmp_path)).params, params)
 
 
+@pytest.mark.parametrize("sizes", [(20_000, 10**9), (10**9, 20_000), (20_000, 40_000)])
+def test_nothing_of_an_older_export_is_left_to_be_read(sizes, tmp_path):
+    config = model_config(lora=LoraConfig(2, 2.0))
+    old, new = variables_of(config), variables_of(config, seed=1)
+    save_adapter(str(tmp_path), config, old)
+    (tmp_path / "my_model.safetensors").write_text("somebody's own")
+    for variables, size in zip((old, new), sizes, strict=True):
+        save_pretrained(str(tmp_path), config, {"params": variables["params"]}, None, size)
+    assert_same_bits(load_pretrained(str(tmp_path)).params, new["params"])
+    whole = {"model.safetensors"}
+    if (tmp_path / "model.safetensors.index.json").exists():
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        whole = set(index["weight_map"].values())
+    found = {path.name for path in tmp_path.glob("*.safetensors")}
+    assert found == whole | {"my_model.safetensors"}
+    assert not (tmp_path / "adapter_config.json").exists()
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "phi3"])
 def test_each_device_reads_its_own_slices_only(family, tmp_path, monkeypatch):
     config = model_config(family)
