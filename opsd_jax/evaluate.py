@@ -9,6 +9,7 @@ same key, so two evaluations differ by the weights alone, and one that was inter
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +30,8 @@ from opsd_jax.problems import Problem, ProblemSet
 from opsd_jax.rollouts import RolloutConfig
 from opsd_jax.slots import Sampler
 from opsd_jax.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 # A role is a context and, if named, a thinking switch in place of contexts.*_thinking.
 ROLES = {
@@ -97,17 +100,20 @@ def held_out_prompts(
     tokenizer: Tokenizer,
     problems: ProblemSet,
     role: str,
-) -> list[Prompt]:
-    """Rendered prompts of the problems that fit their budget, in order.
+) -> tuple[list[Prompt], int]:
+    """Rendered prompts of the problems that fit their budget, in order, and how many do not.
 
     Raises:
-      UserError: no problem fits.
+      UserError: no problem fits, or one does not and `contexts.too_long` is "error".
     """
     prompts: list[Prompt] = []
+    num_dropped = 0
     for i in range(len(problems)):
         problem = problems[i]
         ids = render(contexts, tokenizer, problem, role)
-        if ids is not None:
+        if ids is None:
+            num_dropped += 1
+        else:
             prompts.append(Prompt(problem, ids))
         if config.num_problems and len(prompts) == config.num_problems:
             break
@@ -116,7 +122,7 @@ def held_out_prompts(
             f"no held-out problem fits the {role} budget of {contexts.budget(role)} tokens; raise "
             "contexts.student_max_tokens / contexts.teacher_max_tokens"
         )
-    return prompts
+    return prompts, num_dropped
 
 
 def sample_keys(key: jax.Array, num_prompts: int, num_samples: int) -> jax.Array:
@@ -156,18 +162,28 @@ class Evaluator:
             top_p=config.top_p,
         )
         self.prompts: dict[str, list[Prompt]] = {}
+        self.num_dropped: dict[str, int] = {}
         for role in config.roles:
             context, thinking = ROLES[role]
             switch: dict[str, Any] = {}
             if thinking is not None:
                 switch = {f"{context}_thinking": thinking}
-            self.prompts[role] = held_out_prompts(
+            self.prompts[role], self.num_dropped[role] = held_out_prompts(
                 config,
                 dataclasses.replace(contexts, **switch),
                 sampler.tokenizer,
                 problems,
                 context,
             )
+            if self.num_dropped[role]:
+                log.warning(
+                    "%d held-out problems are over the %s budget of %d tokens: eval/%s leaves "
+                    "them out, other roles may not.",
+                    self.num_dropped[role],
+                    context,
+                    contexts.budget(context),
+                    role,
+                )
 
     def __call__(
         self, student: dict, teacher: dict | None = None, log: GenerationLog | None = None
@@ -195,8 +211,10 @@ class Evaluator:
                 sampled = self._voted(sampled)
             rows = scores.by_problem(sampled, greedy, n, self.pool.can_vote)
             by_problem += [{"role": role} | row for row in rows]
-            for name, value in scores.metrics_of(rows, sampled).items():
-                metrics[f"eval/{role}/{name}"] = value
+            found = scores.metrics_of(rows, sampled) | {
+                "num_dropped": float(self.num_dropped[role])
+            }
+            metrics |= {f"eval/{role}/{name}": value for name, value in found.items()}
             generations[role] = sampled
         return Evaluation(of_first_process(metrics), generations, by_problem)
 

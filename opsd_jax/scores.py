@@ -132,6 +132,7 @@ def metrics_of(
     found["length_mean"] = float(np.mean(lengths))
     found["length_p50"], found["length_p90"] = map(float, np.percentile(lengths, [50, 90]))
     found["length_max"] = float(max(lengths))
+    found["num_problems"] = float(len(rows))
     return found
 
 
@@ -149,7 +150,8 @@ def table(metrics: Mapping[str, float]) -> str:
         for column in cells.values():
             text, error = "", column.get(f"{name}_se")
             if name in column:
-                text = f"{column[name]:,.{1 if name.startswith('length') else 3}f}"
+                digits = {"length": 1, "num": 0}.get(name.split("_")[0], 3)
+                text = f"{column[name]:,.{digits}f}"
             line += f"{text + (f' ±{error:.3f}' if error is not None else ''):>24}"
         lines.append(line)
     return "\n".join(lines)

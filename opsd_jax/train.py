@@ -249,7 +249,8 @@ def summary(workdir: str | Path) -> str:
         return "no evaluation was made (train.heldout or train.eval_every_steps is unset)"
     first, last = found[0], found[-1]
     rows = [f"{'':34}{'step ' + str(first['step']):>14}{'step ' + str(last['step']):>14}"]
-    for name in (n for n in first if n.startswith(("eval/", "probe/")) and not n.endswith("_se")):
+    hidden = ("_se", "/num_problems", "/num_dropped")
+    for name in (n for n in first if n.startswith(("eval/", "probe/")) and not n.endswith(hidden)):
         cells = []
         for line in (first, last):
             error = line.get(f"{name}_se")

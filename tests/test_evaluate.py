@@ -147,6 +147,26 @@ def test_roles_choose_weights_context_and_thinking(pool):
     assert list(found.generations) == ["student", "student_no_thinking", "teacher_thinking"]
 
 
+def test_what_a_role_leaves_out_is_counted_and_told(pool, caplog):
+    """Three teachers' prompts of 3 + 2 i words are over 8; no student's is."""
+    config, contexts, settings, sampler, _ = parts(num_samples=1, greedy=False)
+    problems = LoadedProblems(
+        tuple(Problem(str(i), f"what is {i}", "it is " * (i + 1), "a") for i in range(5)), digits
+    )
+    contexts = dataclasses.replace(contexts, teacher_max_tokens=8)
+    run = Evaluator(config, contexts, settings, sampler, problems, pool)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1 and told[0].startswith("3 held-out problems are over the teacher budget")
+    variables = tiny_variables(tiny_config())
+    found = run(variables, variables).metrics
+    asked = {role: found[f"eval/{role}/num_problems"] for role in config.roles}
+    dropped = {role: found[f"eval/{role}/num_dropped"] for role in config.roles}
+    assert asked == {"student": 5, "teacher": 2} and dropped == {"student": 0, "teacher": 3}
+    strict = dataclasses.replace(contexts, too_long="error")
+    with pytest.raises(UserError, match="problem '2': the teacher prompt has 9 tokens"):
+        Evaluator(config, strict, settings, sampler, problems, pool)
+
+
 def test_what_is_in_the_log_is_not_sampled_again(pool, tmp_path):
     """Half of the lines and a torn one: the rest is sampled, and every number is the same."""
     variables = tiny_variables(tiny_config())
