@@ -29,6 +29,8 @@ import cloudpickle
 from opsd_jax.errors import UserError
 from opsd_jax.grading import MAX_ANSWER_LEN
 
+log = logging.getLogger(__name__)
+
 _MAX_REPLY_BYTES = 2**16  # an answer of MAX_ANSWER_LEN characters takes at most 12 bytes for each
 _START_LIMIT_S = 120.0  # for imports; a busy host can take long over them
 _BOOT = "from opsd_jax import grader_pool; grader_pool.serve({fd}, {limit_s!r}, {memory_bytes})"
@@ -94,12 +96,13 @@ class GraderPool:
         self._own = threading.local()  # each thread talks to a worker of its own
         self._workers: set[_Worker] = set()
         self._closed = False
-        self._lock = threading.Lock()  # guards the two above
+        self._error_told = False
+        self._lock = threading.Lock()  # guards the three above
         self._pickled = b"" if self._in_process else cloudpickle.dumps(grade)
 
     def submit(self, problem: Any, completion: str) -> concurrent.futures.Future[Grade]:
         """Starts grading and returns at once; the future holds the `Grade`."""
-        return self._threads.submit(lambda: _read_grade(self._ask("grade", problem, completion)))
+        return self._threads.submit(self._grade_one, problem, completion)
 
     def grade(self, problems: Iterable[Any], completions: Iterable[str]) -> list[Grade]:
         """Grades of pairs, in their order."""
@@ -125,6 +128,19 @@ class GraderPool:
 
     def __exit__(self, *unused):
         self.close()
+
+    def _grade_one(self, problem: Any, completion: str) -> Grade:
+        grade = Grade(**({"value": 0.0} | self._ask("grade", problem, completion)))
+        if grade.outcome == "error":
+            with self._lock:
+                first, self._error_told = not self._error_told, True
+            if first:
+                log.warning(
+                    "The grader raised %s; such answers are worth 0 and are counted in "
+                    "ungraded_fraction, this is said once.",
+                    grade.detail,
+                )
+        return grade
 
     def _ask(self, what: str, *arguments: Any) -> dict[str, Any]:
         """The reply of a worker, or of this process, to `what`."""
@@ -248,10 +264,6 @@ def _reply(grade: Any, what: str, *arguments: Any) -> bytes:
         return json.dumps({"value": value, "answer": answer}).encode()
     except Exception as error:
         return json.dumps({"outcome": "error", "detail": _describe(error)}).encode()
-
-
-def _read_grade(fields: dict[str, Any]) -> Grade:
-    return Grade(**({"value": 0.0} | fields))
 
 
 def _describe(error: Exception) -> str:

@@ -31,7 +31,7 @@ from opsd_jax.problems import ProblemSet
 from opsd_jax.progress import ProgressLine
 from opsd_jax.sharding import shard_batch
 from opsd_jax.stepping import (
-    Grade,
+    GradeAll,
     Taken,
     grade_metrics,
     make_step,
@@ -62,7 +62,7 @@ class Loop:
     parts: Assembly
     tokenizer: Tokenizer
     problems: ProblemSet
-    grade: Grade
+    grade: GradeAll
     evaluator: Evaluator | None
     writers: MetricWriters
     checkpoints: Checkpoints

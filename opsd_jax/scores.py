@@ -128,6 +128,8 @@ def metrics_of(
         if f"num_{name}" in rows[0]:
             count = sum(row[f"num_{name}"] for row in rows)
             found[f"{name}_fraction"] = count / len(sampled)
+    failed = sum(g.outcome != "graded" for g in sampled)
+    found["ungraded_fraction"] = failed / len(sampled)
     lengths = [g.num_tokens for g in sampled]
     found["length_mean"] = float(np.mean(lengths))
     found["length_p50"], found["length_p90"] = map(float, np.percentile(lengths, [50, 90]))

@@ -12,6 +12,7 @@ import numpy as np
 
 from opsd_jax.errors import UserError
 from opsd_jax.experiment import Assembly
+from opsd_jax.grader_pool import Grade
 from opsd_jax.objective import Batch
 from opsd_jax.problems import Problem, ProblemSet
 from opsd_jax.rollouts import Completion, Context
@@ -19,21 +20,33 @@ from opsd_jax.sharding import gathered_rows, local_rows, shard_batch
 from opsd_jax.tokenizer import Tokenizer
 from opsd_jax.train_step import TrainState, jit_halves, jit_sample, jit_step
 
-Grade = Callable[[list[Problem], list[str]], list[float]]
-GradeRows = Callable[[Completion, np.ndarray], np.ndarray]
+GradeAll = Callable[[list[Problem], list[str]], list[Grade]]
+
+
+class Graded(NamedTuple):
+    """Grades of a batch, [B] float32, NaN without an answer to compare with.
+
+    rewards: in [0, 1]; failed: 1 where the grader raised or took too long, which is worth 0.
+    """
+
+    rewards: np.ndarray
+    failed: np.ndarray
+
+
+GradeRows = Callable[[Completion, np.ndarray], Graded]
 
 
 class Taken(NamedTuple):
     """A dispatched step.
 
-    state, metrics, completion: as `train_step` gives them; grades: [B] where they were
-    needed, else None; rollout_s: how long sampling took, where that is known.
+    state, metrics, completion: as `train_step` gives them; grades: where they were needed,
+    else None; rollout_s: how long sampling took, where that is known.
     """
 
     state: TrainState
     metrics: dict[str, jax.Array]
     completion: Completion
-    grades: np.ndarray | None = None
+    grades: Graded | None = None
     rollout_s: float | None = None
 
 
@@ -54,7 +67,7 @@ def make_step(parts: Assembly, grade_rows: GradeRows) -> TakeStep:
         completion = jax.block_until_ready(sample(state, batch))
         rollout_s = time.monotonic() - start
         grades = grade_rows(completion, numbers)
-        rewards = shard_batch(grades, parts.mesh)
+        rewards = shard_batch(grades.rewards, parts.mesh)
         state, metrics = learn(state, batch, completion, rewards)
         return Taken(state, metrics, completion, grades, rollout_s)
 
@@ -78,35 +91,42 @@ def rollout_timer(parts: Assembly) -> Callable[[TrainState, Batch], float]:
     return measure
 
 
-def row_grader(problems: ProblemSet, tokenizer: Tokenizer, grade: Grade) -> GradeRows:
-    """(completion, problem numbers [B]) -> grades [B]; NaN without answer.
+def row_grader(problems: ProblemSet, tokenizer: Tokenizer, grade: GradeAll) -> GradeRows:
+    """(completion, problem numbers [B]) -> `Graded`.
 
     Every process grades the rows on its own devices.
     """
 
-    def grade_rows(completion: Completion, numbers: np.ndarray) -> np.ndarray:
+    def grade_rows(completion: Completion, numbers: np.ndarray) -> Graded:
         (mine, ids), (_, mask) = local_rows(completion.ids), local_rows(completion.mask)
         asked = [problems[int(i)] for i in numbers[mine]]
         answered = [i for i, problem in enumerate(asked) if problem.answer]
         texts = [tokenizer.decode(ids[i][mask[i]].tolist()) for i in answered]
-        grades = np.full(len(asked), np.nan)
-        grades[answered] = grade([asked[i] for i in answered], texts)
-        return gathered_rows(mine, grades, len(numbers))
+        found = grade([asked[i] for i in answered], texts)
+        columns = (
+            [given.value for given in found],
+            [float(given.outcome != "graded") for given in found],
+        )
+        rows = np.full((2, len(asked)), np.nan)
+        rows[:, answered] = columns
+        return Graded(*(gathered_rows(mine, row, len(numbers)) for row in rows))
 
     return grade_rows
 
 
-def grade_metrics(grades: np.ndarray, rows: dict[str, np.ndarray]) -> dict[str, float]:
+def grade_metrics(grades: Graded, rows: dict[str, np.ndarray]) -> dict[str, float]:
     """The mean grade, and the divergence per token of right and of wrong completions.
 
     Args:
-      grades: [B], NaN where there is none.
+      grades: of the batch.
       rows: name -> [B] sums over the tokens of each row, "rows/tokens" among them.
     """
-    known = grades[~np.isnan(grades)].astype(np.float64)
-    metrics = {"rollout/reward_mean": float(known.mean()) if known.size else float("nan")}
+    rewards, metrics = grades.rewards, {}
+    for name, values in (("reward_mean", rewards), ("ungraded_fraction", grades.failed)):
+        known = values[~np.isnan(values)].astype(np.float64)
+        metrics[f"rollout/{name}"] = float(known.mean()) if known.size else float("nan")
     if "rows/divergence" in rows:
-        for name, those in (("right", grades >= 0.5), ("wrong", grades < 0.5)):
+        for name, those in (("right", rewards >= 0.5), ("wrong", rewards < 0.5)):
             tokens = rows["rows/tokens"][those].sum()
             if tokens:
                 mean = float(rows["rows/divergence"][those].sum() / tokens)

@@ -262,7 +262,7 @@ def tokens_command(workdir: str, step: int | None, num: int, seed: int) -> Path:
     tokens = token_rows(run.tokenizer, completion, comparison)
     texts = [run.tokenizer.decode([token["id"] for token in row]) for row in tokens]
     with ExitStack() as stack:
-        rewards = grading(problems, train.grader_workers, stack)(chosen, texts)
+        grades = grading(problems, train.grader_workers, stack)(chosen, texts)
     analyses = analysis_texts(run, completion)
     divergence = run.experiment.divergence.name  # or a function
     path = Path(workdir) / "tokens" / f"step_{run.step:06d}.jsonl"
@@ -275,7 +275,7 @@ def tokens_command(workdir: str, step: int | None, num: int, seed: int) -> Path:
             "analysis": analyses[b],
             "answer": problem.answer,
             "completion": texts[b],
-            "reward": rewards[b],
+            "reward": grades[b].value,
             "stopped": bool(completion.stopped[b]),
             "divergence": getattr(divergence, "__name__", divergence),
             "tokens": tokens[b],

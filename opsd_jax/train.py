@@ -40,7 +40,7 @@ from opsd_jax.references import ReferenceRows
 from opsd_jax.runs import Run, read_run
 from opsd_jax.sharding import make_mesh, num_bytes
 from opsd_jax.slots import Sampler
-from opsd_jax.stepping import Grade, check_answers
+from opsd_jax.stepping import GradeAll, check_answers
 from opsd_jax.tokenizer import Tokenizer
 from opsd_jax.train_step import TrainState
 
@@ -163,10 +163,9 @@ def training_batches(
     return iter(batches)
 
 
-def grading(problems: ProblemSet, num_workers: int, stack: ExitStack) -> Grade:
-    """(problems, completions) -> rewards, in worker processes that `stack` will end."""
-    pool = stack.enter_context(GraderPool(problems.grade, num_workers=num_workers))
-    return lambda asked, texts: [grade.value for grade in pool.grade(asked, texts)]
+def grading(problems: ProblemSet, num_workers: int, stack: ExitStack) -> GradeAll:
+    """(problems, completions) -> grades, in worker processes that `stack` will end."""
+    return stack.enter_context(GraderPool(problems.grade, num_workers=num_workers)).grade
 
 
 def make_evaluator(
@@ -249,7 +248,7 @@ def summary(workdir: str | Path) -> str:
         return "no evaluation was made (train.heldout or train.eval_every_steps is unset)"
     first, last = found[0], found[-1]
     rows = [f"{'':34}{'step ' + str(first['step']):>14}{'step ' + str(last['step']):>14}"]
-    hidden = ("_se", "/num_problems", "/num_dropped")
+    hidden = ("_se", "/num_problems", "/num_dropped", "/ungraded_fraction")
     for name in (n for n in first if n.startswith(("eval/", "probe/")) and not n.endswith(hidden)):
         cells = []
         for line in (first, last):

@@ -220,6 +220,14 @@ def test_grades_come_in_order_and_partial_ones_are_kept():
     assert [grade.value for grade in grades] == [i / 100 for i in range(100)]
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_first_error_of_a_grader_is_told_once(num_workers, caplog):
+    with GraderPool(evaluating_grader(), num_workers=num_workers) as pool:
+        pool.grade([PROBLEM] * 4, ["4", "1/0", "1/0", "5"])
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1 and "ZeroDivisionError: division by zero" in told[0]
+
+
 def test_a_worker_killed_from_outside_is_replaced():
     with GraderPool(lambda problem, completion: float(os.getpid()) / 1e9, num_workers=1) as pool:
         pid = round(pool.grade([PROBLEM], [""])[0].value * 1e9)

@@ -38,6 +38,7 @@ GRADED = (
     ORDERED
     + """
 from types import SimpleNamespace
+from opsd_jax.grader_pool import Grade
 from opsd_jax.rollouts import Completion
 from opsd_jax.stepping import row_grader
 jax.distributed.initialize()
@@ -46,11 +47,14 @@ ids = 10 * np.arange(8)[:, None] + np.arange(3)
 rows = sharding.shard_batch((ids, np.ones((8, 3), bool)), mesh)
 problems = [SimpleNamespace(answer="a" if i != 5 else "", number=i) for i in range(8)]
 tokenizer = SimpleNamespace(decode=lambda ids: ids)
-grade = lambda asked, texts: [p.number + t[0] + t[2] / 100 for p, t in zip(asked, texts)]
+grade = lambda asked, texts: [
+    Grade(p.number + t[0] + t[2] / 100, "timeout" if p.number == 3 else "graded")
+    for p, t in zip(asked, texts)
+]
 graded = row_grader(problems, tokenizer, grade)(Completion(*rows, None, None), np.arange(8)[::-1])
 mine, held = sharding.local_rows(rows[0])
 assert (held == ids[mine]).all()
-print("found", json.dumps([mine.tolist(), graded.tolist()]))
+print("found", json.dumps([mine.tolist(), [row.tolist() for row in graded]]))
 """
 )
 
@@ -64,7 +68,8 @@ def test_every_process_grades_its_rows_and_knows_all_grades(order, model):
     assert sorted({*mine, *theirs}) == list(range(8))
     assert (mine == list(range(8))) == (model == 2)
     wanted = [np.nan if i == 2 else 7 - i + 10 * i + (10 * i + 2) / 100 for i in range(8)]
-    np.testing.assert_allclose(grades, wanted, rtol=1e-6)
+    np.testing.assert_allclose(grades[0], wanted, rtol=1e-6)
+    assert [row for row, failed in enumerate(grades[1]) if failed == 1] == [4]
     np.testing.assert_array_equal(grades, same)
 
 

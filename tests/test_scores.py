@@ -122,6 +122,13 @@ def test_a_partial_grade_is_not_a_pass():
     assert "maj_at_2" not in found and "formatted_fraction" not in found
 
 
+def test_what_could_not_be_graded_is_counted():
+    outcomes = ("graded", "error", "timeout", "graded")
+    sampled = [generation(0.0)._replace(outcome=outcome) for outcome in outcomes]
+    found = scores.metrics_of(scores.by_problem(sampled, [], 2, False), sampled)
+    assert (found["ungraded_fraction"], found["num_problems"]) == (0.5, 2)
+
+
 def test_one_sample_has_neither_pass_nor_majority():
     sampled = [generation(1.0, 0)]
     found = scores.metrics_of(scores.by_problem(sampled, [], 1, True), sampled)
