@@ -27,6 +27,7 @@ from opsd_jax.generations import Generation, GenerationLog, Place, generation_of
 from opsd_jax.grader_pool import Grade, GraderPool
 from opsd_jax.grading import group_answers
 from opsd_jax.problems import Problem, ProblemSet
+from opsd_jax.rollout_config import check_sampling
 from opsd_jax.rollouts import RolloutConfig
 from opsd_jax.slots import Sampler
 from opsd_jax.tokenizer import Tokenizer
@@ -80,6 +81,9 @@ class EvaluateConfig:
                 "evaluate.num_problems must be >= 0, evaluate.num_samples and evaluate.batch_size "
                 f">= 1, not {self.num_problems}, {self.num_samples}, {self.batch_size}"
             )
+        check_sampling({"top_k": self.top_k, "top_p": self.top_p}, "evaluate.{}")
+        if self.max_new_tokens:
+            check_sampling({"max_new_tokens": self.max_new_tokens}, "evaluate.{} (0 is rollout's)")
         if self.temperature <= 0:
             raise UserError(
                 f"evaluate.temperature must be positive, not {self.temperature}; the greedy pass "

@@ -113,12 +113,13 @@ class TrainConfig:
 
     def __post_init__(self):
         counts = "num_steps batch_size group_size num_updates num_micro_batches log_every_steps"
-        for name in counts.split():
+        for name in (*counts.split(), "keep_checkpoints"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise UserError(
                     f"train.{name} must be an integer >= 1, not {getattr(self, name)!r}"
                 )
-        for name in ("eval_every_steps", "checkpoint_every_steps", "seed"):
+        amounts = "eval_every_steps checkpoint_every_steps seed num_samples_logged grader_workers"
+        for name in amounts.split():
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
                 raise UserError(
                     f"train.{name} must be an integer >= 0, not {getattr(self, name)!r}"

@@ -191,11 +191,16 @@ def run_eval(arguments: argparse.Namespace) -> None:
 
 def run_generate(arguments: argparse.Namespace) -> None:
     from opsd_jax.generate import generate_command
+    from opsd_jax.rollout_config import check_sampling
     from opsd_jax.rollouts import RolloutConfig
 
-    shared = "temperature top_k top_p min_p repetition_penalty presence_penalty".split()
+    shared = "temperature top_k top_p min_p repetition_penalty".split()
     chosen = {name: getattr(arguments, name) for name in shared}
-    settings = RolloutConfig(arguments.max_tokens, **chosen)
+    check_sampling(chosen, "--{}")
+    check_sampling({"max_new_tokens": arguments.max_tokens}, "--max_tokens")
+    settings = RolloutConfig(
+        arguments.max_tokens, presence_penalty=arguments.presence_penalty, **chosen
+    )
     generate_command(
         arguments.workdir,
         arguments.model,

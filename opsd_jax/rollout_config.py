@@ -4,9 +4,32 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from opsd_jax.errors import UserError
+
+SAMPLING_BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "max_new_tokens": (lambda x: x >= 1, ">= 1"),
+    "temperature": (lambda x: x >= 0, ">= 0"),
+    "top_k": (lambda x: x >= 0, ">= 0 (0 keeps all)"),
+    "top_p": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "min_p": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "repetition_penalty": (lambda x: x > 0, "positive (1 is off)"),
+}
+
+
+def check_sampling(values: Mapping[str, Any], shown: str) -> None:
+    """Raises a UserError for the first value out of its bounds.
+
+    Args:
+      values: by names of `RolloutConfig`.
+      shown: what the user calls them, with {} for the name: "rollout.{}".
+    """
+    for name, value in values.items():
+        fine, wanted = SAMPLING_BOUNDS[name]
+        if not isinstance(value, int | float) or not fine(value):
+            raise UserError(f"{shown.format(name)} must be {wanted}, not {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +77,8 @@ class RolloutConfig:
     dtype: str | None = None
 
     def __post_init__(self):
+        check_sampling({name: getattr(self, name) for name in SAMPLING_BOUNDS}, "rollout.{}")
         checks = {
-            "max_new_tokens": (self.max_new_tokens >= 1, ">= 1"),
-            "temperature": (self.temperature >= 0, ">= 0"),
-            "top_k": (self.top_k >= 0, ">= 0 (0 keeps all)"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
-            "repetition_penalty": (self.repetition_penalty > 0, "positive (1 is off)"),
             "min_new_tokens": (
                 0 <= self.min_new_tokens <= self.max_new_tokens,
                 "between 0 and rollout.max_new_tokens",

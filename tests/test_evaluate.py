@@ -209,8 +209,11 @@ def test_settings_that_cannot_work_name_themselves():
         EvaluateConfig(roles=("pupil",))
     with pytest.raises(UserError, match="evaluate.roles must be a tuple"):
         EvaluateConfig(roles="student")
-    with pytest.raises(UserError, match="evaluate.temperature"):
-        EvaluateConfig(temperature=0)
+    for setting, value in (("temperature", 0), ("top_k", -1), ("top_p", 0.0), ("top_p", None)):
+        with pytest.raises(UserError, match=f"evaluate.{setting} must be"):
+            EvaluateConfig(**{setting: value})
+    with pytest.raises(UserError, match=r"evaluate.max_new_tokens \(0 is rollout's\) must be"):
+        EvaluateConfig(max_new_tokens=-5)
     strict = ContextConfig(
         "{question}", "{question} {solution}", "{question}", student_max_tokens=1
     )

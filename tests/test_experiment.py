@@ -4,10 +4,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from conftest import WordTokenizer, tiny_config, tiny_variables
 
 from opsd_jax.checkpoint import Checkpoints
 from opsd_jax.config import load_experiment
+from opsd_jax.errors import UserError
 from opsd_jax.experiment import assemble, frozen_variables, initial_state
 from opsd_jax.loop import saved
 from opsd_jax.sharding import make_mesh
@@ -67,3 +69,9 @@ def test_the_schedule_counts_steps_and_not_passes():
         update, state = optimizer.update(jnp.ones(()), state, params)
         moved.append(-update)
     np.testing.assert_allclose(moved, np.repeat([8.0, 6.0, 4.0, 2.0], 3), rtol=1e-4)
+
+
+@pytest.mark.parametrize("setting", ["keep_checkpoints = 0", "grader_workers = -1"])
+def test_bad_settings_name_themselves(setting):
+    with pytest.raises(UserError, match=f"train.{setting.split()[0]} must be an integer"):
+        load_experiment([], [*CHAINS, f"train.{setting}"])

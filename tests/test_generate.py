@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsd_jax.generate import texts
+from opsd_jax.main import main
 
 
 class Bytes:
@@ -46,3 +48,11 @@ def test_nothing_that_may_begin_a_stop_is_shown_early():
 
 def test_half_a_character_at_the_end_is_shown_as_such():
     assert "".join(texts("é".encode()[:1], Bytes())) == "\ufffd"
+
+
+@pytest.mark.parametrize("flag", ["--top_p=0", "--max_tokens=0", "--top_k=-1", "--temperature=-1"])
+def test_a_bad_flag_is_named_before_anything_is_loaded(flag, capsys):
+    assert main(["generate", "--model=no_such_model", "--prompt=x", flag]) == 2
+    name, value = flag.split("=")
+    told = capsys.readouterr().err
+    assert f"opsd generate: {name} must be" in told and f"not {value}" in told
