@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from opsd_jax.errors import UserError
 from opsd_jax.experiment import Base
-from opsd_jax.huggingface import config_from_hf, read_config
+from opsd_jax.huggingface import config_from_hf, read_json
 from opsd_jax.model import Decoder, init_variables
 from opsd_jax.model_config import ModelConfig
 from opsd_jax.pretrained import load_pretrained
@@ -64,7 +64,7 @@ class RandomModel:
         del cache_dir
         config = self.config
         if isinstance(config, str):
-            config = config_from_hf(read_config(os.path.join(config, "config.json")))
+            config = config_from_hf(read_json(os.path.join(config, "config.json")))
         model = Decoder(config)
 
         def init(key: jax.Array) -> dict:

@@ -85,7 +85,7 @@ def read_header(path: str, data: np.ndarray) -> Header:
         if version not in (2, 3):
             raise UserError(f"{path}: GGUF version {version} is not supported; 2 and 3 are")
         num_tensors, num_fields = cursor.scalar("Q"), cursor.scalar("Q")
-        metadata = {}
+        metadata, key = {}, "its first field"
         for _ in range(num_fields):
             key = cursor.text()
             metadata[key] = cursor.value(cursor.scalar("I"))
@@ -96,7 +96,11 @@ def read_header(path: str, data: np.ndarray) -> Header:
             rows.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
     except (struct.error, KeyError) as error:
         raise UserError(f"{path}: truncated or damaged GGUF file ({error})") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: damaged GGUF file: {key} has arrays nested too deep") from error
     alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise UserError(f"{path}: general.alignment must be a whole number >= 1, not {alignment!r}")
     start = math.ceil(cursor.at / alignment) * alignment
     tensors = [TensorInfo(n, shape, kind, start + offset) for n, shape, kind, offset in rows]
     return Header(metadata, tensors)

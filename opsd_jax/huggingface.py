@@ -55,16 +55,11 @@ def read_json(path: str) -> dict[str, Any]:
             content = json.load(file)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; name a Hugging Face model directory") from error
-    except ValueError as error:  # not JSON, or not text
+    except (ValueError, RecursionError) as error:  # not JSON, not text, or nested without end
         raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
     return content
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """The config.json at `path`."""
-    return read_json(path)
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
@@ -86,24 +81,31 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
                 raise UserError(f"config.json: {key} is missing")
         return known[key]
 
+    def count(key: str, *default: Any) -> int:
+        value = take(key, *default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"config.json: {key} must be a whole number >= 1, not {value!r}")
+        return value
+
     def keyed(field: str) -> Any:
-        value, decode = take(family.keys[field]), _DECODE.get(family.keys[field])
-        return decode(value) if decode and value is not None else value
+        key = family.keys[field]
+        value, decode = take(key), _DECODE.get(key)
+        return decode(_positive(value, key)) if decode and value is not None else value
 
     fields: dict[str, Any] = {
-        "vocab_size": take("vocab_size"),
-        "num_layers": take("num_hidden_layers"),
-        "embed_dim": take("hidden_size"),
-        "num_heads": take("num_attention_heads"),
+        "vocab_size": count("vocab_size"),
+        "num_layers": count("num_hidden_layers"),
+        "embed_dim": count("hidden_size"),
+        "num_heads": count("num_attention_heads"),
         "tie_embeddings": bool(take("tie_word_embeddings", False)),
-        "norm_eps": float(take("rms_norm_eps", 1e-5)),
-        "max_positions": take("max_position_embeddings", 32768),
+        "norm_eps": float(_positive(take("rms_norm_eps", 1e-5), "rms_norm_eps")),
+        "max_positions": count("max_position_embeddings", 32768),
         "family": raw["model_type"],
     }
-    fields["num_kv_heads"] = take("num_key_value_heads", fields["num_heads"])
-    fields["head_dim"] = take("head_dim", fields["embed_dim"] // fields["num_heads"])
+    fields["num_kv_heads"] = count("num_key_value_heads", fields["num_heads"])
+    fields["head_dim"] = count("head_dim", fields["embed_dim"] // fields["num_heads"])
     if "mlp_dim" not in family.keys:
-        fields["mlp_dim"] = take("intermediate_size")
+        fields["mlp_dim"] = count("intermediate_size")
     fields |= family.values
     fields |= {field: keyed(field) for field in family.keys}
     if fields.get("embed_scale") == "sqrt":
@@ -124,7 +126,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
 
 def _family_of(raw: Mapping[str, Any]) -> Family:
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
             f"config.json: model_type {model_type!r} is not supported; supported are "
             f"{', '.join(FAMILIES)}"
@@ -138,6 +140,20 @@ def _family_of(raw: Mapping[str, Any]) -> Family:
             f"{model_type} is read as {family.architecture}"
         )
     return family
+
+
+def _positive(value: Any, key: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise UserError(f"config.json: {key} must be a positive number, not {value!r}")
+    return value
+
+
+def _object(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The JSON object at a key, empty where there is none."""
+    value = raw.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"config.json: {key} must be an object, not {value!r}")
+    return value
 
 
 def _activation(name: str, model_type: str) -> str:
@@ -195,32 +211,32 @@ def _layer_fields(raw: Mapping[str, Any], family: Family, num_layers: int) -> di
     else:
         local = ()
     if window is not None and local:
-        fields["window"] = int(window)
+        fields["window"] = int(_positive(window, "sliding_window"))
         fields["window_layers"] = None if len(local) == num_layers else local
     return fields
 
 
 def _rope_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary bases and stretching of either generation of config.json."""
-    both: Mapping[str, Any] = raw.get("rope_parameters") or {}
+    both = _object(raw, "rope_parameters")
     theta = raw.get("rope_theta") or 10_000.0
     nested = "full_attention" in both or "sliding_attention" in both
-    main = (both.get("full_attention") or {}) if nested else both
-    main = {"rope_theta": theta, **(raw.get("rope_scaling") or {}), **main}
+    main = _object(both, "full_attention") if nested else both
+    main = {"rope_theta": theta, **_object(raw, "rope_scaling"), **main}
     fields: dict[str, Any] = {
-        "rope_theta": float(main["rope_theta"]),
+        "rope_theta": float(_positive(main["rope_theta"], "rope_theta")),
         "rope_scaling": rope_scaling_from_hf(main, raw),
     }
     local_theta = raw.get("rope_local_base_freq")
     if nested:
-        local = {"rope_theta": local_theta or theta, **(both.get("sliding_attention") or {})}
+        local = {"rope_theta": local_theta or theta, **_object(both, "sliding_attention")}
         if rope_scaling_from_hf(local, raw) is not None:
             raise UserError("config.json: rope scaling of sliding_attention is not supported")
         local_theta = local["rope_theta"]
     elif raw["model_type"] == "olmo3":  # its windowed layers are never stretched
         local_theta = main["rope_theta"]
     if local_theta is not None:
-        fields["local_rope_theta"] = float(local_theta)
+        fields["local_rope_theta"] = float(_positive(local_theta, "rope_local_base_freq"))
     return fields
 
 
@@ -251,12 +267,19 @@ def rope_scaling_from_hf(scaling: Mapping[str, Any], raw: Mapping[str, Any]) -> 
         values.setdefault("attention_factor", 1.0)
     if unknown := sorted(set(values) - set(_SCALING_KEYS)):
         raise UserError(f"config.json: unknown rope parameter {', '.join(unknown)}")
-    fields = {_SCALING_KEYS[k]: v for k, v in values.items() if v is not None}
+    fields: dict[str, Any] = {
+        _SCALING_KEYS[k]: v if k == "truncate" else _positive(v, f"rope {k}")
+        for k, v in values.items()
+        if v is not None
+    }
     if kind != "linear":
         length = raw.get("original_max_position_embeddings")
         fields.setdefault("original_length", length or raw.get("max_position_embeddings", 0))
     if "factor" not in fields and fields.get("original_length"):
-        fields["factor"] = raw["max_position_embeddings"] / fields["original_length"]
+        longest = _positive(raw.get("max_position_embeddings"), "max_position_embeddings")
+        fields["factor"] = longest / fields["original_length"]
+    if "factor" not in fields:
+        raise UserError(f"config.json: rope scaling {kind!r} needs a factor")
     return RopeScaling(kind=kind, **fields)
 
 

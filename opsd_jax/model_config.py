@@ -160,8 +160,9 @@ class ModelConfig:
         for name in (
             "vocab_size num_layers embed_dim num_heads num_kv_heads head_dim mlp_dim"
         ).split():
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"model.{name} must be an integer >= 1, not {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads ({self.num_heads}) must be a multiple of "

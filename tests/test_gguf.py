@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """GGUF files: the installed SmolLM2, and small files written here with the `gguf` package."""
 
+import struct
+
 import numpy as np
 import pytest
 
@@ -180,6 +182,21 @@ def test_bad_files_are_named(tmp_path):
     write_gguf(path, "mamba")
     with pytest.raises(UserError, match="mamba"):
         load_pretrained(str(path))
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (struct.pack("<II", 4, 0), "general.alignment must be a whole number >= 1, not 0"),
+        (struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000, "general.alignment has arrays"),
+    ],
+)
+def test_a_header_made_to_break_its_reader_is_named(value, message, tmp_path):
+    key = b"general.alignment"
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key
+    (tmp_path / "m.gguf").write_bytes(head + value)
+    with pytest.raises(UserError, match=f"m.gguf: .*{message}"):
+        GGUFFile(str(tmp_path / "m.gguf"))
 
 
 def test_unsupported_quantisation_is_named(tmp_path):

@@ -16,7 +16,7 @@ from opsd_jax.errors import UserError
 from opsd_jax.export import save_pretrained
 from opsd_jax.families import FAMILIES
 from opsd_jax.head import head_logits, output_head
-from opsd_jax.huggingface import config_from_hf, config_to_hf
+from opsd_jax.huggingface import config_from_hf, config_to_hf, read_json
 from opsd_jax.kv_cache import EMPTY_POSITION, KVCache
 from opsd_jax.model import Decoder
 from opsd_jax.pretrained import load_pretrained
@@ -284,6 +284,36 @@ def test_what_is_not_supported_is_refused_by_name(change, message):
     raw = {k: v for k, v in {**BASE, **change}.items() if v is not None}
     with pytest.raises(UserError, match=message):
         config_from_hf(raw)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads must be a whole number >= 1, not 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
+        ({"vocab_size": None}, "vocab_size must be a whole number >= 1, not None"),
+        ({"vocab_size": "8"}, "vocab_size must be a whole number >= 1, not '8'"),
+        ({"hidden_size": 8.5}, "hidden_size"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a positive number, not 'small'"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+        ({"model_type": "qwen3_moe", "moe_intermediate_size": "8"}, "mlp_dim"),
+        ({"rope_theta": "much"}, "rope_theta"),
+        ({"rope_scaling": {"type": "linear"}}, "rope scaling 'linear' needs a factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope factor must be a positive"),
+        ({"rope_scaling": ["linear"]}, "rope_scaling must be an object"),
+        ({"rope_parameters": {"full_attention": 3, "sliding_attention": {}}}, "full_attention"),
+    ],
+)
+def test_values_that_no_model_has_are_refused_by_name(change, message):
+    with pytest.raises(UserError, match=message):
+        config_from_hf({**BASE, **change})
+
+
+def test_json_without_end_is_told(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match="config.json: not valid JSON"):
+        read_json(str(tmp_path / "config.json"))
 
 
 def test_config_without_a_family_is_exported_as_the_one_that_fits():
