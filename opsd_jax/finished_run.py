@@ -57,7 +57,11 @@ class Restored(NamedTuple):
 
 
 def restore_run(
-    workdir: str, step: int | None, gin_files: Sequence[str] = (), bindings: Sequence[str] = ()
+    workdir: str,
+    step: int | None,
+    gin_files: Sequence[str] = (),
+    bindings: Sequence[str] = (),
+    with_teacher: bool = True,
 ) -> Restored:
     """Student and teacher of a training workdir, without the optimiser.
 
@@ -66,6 +70,7 @@ def restore_run(
       step: a checkpoint; None takes the one that the guard chose, or else the latest.
       gin_files: read after the run's own config.gin, for another evaluation.
       bindings: changes to them.
+      with_teacher: False leaves it out; an external one is then not even looked for.
     """
     own = Path(workdir) / "config.gin"
     if not own.exists():
@@ -75,9 +80,13 @@ def restore_run(
     base = experiment.train.model.load(
         mesh, experiment.mesh.rules, str(Path(workdir) / "base"), _say
     )
-    external = load_teacher(experiment, base.tokenizer, mesh, str(Path(workdir) / "base"), _say)
+    external = None
+    if with_teacher:
+        external = load_teacher(experiment, base.tokenizer, mesh, str(Path(workdir) / "base"), _say)
     parts = assemble(experiment, base.config, base.tokenizer, mesh, external and external.config)
-    wanted = {"trainable": parts.abstract.trainable, "teacher": parts.abstract.teacher}
+    wanted = {"trainable": parts.abstract.trainable}
+    if with_teacher:
+        wanted["teacher"] = parts.abstract.teacher
     if step is None and (step := restored_step(Path(workdir))) is not None:
         _say(f"step {step} is taken: the guard ended the run (see {workdir}/guard.json)")
     with Checkpoints(Path(workdir) / "checkpoints", warn=_say) as checkpoints:
@@ -87,7 +96,7 @@ def restore_run(
     state = dataclasses.replace(
         parts.abstract, frozen=frozen, external=external_teacher, **found.state
     )
-    teacher = teacher_variables(parts, state)
+    teacher = teacher_variables(parts, state) if with_teacher else None
     return Restored(experiment, parts, base.tokenizer, state.student, teacher, found.step)
 
 
@@ -199,7 +208,7 @@ def _digest(value: Any) -> str:
 
 def export_command(workdir: str, step: int | None, out: str, form: str) -> None:
     """`opsd export`: a Hugging Face directory (adapters merged) or a PEFT adapter."""
-    run = restore_run(workdir, step)
+    run = restore_run(workdir, step, with_teacher=False)
     config = run.parts.model.config
     if form == "peft":
         if config.lora is None:

@@ -32,7 +32,7 @@ def generate_command(
     if "" in stop:
         raise UserError("--stop must not be empty")
     if workdir:
-        run = restore_run(workdir, step)
+        run = restore_run(workdir, step, with_teacher=False)
         decoder, tokenizer, variables = run.parts.model, run.tokenizer, run.student
         contexts = run.experiment.contexts
         text = contexts.prompt(Problem("prompt", prompt, "", ""), "evaluation")
