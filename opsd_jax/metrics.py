@@ -143,7 +143,7 @@ class _JsonLines:
 
 class _TensorBoard:
     def __init__(self, module: Any, folder: Path, resumed_step: int | None):
-        purge_step = None if resumed_step is None else resumed_step + 1  # hides what is redone
+        purge_step = 0 if resumed_step is None else resumed_step + 1  # hides what is redone
         self._writer = module.SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
 
     def write(self, step: int, scalars: dict[str, Any]) -> None:

@@ -126,20 +126,32 @@ def test_a_missing_extra_is_named_before_anything_is_touched(tmp_path, monkeypat
     MetricWriters(tmp_path).close()  # never imported where it is not asked for
 
 
-def test_tensorboard_gets_finite_scalars(tmp_path):
-    pytest.importorskip("tensorboardX")
+def events_of(path):
     from tensorboardX.proto import event_pb2
 
+    data = path.read_bytes()
+    while data:  # TFRecord: length, its crc, payload, its crc
+        length = int.from_bytes(data[:8], "little")
+        yield event_pb2.Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
+
+
+def test_tensorboard_gets_finite_scalars(tmp_path):
+    pytest.importorskip("tensorboardX")
     with MetricWriters(tmp_path, tensorboard=True) as writers:
         writers.write(4, {"loss/divergence": 0.25, "loss/objective": float("nan")})
     (path,) = (tmp_path / "tensorboard").iterdir()
-    data, found = path.read_bytes(), {}
-    while data:  # TFRecord: length, its crc, payload, its crc
-        length = int.from_bytes(data[:8], "little")
-        event = event_pb2.Event.FromString(data[12 : 12 + length])
-        found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
-        data = data[16 + length :]
+    found = {v.tag: (e.step, v.simple_value) for e in events_of(path) for v in e.summary.value}
     assert found == {"loss/divergence": (4, 0.25)}
+
+
+@pytest.mark.parametrize("resumed, first", [(None, 0), (0, 1), (4, 5)])
+def test_tensorboard_hides_what_is_done_again(tmp_path, resumed, first):
+    """A session that starts at a step takes back all events from there on."""
+    pytest.importorskip("tensorboardX")
+    MetricWriters(tmp_path, tensorboard=True, resumed_step=resumed).close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    assert [e.step for e in events_of(path) if e.session_log.status == 1] == [first]
 
 
 def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
