@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
-from absl import flags
 
 from opsd_jax.errors import UserError
 from opsd_jax.problems import Problem, ProblemSet
@@ -23,36 +22,6 @@ from opsd_jax.problems import Problem, ProblemSet
 log = logging.getLogger(__name__)
 Render = Callable[[Problem], dict[str, np.ndarray] | None]
 Narrow = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
-
-
-@dataclasses.dataclass(frozen=True)
-class PipelineConfig:
-    """How batches are drawn.
-
-    Attributes:
-      batch_size: rows of a global batch.
-      seed: of the order.
-      shuffle: a new order in each epoch; False keeps the order of the set.
-      num_epochs: None repeats for ever. Batches run across the ends of epochs; rows that do not
-        fill a last batch are left out.
-      num_workers: processes that render; 0 renders in a thread. A position taken with one number
-        of workers does not fit another, and with processes an iterator needs `close()`.
-    """
-
-    batch_size: int
-    seed: int = 0
-    shuffle: bool = True
-    num_epochs: int | None = None
-    num_workers: int = 0
-
-    def __post_init__(self):
-        if self.batch_size < 1 or self.seed < 0 or self.num_workers < 0:
-            raise UserError(
-                "batch_size must be >= 1, .seed and .num_workers >= 0, got "
-                f"{self.batch_size}, {self.seed} and {self.num_workers}."
-            )
-        if self.num_epochs is not None and self.num_epochs < 1:
-            raise UserError(f"num_epochs must be >= 1 or None, got {self.num_epochs}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,17 +48,20 @@ class Batches:
 def make_batches(
     problems: ProblemSet,
     render: Render,
-    config: PipelineConfig,
+    batch_size: int,
+    seed: int = 0,
     narrow: Narrow | None = None,
 ) -> Batches:
-    """Batches of rendered problems.
+    """Batches of rendered problems without end, in a new order in each epoch.
 
-    Every problem is rendered once here, to know which ones fit.
+    Every problem is rendered once here, to know which ones fit. Batches run across the ends of
+    epochs.
 
     Args:
       problems: the same on all hosts.
       render: problem -> arrays of fixed shapes and dtypes, or None if a prompt is over budget.
-      config: see `PipelineConfig`.
+      batch_size: rows of a global batch.
+      seed: of the order.
       narrow: a batch's arrays -> the same without columns that are padding in all rows.
 
     Raises:
@@ -103,29 +75,24 @@ def make_batches(
             num_dropped,
             len(problems),
         )
-    if len(fitting) < config.batch_size:
+    if len(fitting) < batch_size:
         raise UserError(
-            f"batch_size {config.batch_size} is more than the {len(fitting)} problems "
+            f"batch_size {batch_size} is more than the {len(fitting)} problems "
             f"there are ({num_dropped} of {len(problems)} were dropped because a prompt is over "
             "contexts.*_max_tokens or a reference over rollout.max_new_tokens); take a smaller "
             "batch, more problems or larger budgets."
         )
-    indices = grain.MapDataset.source(fitting).seed(config.seed)
-    if config.shuffle:
-        indices = indices.shuffle()
     batches = (
-        indices.repeat(config.num_epochs)
-        .batch(config.batch_size, drop_remainder=True)
+        grain.MapDataset.source(fitting)
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .batch(batch_size, drop_remainder=True)
         .map(functools.partial(_render_rows, problems, render, narrow))
     )
     # One thread: it keeps ahead of the device, and tokenizers need not be safe for more.
     reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    dataset = batches.to_iter_dataset(reading)
-    if config.num_workers:
-        if not flags.FLAGS.is_parsed():  # Grain reads its flags, also where nobody has any
-            flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.num_workers))
-    return Batches(dataset, len(fitting), num_dropped)
+    return Batches(batches.to_iter_dataset(reading), len(fitting), num_dropped)
 
 
 def _fitting(problems: ProblemSet, render: Render) -> Iterator[int]:

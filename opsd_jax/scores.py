@@ -20,12 +20,6 @@ def mean_and_error(values_N: Sequence[float] | np.ndarray) -> tuple[float, float
     return float(values.mean()), float(spread / math.sqrt(len(values)))
 
 
-def accuracy(generations: Sequence[Generation], num_samples: int) -> tuple[float, float]:
-    """avg@n: mean reward and its error (samples of a problem are averaged first)."""
-    rewards = np.array([g.reward for g in generations], np.float64).reshape(-1, num_samples)
-    return mean_and_error(rewards.mean(axis=1))
-
-
 def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
     """The unbiased estimate of the chance that one of k samples is right.
 

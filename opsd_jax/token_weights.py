@@ -74,22 +74,5 @@ def skip_first(tokens: TokenDivergence, mask: jax.Array, *, num_tokens: int = 1)
     return (_position(mask) >= num_tokens).astype(tokens.objective.dtype)
 
 
-def importance_weight(
-    student_logps: jax.Array, behaviour_logps: jax.Array, *, cap: float = 2.0
-) -> jax.Array:
-    """min(pS(y) / pB(y), cap) for ids sampled from a behaviour policy B, constant.
-
-    Not a `DivergenceConfig` weight, because it needs the rollout's log-probabilities; both
-    must be of the same (temperature 1, untruncated) distribution.
-
-    Args:
-      student_logps: [B, C], `TokenDivergence.student_logps`.
-      behaviour_logps: [B, C], `Completion.logps`.
-      cap: upper bound of the ratio.
-    """
-    ratio = jnp.exp(jnp.minimum(student_logps - behaviour_logps, jnp.log(cap)))
-    return jax.lax.stop_gradient(ratio)
-
-
 def _position(mask):
     return jnp.cumsum(mask, axis=-1) - 1

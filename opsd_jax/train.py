@@ -32,7 +32,7 @@ from opsd_jax.guard import Guard
 from opsd_jax.loop import BEST_METRIC, Loop, saved
 from opsd_jax.metrics import MetricWriters
 from opsd_jax.operative_config import first_difference
-from opsd_jax.pipeline import PipelineConfig, make_batches
+from opsd_jax.pipeline import make_batches
 from opsd_jax.preemption import Preemption
 from opsd_jax.problems import ProblemSet
 from opsd_jax.progress import ProgressLine
@@ -155,8 +155,7 @@ def training_batches(
         template, limit = settings.completions.template, experiment.rollout.max_new_tokens
         render = ReferenceRows(prompts, template, tokenizer, limit, contexts.too_long)
     num_problems = settings.batch_size // settings.group_size
-    config = PipelineConfig(batch_size=num_problems, seed=settings.seed)
-    batches = make_batches(problems, render, config, prompts.narrow)
+    batches = make_batches(problems, render, num_problems, settings.seed, prompts.narrow)
     dropped = getattr(render, "dropped", ())
     if dropped:
         say(f"{len(dropped):,} problems left out: their reference exceeds rollout.max_new_tokens")

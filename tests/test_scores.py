@@ -56,11 +56,12 @@ def test_majority(votes, grade, answer):
 
 def test_errors_are_over_problems():
     rewards = np.array([[1, 0], [1, 1], [0, 0], [1, 0]], float)
-    mean, error = scores.accuracy([generation(r) for r in rewards.ravel()], num_samples=2)
+    sampled = [generation(reward) for reward in rewards.ravel()]
+    found = scores.metrics_of(scores.by_problem(sampled, [], 2, False), sampled)
     per_problem = [0.5, 1.0, 0.0, 0.5]
-    assert mean == np.mean(per_problem)
-    assert error == pytest.approx(np.std(per_problem, ddof=1) / 2)
-    assert math.isnan(scores.accuracy([generation(1.0)], 1)[1])
+    assert found["accuracy"] == np.mean(per_problem)
+    assert found["accuracy_se"] == pytest.approx(np.std(per_problem, ddof=1) / 2)
+    assert math.isnan(scores.mean_and_error([1.0])[1])
 
 
 def test_all_numbers_of_a_hand_computed_case():
