@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from opsd_jax.errors import UserError
 from opsd_jax.objective import Batch, Policy
-from opsd_jax.rollouts import Completion, Context, RolloutConfig, rollout
+from opsd_jax.rollout_config import RolloutConfig
+from opsd_jax.rollouts import Completion, Context, rollout
 
 
 class CompletionSource(Protocol):

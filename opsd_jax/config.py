@@ -38,7 +38,7 @@ from opsd_jax.finished_base import FinishedRun
 from opsd_jax.guard import GuardConfig
 from opsd_jax.model_config import LoraConfig, ModelConfig
 from opsd_jax.optimizer import OptimizerConfig
-from opsd_jax.rollouts import RolloutConfig
+from opsd_jax.rollout_config import RolloutConfig
 from opsd_jax.sharding import MeshConfig
 from opsd_jax.teacher import TeacherConfig
 from opsd_jax.testbed_corpus import CorpusConfig

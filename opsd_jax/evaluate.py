@@ -27,8 +27,7 @@ from opsd_jax.generations import Generation, GenerationLog, Place, generation_of
 from opsd_jax.grader_pool import Grade, GraderPool
 from opsd_jax.grading import group_answers
 from opsd_jax.problems import Problem, ProblemSet
-from opsd_jax.rollout_config import check_sampling
-from opsd_jax.rollouts import RolloutConfig
+from opsd_jax.rollout_config import RolloutConfig, check_sampling
 from opsd_jax.slots import Sampler
 from opsd_jax.tokenizer import Tokenizer
 

@@ -28,7 +28,7 @@ from opsd_jax.objective import Distillation, Likelihood, Objective
 from opsd_jax.optimizer import OptimizerConfig, make_optimizer
 from opsd_jax.policy_gradient import PolicyGradient, RewardMix
 from opsd_jax.problems import ProblemSource
-from opsd_jax.rollouts import RolloutConfig
+from opsd_jax.rollout_config import RolloutConfig
 from opsd_jax.sharding import MeshConfig, Rules, check_batch, variable_shardings
 from opsd_jax.teacher import TeacherConfig, is_source
 from opsd_jax.tokenizer import Tokenizer

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from opsd_jax.errors import UserError
 from opsd_jax.finished_run import restore_run
 from opsd_jax.problems import Problem
-from opsd_jax.rollouts import RolloutConfig, stream
+from opsd_jax.rollout_config import RolloutConfig
+from opsd_jax.rollouts import stream
 from opsd_jax.tokenizer import Tokenizer
 
 

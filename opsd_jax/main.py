@@ -191,8 +191,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
 
 def run_generate(arguments: argparse.Namespace) -> None:
     from opsd_jax.generate import generate_command
-    from opsd_jax.rollout_config import check_sampling
-    from opsd_jax.rollouts import RolloutConfig
+    from opsd_jax.rollout_config import RolloutConfig, check_sampling
 
     shared = "temperature top_k top_p min_p repetition_penalty".split()
     chosen = {name: getattr(arguments, name) for name in shared}

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from opsd_jax.errors import UserError
 from opsd_jax.objective import Batch, Policy
-from opsd_jax.rollouts import Completion, Context, RolloutConfig, rollout
+from opsd_jax.rollout_config import RolloutConfig
+from opsd_jax.rollouts import Completion, Context, rollout
 from opsd_jax.scoring import join
 
 # Folded into the key of a step, where no row has this number: completions keep their own draws.

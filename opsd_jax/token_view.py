@@ -31,7 +31,8 @@ from opsd_jax.model import Decoder
 from opsd_jax.objective import Batch, Policy
 from opsd_jax.problems import Problem, ProblemSet
 from opsd_jax.reason_first import Reasoner
-from opsd_jax.rollouts import Completion, Context, RolloutConfig, rollout
+from opsd_jax.rollout_config import RolloutConfig
+from opsd_jax.rollouts import Completion, Context, rollout
 from opsd_jax.scoring import completion_hidden
 from opsd_jax.sharding import on_mesh
 from opsd_jax.tokenizer import Tokenizer

@@ -26,7 +26,8 @@ from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model import Decoder
 from opsd_jax.objective import Batch, Distillation, Loss, Objective, Policy, Reader
 from opsd_jax.reason_first import Reasoner, analysis_metrics
-from opsd_jax.rollouts import Completion, RolloutConfig, split
+from opsd_jax.rollout_config import RolloutConfig
+from opsd_jax.rollouts import Completion, split
 from opsd_jax.sharding import Rules, batch_sharding, on_mesh, optimizer_shardings, replicated
 from opsd_jax.teacher import Teacher
 

@@ -29,7 +29,8 @@ from opsd_jax.head import head_logits, output_head
 from opsd_jax.model import Decoder, init_variables
 from opsd_jax.model_config import ModelConfig
 from opsd_jax.probe import after_wrong_step, fact_beliefs
-from opsd_jax.rollouts import RolloutConfig, rollout
+from opsd_jax.rollout_config import RolloutConfig
+from opsd_jax.rollouts import rollout
 from opsd_jax.testbed import ChainTask, ChainTokenizer, grade
 from opsd_jax.testbed_corpus import CorpusConfig, write_rows
 

@@ -15,7 +15,8 @@ from opsd_jax import attention, decode_attention
 from opsd_jax.decode_attention import attend_both, attend_store
 from opsd_jax.kv_cache import KV
 from opsd_jax.model import Decoder
-from opsd_jax.rollouts import RolloutConfig, rollout
+from opsd_jax.rollout_config import RolloutConfig
+from opsd_jax.rollouts import rollout
 from opsd_jax.sharding import FULLY_SHARDED, MeshConfig, make_mesh
 from opsd_jax.slots import Sampler
 

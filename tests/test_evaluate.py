@@ -14,7 +14,7 @@ from opsd_jax.generations import GenerationLog
 from opsd_jax.grader_pool import GraderPool
 from opsd_jax.model import Decoder
 from opsd_jax.problems import LoadedProblems, Problem
-from opsd_jax.rollouts import RolloutConfig
+from opsd_jax.rollout_config import RolloutConfig
 from opsd_jax.sharding import FULLY_SHARDED, MeshConfig, make_mesh
 from opsd_jax.slots import Sampler
 

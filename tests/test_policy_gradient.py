@@ -23,7 +23,8 @@ from opsd_jax.likelihood import token_logps
 from opsd_jax.model import Decoder
 from opsd_jax.objective import Distillation, Likelihood, mean_weights
 from opsd_jax.policy_gradient import PolicyGradient, RewardMix, group_advantages
-from opsd_jax.rollouts import Completion, RolloutConfig
+from opsd_jax.rollout_config import RolloutConfig
+from opsd_jax.rollouts import Completion
 from opsd_jax.scoring import completion_hidden
 from opsd_jax.teacher import TeacherConfig
 from opsd_jax.train_step import Method, init_state, sample_completion, update

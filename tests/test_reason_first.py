@@ -23,7 +23,8 @@ from opsd_jax.head import head_logits, output_head
 from opsd_jax.main import main
 from opsd_jax.objective import Batch
 from opsd_jax.reason_first import Reasoner, ReasonFirst
-from opsd_jax.rollouts import Completion, Context, RolloutConfig
+from opsd_jax.rollout_config import RolloutConfig
+from opsd_jax.rollouts import Completion, Context
 from opsd_jax.train_step import sample_completion, update
 
 CONFIG = tiny_config(num_layers=1)

@@ -18,7 +18,8 @@ from opsd_jax.head import head_logits, output_head
 from opsd_jax.kv_cache import KV, merge
 from opsd_jax.model import Decoder, init_variables
 from opsd_jax.objective import compare
-from opsd_jax.rollouts import RolloutConfig, rollout, stages
+from opsd_jax.rollout_config import RolloutConfig
+from opsd_jax.rollouts import rollout, stages
 from opsd_jax.sampling import filter_logits, sample
 from opsd_jax.sharding import (
     FULLY_SHARDED,

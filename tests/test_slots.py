@@ -11,7 +11,8 @@ import pytest
 from conftest import VOCAB, tiny_config, tiny_variables
 
 from opsd_jax.model import Decoder
-from opsd_jax.rollouts import RolloutConfig, rollout
+from opsd_jax.rollout_config import RolloutConfig
+from opsd_jax.rollouts import rollout
 from opsd_jax.sharding import FULLY_SHARDED, MeshConfig, make_mesh
 from opsd_jax.slots import Sampler
 

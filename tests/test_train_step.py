@@ -16,7 +16,8 @@ from opsd_jax.model import Decoder, init_variables
 from opsd_jax.model_config import LoraConfig
 from opsd_jax.objective import Batch, compare
 from opsd_jax.optimizer import OptimizerConfig, make_optimizer
-from opsd_jax.rollouts import Completion, RolloutConfig
+from opsd_jax.rollout_config import RolloutConfig
+from opsd_jax.rollouts import Completion
 from opsd_jax.sharding import FULLY_SHARDED, MeshConfig, make_mesh, shard_batch, variable_shardings
 from opsd_jax.teacher import TeacherConfig
 from opsd_jax.train_step import (

@@ -80,7 +80,8 @@ def testbed_logits(cache_dir, num_problems):
     """Student and teacher logits [B, C, V] and the mask of the base's own completions."""
     from opsd_jax.head import head_logits, output_head
     from opsd_jax.model import Decoder
-    from opsd_jax.rollouts import Context, RolloutConfig, rollout
+    from opsd_jax.rollout_config import RolloutConfig
+    from opsd_jax.rollouts import Context, rollout
     from opsd_jax.scoring import completion_hidden
     from opsd_jax.testbed import ChainTokenizer
     from opsd_jax.testbed_builder import ChainArithmetic

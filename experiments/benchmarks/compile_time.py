@@ -21,7 +21,8 @@ from opsd_jax.model import Decoder, init_variables
 from opsd_jax.model_config import ModelConfig
 from opsd_jax.objective import Batch
 from opsd_jax.optimizer import OptimizerConfig, make_optimizer
-from opsd_jax.rollouts import Context, RolloutConfig
+from opsd_jax.rollout_config import RolloutConfig
+from opsd_jax.rollouts import Context
 from opsd_jax.teacher import TeacherConfig
 from opsd_jax.train_step import Method, init_state, train_step
 

@@ -32,7 +32,8 @@ from flax.core import meta
 import opsd_jax
 from opsd_jax.model import Decoder, init_variables
 from opsd_jax.model_config import ModelConfig
-from opsd_jax.rollouts import RolloutConfig, rollout
+from opsd_jax.rollout_config import RolloutConfig
+from opsd_jax.rollouts import rollout
 from opsd_jax.sharding import FULLY_SHARDED, MeshConfig, make_mesh, num_bytes
 from opsd_jax.slots import Sampler
 
