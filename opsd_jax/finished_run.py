@@ -38,6 +38,7 @@ from opsd_jax.export import save_adapter, save_pretrained
 from opsd_jax.files import write_json_lines, write_whole
 from opsd_jax.generations import BY_PROBLEM_FILE, GenerationLog
 from opsd_jax.guard import restored_step
+from opsd_jax.lock import only_writer
 from opsd_jax.metrics import plain
 from opsd_jax.scores import table
 from opsd_jax.sharding import make_mesh
@@ -142,6 +143,7 @@ def evaluate_command(
         if evaluator is None:
             raise UserError("train.heldout is None: bind it to the problems to evaluate on")
         writes = jax.process_index() == 0
+        stack.enter_context(only_writer(folder, _say))
         log = stack.enter_context(GenerationLog(folder, record_of(run, evaluator), writes))
         check_same_folder(folder, log)
         if log.found:

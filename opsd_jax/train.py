@@ -30,6 +30,7 @@ from opsd_jax.experiment import (
 from opsd_jax.files import read_json_lines, write_whole
 from opsd_jax.grader_pool import GraderPool
 from opsd_jax.guard import Guard
+from opsd_jax.lock import only_writer
 from opsd_jax.loop import BEST_METRIC, Loop, saved
 from opsd_jax.metrics import MetricWriters
 from opsd_jax.operative_config import first_difference
@@ -55,16 +56,17 @@ def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict
       workdir: made if missing; if it holds a checkpoint of the same config, the run goes on.
 
     Raises:
-      UserError: another config in the workdir, data or model that do not fit, a full disk, or
-        a loss that is not finite.
+      UserError: another command or another config in the workdir, data or model that do not
+        fit, a full disk, or a loss that is not finite.
     """
     workdir = Path(workdir)
-    check_config(workdir, config_text)
     settings = experiment.train
     mesh = make_mesh(experiment.mesh)
     with ExitStack() as stack:
         progress = stack.enter_context(ProgressLine(settings.num_steps))
         say, bases = progress.note, str(workdir / "base")
+        stack.enter_context(only_writer(workdir, say))
+        check_config(workdir, config_text)
         base = settings.model.load(mesh, experiment.mesh.rules, bases, say)
         external = load_teacher(experiment, base.tokenizer, mesh, bases, say)
         parts = assemble(
