@@ -119,9 +119,10 @@ def train_whole(experiment: Experiment, config_text: str, workdir: Path) -> Run:
 
 
 def check_config(workdir: Path, config_text: str) -> None:
-    """Raises a UserError if the workdir holds checkpoints of another experiment."""
+    """Raises a UserError if the workdir holds checkpoints or metrics of another experiment."""
     path = workdir / "config.gin"
-    if not path.exists() or not Checkpoints(workdir / "checkpoints").steps():
+    metrics = read_json_lines(workdir / "metrics.jsonl", "step")
+    if not path.exists() or not (metrics or Checkpoints(workdir / "checkpoints").steps()):
         return
     difference = first_difference(path.read_text(), config_text)
     if difference is not None:
@@ -199,7 +200,7 @@ def make_evaluator(
 def make_writers(
     experiment: Experiment, workdir: Path, start: int, config_text: str, stack: ExitStack
 ) -> MetricWriters:
-    """Where the metrics go; lines behind the step that a run resumes from are dropped."""
+    """Where the metrics go; what lies behind the step that a run resumes from is dropped."""
     settings = experiment.train
     return stack.enter_context(
         MetricWriters(

@@ -78,6 +78,19 @@ def test_a_fresh_run_starts_anew(tmp_path):
     assert len(read(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("resumed, kept", [(None, []), (0, [0]), (3, [0, 3]), (9, [0, 3, 6])])
+def test_texts_of_steps_that_are_taken_back_are_no_longer_there(tmp_path, resumed, kept):
+    for folder in ("samples", "tokens"):
+        (tmp_path / folder).mkdir()
+        for step in (0, 3, 6):
+            (tmp_path / folder / f"step_{step:06d}.jsonl").write_text("{}\n")
+        (tmp_path / folder / "step_mine.jsonl").write_text("")
+    MetricWriters(tmp_path, resumed_step=resumed).close()
+    for folder in ("samples", "tokens"):
+        wanted = [*(f"step_{step:06d}.jsonl" for step in kept), "step_mine.jsonl"]
+        assert sorted(os.listdir(tmp_path / folder)) == wanted
+
+
 def test_kill_9_keeps_every_written_line(tmp_path):
     script = """
 import os, sys

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,8 +162,6 @@ def test_kill_9_loses_nothing_that_was_committed_and_sigterm_saves(tmp_path):
 
 
 def test_a_damaged_checkpoint_falls_back_and_says_so(whole, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(whole, tmp_path / "run")
     victim = tmp_path / "run" / "checkpoints" / "6" / "state"
     for path in sorted(victim.rglob("*")):
@@ -212,11 +211,18 @@ def test_bad_input_is_one_line_and_status_2(bindings, words, tmp_path, capsys):
     assert not (tmp_path / "run" / "config.gin").exists()
 
 
-def test_another_config_in_the_workdir_is_refused_and_nothing_is_touched(whole, capsys):
-    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
-    assert main(command(whole, "train.num_steps = 6", "train.learning_rate = 5e-4")) == 2
+@pytest.mark.parametrize("kept", ["all", "all but the checkpoints"])
+def test_another_config_in_the_workdir_is_refused_and_nothing_is_touched(
+    whole, kept, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    if kept != "all":
+        shutil.rmtree(run / "checkpoints")
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+    assert main(command(run, "train.num_steps = 6", "train.learning_rate = 5e-4")) == 2
     assert "train.learning_rate was" in capsys.readouterr().err
-    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()} == before
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
 
 
 def test_usage_errors_have_status_2():
