@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import small_disk
 from flax import linen as nn
 from jax.sharding import AxisType
 from safetensors.numpy import load_file, save_file
@@ -103,6 +104,18 @@ def test_shards_and_their_index(tmp_path):
     total = sum(x.nbytes for shard in tensors.values() for x in shard.values())
     assert index["metadata"]["total_size"] == total
     assert_same_bits(load_pretrained(str(tmp_path)).params, params)
+
+
+def test_a_full_disk_leaves_the_older_export(tmp_path):
+    config = model_config(lora=LORA)
+    variables = variables_of(config)
+    save_pretrained(str(tmp_path), config, {"params": variables["params"]})
+    save_adapter(str(tmp_path), config, variables)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for save in (save_pretrained, save_adapter):
+        with small_disk(2000), pytest.raises(UserError, match=f"cannot write {tmp_path}: File too"):
+            save(str(tmp_path), config, variables_of(config, seed=1))
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "phi3"])

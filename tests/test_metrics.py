@@ -3,8 +3,6 @@
 
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 import types
@@ -12,6 +10,7 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import small_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -118,15 +117,9 @@ def test_samples_are_one_json_line_each(tmp_path):
 def test_a_full_disk_is_told_and_the_old_file_stands(tmp_path):
     old = "".join(f'{{"step": {n}, "pad": "{"x" * 100}"}}\n' for n in range(9))
     (tmp_path / "metrics.jsonl").write_text(old)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
-        with pytest.raises(UserError, match="cannot write .*metrics.jsonl: File too large"):
-            MetricWriters(tmp_path, resumed_step=8)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
+    told = "cannot write .*metrics.jsonl: File too large"
+    with small_disk(500), pytest.raises(UserError, match=told):
+        MetricWriters(tmp_path, resumed_step=8)
     assert (tmp_path / "metrics.jsonl").read_text() == old
 
 
