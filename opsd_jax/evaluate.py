@@ -25,7 +25,7 @@ from opsd_jax.errors import UserError
 from opsd_jax.generations import Generation, GenerationLog, Place, generation_of
 from opsd_jax.grader_pool import Grade, GraderPool
 from opsd_jax.grading import group_answers
-from opsd_jax.problems import Problem, ProblemSet
+from opsd_jax.problems import AnswerGrader, Problem, ProblemSet
 from opsd_jax.rollouts import RolloutConfig
 from opsd_jax.slots import Sampler
 from opsd_jax.tokenizer import Tokenizer
@@ -101,11 +101,17 @@ def held_out_prompts(
     """Rendered prompts of the problems that fit their budget, in order.
 
     Raises:
-      UserError: no problem fits.
+      UserError: no problem fits, or one lacks the answer that its grader compares with.
     """
     prompts: list[Prompt] = []
+    needs_answers = isinstance(problems.grade, AnswerGrader)
     for i in range(len(problems)):
         problem = problems[i]
+        if needs_answers and not problem.answer:
+            raise UserError(
+                f"held-out problem {problem.id!r} has no answer to be graded by: give it one, or "
+                "set train.heldout = None"
+            )
         ids = render(contexts, tokenizer, problem, role)
         if ids is not None:
             prompts.append(Prompt(problem, ids))
