@@ -30,6 +30,7 @@ from opsd_jax.experiment import (
     Experiment,
     assemble,
     external_variables,
+    initial_state,
     load_teacher,
     split,
     teacher_variables,
@@ -39,6 +40,7 @@ from opsd_jax.files import write_json_lines, write_whole
 from opsd_jax.generations import BY_PROBLEM_FILE, GenerationLog
 from opsd_jax.guard import restored_step
 from opsd_jax.lock import only_writer
+from opsd_jax.loop import BEST_METRIC
 from opsd_jax.metrics import plain
 from opsd_jax.scores import table
 from opsd_jax.sharding import make_mesh
@@ -58,13 +60,17 @@ class Restored(NamedTuple):
 
 
 def restore_run(
-    workdir: str, step: int | None, gin_files: Sequence[str] = (), bindings: Sequence[str] = ()
+    workdir: str,
+    step: int | str | None,
+    gin_files: Sequence[str] = (),
+    bindings: Sequence[str] = (),
 ) -> Restored:
     """Student and teacher of a training workdir, without the optimiser.
 
     Args:
       workdir: of `opsd train`.
-      step: a checkpoint; None takes the one that the guard chose, or else the latest.
+      step: a checkpoint; 0 is what the run started from, loaded from its source again; "best" the
+        best by held-out accuracy; None the one that the guard chose, or else the latest.
       gin_files: read after the run's own config.gin, for another evaluation.
       bindings: changes to them.
     """
@@ -78,19 +84,27 @@ def restore_run(
     )
     external = load_teacher(experiment, base.tokenizer, mesh, str(Path(workdir) / "base"), _say)
     parts = assemble(experiment, base.config, base.tokenizer, mesh, external and external.config)
-    wanted = {"trainable": parts.abstract.trainable, "teacher": parts.abstract.teacher}
     if step is None and (step := restored_step(Path(workdir))) is not None:
         _say(f"step {step} is taken: the guard ended the run (see {workdir}/guard.json)")
-    with Checkpoints(Path(workdir) / "checkpoints", warn=_say) as checkpoints:
-        found = checkpoints.restore_only(wanted, step)
-    params = jax.device_put(base.params, parts.variables["params"])
-    frozen = split({"params": params} | found.state["trainable"])[1]
-    external_teacher = external_variables(parts, external and external.params)
-    state = dataclasses.replace(
-        parts.abstract, frozen=frozen, external=external_teacher, **found.state
-    )
+    if step == 0:
+        seed = experiment.train.seed
+        state = initial_state(parts, base.params, seed, external and external.params)
+    else:
+        wanted = {"trainable": parts.abstract.trainable, "teacher": parts.abstract.teacher}
+        with Checkpoints(Path(workdir) / "checkpoints", None, BEST_METRIC, _say) as checkpoints:
+            if isinstance(step, str) and (step := checkpoints.best_step()) is None:
+                raise UserError(f"--step=best: no checkpoint of {workdir} was evaluated")
+            found = checkpoints.restore_only(wanted, step)
+        step = found.step
+        params = jax.device_put(base.params, parts.variables["params"])
+        state = dataclasses.replace(
+            parts.abstract,
+            frozen=split({"params": params} | found.state["trainable"])[1],
+            external=external_variables(parts, external and external.params),
+            **found.state,
+        )
     teacher = teacher_variables(parts, state)
-    return Restored(experiment, parts, base.tokenizer, state.student, teacher, found.step)
+    return Restored(experiment, parts, base.tokenizer, state.student, teacher, step)
 
 
 def plain_model(path: str, gin_files: Sequence[str] = (), bindings: Sequence[str] = ()) -> Restored:
@@ -121,7 +135,7 @@ def evaluate_command(
     bindings: Sequence[str],
     workdir: str | None,
     model: str | None,
-    step: int | None,
+    step: int | str | None,
     out: str | None,
 ) -> dict[str, float]:
     """`opsd eval`: samples, grades and counts; run again, it goes on where it was stopped.
@@ -199,7 +213,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def export_command(workdir: str, step: int | None, out: str, form: str) -> None:
+def export_command(workdir: str, step: int | str | None, out: str, form: str) -> None:
     """`opsd export`: a Hugging Face directory (adapters merged) or a PEFT adapter."""
     run = restore_run(workdir, step)
     config = run.parts.model.config

@@ -14,8 +14,10 @@ from types import SimpleNamespace
 import pytest
 
 from opsd_jax import train as train_module
+from opsd_jax.checkpoint import Checkpoints
 from opsd_jax.errors import UserError
 from opsd_jax.guard import GuardConfig
+from opsd_jax.loop import BEST_METRIC
 from opsd_jax.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -186,6 +188,24 @@ def test_eval_generate_export_of_a_run(whole, tmp_path, capsys):
     assert (tmp_path / "hf" / "model.safetensors").exists()
     assert main(["export", f"--workdir={whole}", f"--out={tmp_path}/p", "--format=peft"]) == 2
     assert "no adapter" in capsys.readouterr().err
+
+
+def test_the_base_of_a_run_is_evaluated_as_step_0(whole, capsys):
+    assert main(["eval", f"--workdir={whole}", "--step=0"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    logged = lines_of(whole)[0]
+    assert "eval/teacher/accuracy" in found and found == {name: logged[name] for name in found}
+    assert (whole / "eval" / "heldout_step_000000" / "summary.json").exists()
+
+
+def test_the_best_step_is_that_of_held_out_accuracy(whole, monkeypatch, capsys):
+    for best in (4, None):  # of two equals the latest is the best, and here all are
+        steps = {BEST_METRIC: best}
+        monkeypatch.setattr(Checkpoints, "best_step", lambda self: steps[self._best_metric])  # noqa: B023
+        assert main(["eval", f"--workdir={whole}", "--step=best"]) == (0 if best else 2)
+    out, err = capsys.readouterr()
+    assert json.loads(out)["step"] == 4
+    assert f"--step=best: no checkpoint of {whole} was evaluated" in err
 
 
 @pytest.mark.parametrize(
