@@ -75,6 +75,7 @@ def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict
         problems = settings.problems.load(str(workdir / "problems"))
         batches = training_batches(experiment, problems, base.tokenizer, say)
         evaluator = make_evaluator(experiment, parts, base.tokenizer, workdir, stack)
+        tell_contamination(problems, evaluator, say)
         folder, kept = workdir / "checkpoints", settings.keep_checkpoints
         checkpoints = stack.enter_context(Checkpoints(folder, kept, BEST_METRIC, say))
         state, tokens, start = start_or_resume(
@@ -195,6 +196,22 @@ def make_evaluator(
         problems,
         stack.enter_context(GraderPool(problems.grade, num_workers=settings.grader_workers)),
     )
+
+
+def tell_contamination(
+    problems: ProblemSet, evaluator: Evaluator | None, say: Callable[[str], None]
+) -> None:
+    """Says how many held-out problems have a question that is trained on too, if any has."""
+    if evaluator is None:
+        return
+    trained = {" ".join(problems[i].question.split()) for i in range(len(problems))}
+    asked = {p.problem.id: p.problem for prompts in evaluator.prompts.values() for p in prompts}
+    shared = sum(" ".join(problem.question.split()) in trained for problem in asked.values())
+    if shared:
+        say(
+            f"{shared:,} of {len(asked):,} held-out problems are trained on too (the same "
+            "question): held-out accuracy is in part recall"
+        )
 
 
 def make_writers(

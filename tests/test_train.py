@@ -16,9 +16,11 @@ import pytest
 from opsd_jax import train as train_module
 from opsd_jax.checkpoint import Checkpoints
 from opsd_jax.errors import UserError
+from opsd_jax.evaluate import Prompt
 from opsd_jax.guard import GuardConfig
 from opsd_jax.loop import BEST_METRIC
 from opsd_jax.main import main
+from opsd_jax.problems import LoadedProblems, Problem
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "experiments" / "quickstart.gin")
@@ -170,7 +172,8 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(whole, tmp_path, capsys):
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert main(command(tmp_path / "run", "train.num_steps = 6")) == 0
-    assert "falling back" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "falling back" in told and "trained on too" not in told
     assert lines_of(tmp_path / "run") == lines_of(whole)
 
 
@@ -292,6 +295,28 @@ def test_a_resumed_guard_has_not_seen_what_is_taken_back(tmp_path):
     experiment = SimpleNamespace(guard=GuardConfig())
     rung = [train_module.guard_of(experiment, tmp_path, start).alarms for start in (0, 2, 3)]
     assert [len(alarms) for alarms in rung] == [0, 0, 1]
+
+
+def test_training_tells_what_is_held_out_and_trained_on(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise UserError("far enough")
+
+    monkeypatch.setattr(train_module, "start_or_resume", stop)
+    assert main(command(tmp_path, "heldout/ChainArithmetic.split = 'train'")) == 2
+    assert "16 of 16 held-out problems are trained on too" in capsys.readouterr().err
+
+
+def test_held_out_questions_that_are_trained_on_are_counted():
+    def evaluator(*questions):
+        asked = [Problem(f"h{i}", question, "", "a") for i, question in enumerate(questions)]
+        rows = [Prompt(problem, []) for problem in asked]
+        return SimpleNamespace(prompts={"student": rows, "teacher": rows[:1]})
+
+    trained = LoadedProblems((Problem("0", "1 + 1", "", "2"), Problem("1", "2", "", "2")), None)
+    said = []
+    for held_out in (None, evaluator("1 + 2", "3"), evaluator("1 +  1\n", "3", "2")):
+        train_module.tell_contamination(trained, held_out, said.append)
+    assert len(said) == 1 and said[0].startswith("2 of 3 held-out problems are trained on too")
 
 
 def test_a_script_of_many_runs_does_not_go_on_after_one_that_was_stopped(tmp_path, monkeypatch):
