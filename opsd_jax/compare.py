@@ -21,6 +21,7 @@ from opsd_jax.scores import pass_at_k, pass_ks
 
 NUM_RESAMPLES = 10_000
 LEVEL = 0.95
+_NEEDED = ("role", "id", "num_samples", "num_correct", "accuracy")
 
 
 class Difference(NamedTuple):
@@ -101,12 +102,19 @@ def read_evaluation(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Role -> problem id -> its row of by_problem.jsonl (`scores.by_problem`).
 
     Raises:
-      UserError: the evaluation was not finished.
+      UserError: the evaluation was not finished, or its rows are not whole.
     """
-    if not (folder / BY_PROBLEM_FILE).exists():
+    path = folder / BY_PROBLEM_FILE
+    if not path.exists():
         raise UserError(f"{folder} is not finished; give its opsd eval command again")
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in read_json_lines(folder / BY_PROBLEM_FILE):
+    for row in read_json_lines(path):
+        missing = [name for name in _NEEDED if name not in row]
+        if missing:
+            raise UserError(
+                f"{path}: a line has no `{missing[0]}`; give the folder's opsd eval command again, "
+                "which counts anew without sampling"
+            )
         found.setdefault(row["role"], {})[row["id"]] = row
     return found
 

@@ -26,7 +26,7 @@ from opsd_jax.errors import UserError
 from opsd_jax.generations import Generation, GenerationLog, Place, generation_of
 from opsd_jax.grader_pool import Grade, GraderPool
 from opsd_jax.grading import group_answers
-from opsd_jax.problems import Problem, ProblemSet
+from opsd_jax.problems import AnswerGrader, Problem, ProblemSet
 from opsd_jax.rollout_config import RolloutConfig, check_sampling
 from opsd_jax.slots import Sampler
 from opsd_jax.tokenizer import Tokenizer
@@ -107,12 +107,19 @@ def held_out_prompts(
     """Rendered prompts of the problems that fit their budget, in order, and how many do not.
 
     Raises:
-      UserError: no problem fits, or one does not and `contexts.too_long` is "error".
+      UserError: no problem fits, or one does not and `contexts.too_long` is "error", or one lacks
+        the answer that its grader compares with.
     """
     prompts: list[Prompt] = []
     num_dropped = 0
+    needs_answers = isinstance(problems.grade, AnswerGrader)
     for i in range(len(problems)):
         problem = problems[i]
+        if needs_answers and not problem.answer:
+            raise UserError(
+                f"held-out problem {problem.id!r} has no answer to be graded by: give it one, or "
+                "set train.heldout = None"
+            )
         ids = render(contexts, tokenizer, problem, role)
         if ids is None:
             num_dropped += 1

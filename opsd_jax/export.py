@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax.errors import UserError
+from opsd_jax.files import scratch_folder
 from opsd_jax.huggingface import config_to_hf
 from opsd_jax.model_config import LORA_TARGETS, ModelConfig
 from opsd_jax.tensor_names import Leaf, file_shapes, leaves, to_file
@@ -84,6 +87,9 @@ def save_pretrained(
       variables: {"params", "lora"?}; adapters are merged.
       tokenizer: an `HFTokenizer`; any other kind has no Hugging Face form and is left out.
       max_shard_bytes: a larger model is split.
+
+    Raises:
+      UserError: a full disk, say; nothing in `out_dir` has changed.
     """
     raw = config_to_hf(config)
     params = merge_lora(config, variables)
@@ -91,36 +97,36 @@ def save_pretrained(
     dtype = str(params["embed"].dtype)
     raw["torch_dtype"] = dtype
     ids = _token_ids(tokenizer)
-    writer = jax.process_index() == 0
-    if writer:
-        os.makedirs(out_dir, exist_ok=True)
-        _remove_weights(out_dir)
-        _write_json(out_dir, "config.json", raw | ids)
-        known = {key: value for key, value in ids.items() if value is not None}
-        _write_json(out_dir, "generation_config.json", known)
-        if isinstance(tokenizer, HFTokenizer):
-            tokenizer.save(out_dir)
     itemsize = np.dtype(jnp.dtype(dtype)).itemsize
     shards = _shards(
         {n: int(np.prod(s)) * itemsize for n, s in file_shapes(plan).items()}, max_shard_bytes
     )
     tensors = to_file(plan, jax.tree.map(_on_host, params))
-    weight_map, total = {}, 0
-    for i, names in enumerate(shards):
-        name = "model.safetensors"
-        if len(shards) > 1:
-            name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        shard = {}
-        for _ in names:  # `_shards` keeps the order in which `to_file` gives them
-            key, value = next(tensors)
-            shard[key] = value
-            weight_map[key] = name
-            total += value.nbytes
-        if writer:
-            _save_file(os.path.join(out_dir, name), shard)
-    if len(shards) > 1 and writer:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(out_dir, "model.safetensors.index.json", index)
+    with _written_whole(out_dir) as scratch:
+        if scratch:
+            _write_json(scratch, "config.json", raw | ids)
+            known = {key: value for key, value in ids.items() if value is not None}
+            _write_json(scratch, "generation_config.json", known)
+            if isinstance(tokenizer, HFTokenizer):
+                tokenizer.save(scratch)
+        weight_map, total = {}, 0
+        for i, names in enumerate(shards):
+            name = "model.safetensors"
+            if len(shards) > 1:
+                name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+            shard = {}
+            for _ in names:  # `_shards` keeps the order in which `to_file` gives them
+                key, value = next(tensors)
+                shard[key] = value
+                weight_map[key] = name
+                total += value.nbytes
+            if scratch:
+                _save_file(os.path.join(scratch, name), shard)
+        if len(shards) > 1 and scratch:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _write_json(scratch, "model.safetensors.index.json", index)
+        if scratch:  # Only now: the new weights are whole.
+            _remove_weights(out_dir)
 
 
 def save_adapter(
@@ -156,10 +162,10 @@ def save_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    if jax.process_index() == 0:
-        os.makedirs(out_dir, exist_ok=True)
-        _write_json(out_dir, "adapter_config.json", settings)
-        _save_file(os.path.join(out_dir, "adapter_model.safetensors"), tensors)
+    with _written_whole(out_dir) as scratch:
+        if scratch:
+            _write_json(scratch, "adapter_config.json", settings)
+            _save_file(os.path.join(scratch, "adapter_model.safetensors"), tensors)
 
 
 def _adapter_tensors(plan: list[Leaf], lora: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
@@ -223,6 +229,20 @@ def _remove_weights(directory: str) -> None:
     names = sorted(os.listdir(directory), key=lambda name: not name.endswith(".index.json"))
     for name in filter(_WEIGHT_FILES.fullmatch, names):
         os.remove(os.path.join(directory, name))
+
+
+@contextlib.contextmanager
+def _written_whole(out_dir: str) -> Iterator[str | None]:
+    """A folder whose files move into `out_dir` once all are there; None where process 0 writes."""
+    if jax.process_index() != 0:
+        yield None
+        return
+    with scratch_folder(Path(out_dir), ".export_") as scratch:
+        yield str(scratch)
+        for path in [path for path in scratch.rglob("*") if path.is_file()]:
+            target = Path(out_dir) / path.relative_to(scratch)
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
 
 
 def _save_file(path: str, tensors: Mapping[str, np.ndarray]) -> None:

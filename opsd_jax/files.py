@@ -6,7 +6,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,34 @@ def write_whole(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A folder to fill before its files take their names; removed in the end with what is left.
+
+    Args:
+      parent: where it is made, on the file system of the names; made if missing.
+      prefix: of its own name.
+
+    Raises:
+      UserError: something cannot be written there.
+    """
+    scratch = None
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.mkdtemp(prefix=prefix, dir=parent)
+        yield Path(scratch)
+    except Exception as error:
+        # What is written in Rust (safetensors, tokenizers) has errors of its own kind.
+        told = re.search(r"([^:]*) \(os error \d+\)", str(error))
+        if not told and not isinstance(error, OSError):
+            raise
+        reason = told.group(1).strip() if told else getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {parent}: {reason}") from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -31,6 +31,7 @@ from opsd_jax.experiment import (
     assemble,
     external_variables,
     frozen_variables,
+    initial_state,
     load_teacher,
     teacher_variables,
 )
@@ -38,6 +39,8 @@ from opsd_jax.export import save_adapter, save_pretrained
 from opsd_jax.files import write_json_lines, write_whole
 from opsd_jax.generations import BY_PROBLEM_FILE, GenerationLog
 from opsd_jax.guard import restored_step
+from opsd_jax.lock import only_writer
+from opsd_jax.loop import BEST_METRIC
 from opsd_jax.metrics import plain
 from opsd_jax.scores import table
 from opsd_jax.sharding import make_mesh
@@ -58,7 +61,7 @@ class Restored(NamedTuple):
 
 def restore_run(
     workdir: str,
-    step: int | None,
+    step: int | str | None,
     gin_files: Sequence[str] = (),
     bindings: Sequence[str] = (),
     with_teacher: bool = True,
@@ -67,7 +70,8 @@ def restore_run(
 
     Args:
       workdir: of `opsd train`.
-      step: a checkpoint; None takes the one that the guard chose, or else the latest.
+      step: a checkpoint; 0 is what the run started from, loaded from its source again; "best" the
+        best by held-out accuracy; None the one that the guard chose, or else the latest.
       gin_files: read after the run's own config.gin, for another evaluation.
       bindings: changes to them.
       with_teacher: False leaves it out; an external one is then not even looked for.
@@ -84,20 +88,28 @@ def restore_run(
     if with_teacher:
         external = load_teacher(experiment, base.tokenizer, mesh, str(Path(workdir) / "base"), _say)
     parts = assemble(experiment, base.config, base.tokenizer, mesh, external and external.config)
-    wanted = {"trainable": parts.abstract.trainable}
-    if with_teacher:
-        wanted["teacher"] = parts.abstract.teacher
     if step is None and (step := restored_step(Path(workdir))) is not None:
         _say(f"step {step} is taken: the guard ended the run (see {workdir}/guard.json)")
-    with Checkpoints(Path(workdir) / "checkpoints", warn=_say) as checkpoints:
-        found = checkpoints.restore_only(wanted, step)
-    frozen = frozen_variables(parts, base.params)
-    external_teacher = external_variables(parts, external and external.params)
-    state = dataclasses.replace(
-        parts.abstract, frozen=frozen, external=external_teacher, **found.state
-    )
+    if step == 0:
+        seed = experiment.train.seed
+        state = initial_state(parts, base.params, seed, external and external.params)
+    else:
+        wanted = {"trainable": parts.abstract.trainable}
+        if with_teacher:
+            wanted["teacher"] = parts.abstract.teacher
+        with Checkpoints(Path(workdir) / "checkpoints", None, BEST_METRIC, _say) as checkpoints:
+            if isinstance(step, str) and (step := checkpoints.best_step()) is None:
+                raise UserError(f"--step=best: no checkpoint of {workdir} was evaluated")
+            found = checkpoints.restore_only(wanted, step)
+        step = found.step
+        state = dataclasses.replace(
+            parts.abstract,
+            frozen=frozen_variables(parts, base.params),
+            external=external_variables(parts, external and external.params),
+            **found.state,
+        )
     teacher = teacher_variables(parts, state) if with_teacher else None
-    return Restored(experiment, parts, base.tokenizer, state.student, teacher, found.step)
+    return Restored(experiment, parts, base.tokenizer, state.student, teacher, step)
 
 
 def plain_model(path: str, gin_files: Sequence[str] = (), bindings: Sequence[str] = ()) -> Restored:
@@ -128,7 +140,7 @@ def evaluate_command(
     bindings: Sequence[str],
     workdir: str | None,
     model: str | None,
-    step: int | None,
+    step: int | str | None,
     out: str | None,
 ) -> dict[str, float]:
     """`opsd eval`: samples, grades and counts; run again, it goes on where it was stopped.
@@ -150,6 +162,7 @@ def evaluate_command(
         if evaluator is None:
             raise UserError("train.heldout is None: bind it to the problems to evaluate on")
         writes = jax.process_index() == 0
+        stack.enter_context(only_writer(folder, _say))
         log = stack.enter_context(GenerationLog(folder, record_of(run, evaluator), writes))
         check_same_folder(folder, log)
         if log.found:
@@ -206,7 +219,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def export_command(workdir: str, step: int | None, out: str, form: str) -> None:
+def export_command(workdir: str, step: int | str | None, out: str, form: str) -> None:
     """`opsd export`: a Hugging Face directory (adapters merged) or a PEFT adapter."""
     run = restore_run(workdir, step, with_teacher=False)
     config = run.parts.model.config

@@ -20,7 +20,7 @@ from opsd_jax.tokenizer import Tokenizer
 def generate_command(
     workdir: str | None,
     model: str | None,
-    step: int | None,
+    step: int | str | None,
     prompt: str,
     settings: RolloutConfig,
     seed: int,

@@ -132,8 +132,15 @@ def add_model(command: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGr
 def add_step(command: argparse.ArgumentParser) -> None:
     """--step of a --workdir."""
     command.add_argument(
-        "--step", type=int, help="a checkpoint (default: the guard's choice, else the latest)"
+        "--step",
+        type=number_or_best,
+        metavar="N|best",
+        help="a checkpoint; 0 is the base (default: the guard's choice, else the latest)",
     )
+
+
+def number_or_best(text: str) -> int | str:
+    return text if text == "best" else int(text)
 
 
 def add_distributed(command: argparse.ArgumentParser) -> None:

@@ -2,8 +2,8 @@
 """Where a run's numbers go: metrics.jsonl, sample texts, TensorBoard, W&B.
 
 `metrics.jsonl` holds one json object per logged step, steps strictly increasing, whatever
-happened to the run: a resumed run drops the lines after the step it goes on from. Names are
-flat `area/name`; plots and users' scripts read them.
+happened to the run: a resumed run drops the lines after the step it goes on from, and the texts
+of later steps with them. Names are flat `area/name`; plots and users' scripts read them.
 
 Only process 0 writes; on the others every call here does nothing.
 """
@@ -75,6 +75,7 @@ class MetricWriters:
         board = _import("tensorboardX", "tensorboard") if tensorboard else None
         wandb_module = _import("wandb", "wandb") if wandb else None
         self._sinks.append(_JsonLines(self._workdir / "metrics.jsonl", resumed_step))
+        self._drop_texts(-1 if resumed_step is None else resumed_step)
         if board is not None:
             self._sinks.append(_TensorBoard(board, self._workdir / "tensorboard", resumed_step))
         if wandb_module is not None:
@@ -104,6 +105,14 @@ class MetricWriters:
         if self._active:
             path = self._workdir / "samples" / f"step_{step:06d}.jsonl"
             write_json_lines(path, (plain(row) for row in rows))
+
+    def _drop_texts(self, last_step: int) -> None:
+        """Removes texts of later steps, which the report would show as this run's newest."""
+        for folder in ("samples", "tokens"):
+            for path in (self._workdir / folder).glob("step_*.jsonl"):
+                step = path.stem.removeprefix("step_")
+                if step.isdecimal() and int(step) > last_step:
+                    path.unlink(missing_ok=True)
 
     def close(self) -> None:
         for sink in self._sinks:

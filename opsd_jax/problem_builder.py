@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -67,7 +68,7 @@ def generated_problems(
       key: everything that the problems depend on, as text.
       problem_type: `Problem` or a subclass with further text fields.
       generate: makes the problems.
-      cache_dir: where to keep them; None makes them anew each time.
+      cache_dir: where to keep them, made again if damaged; None makes them anew each time.
 
     Raises:
       UserError: the directory cannot be written, or whatever `generate` raises.
@@ -79,14 +80,27 @@ def generated_problems(
     )
     with contextlib.ExitStack() as stack:
         root = cache_dir or stack.enter_context(tempfile.TemporaryDirectory())
+        kept = pathlib.Path(root) / builder.name / config.name
         try:
             pathlib.Path(root).mkdir(parents=True, exist_ok=True)
-            records = _build(builder, config, root).as_data_source("problems")
-            rows = sorted((dict(record) for record in records), key=lambda row: row["position"])
+            was_kept = kept.exists()
+            try:
+                rows = _rows(builder, config, root)
+            except Exception as error:  # Its readers have many names for a file cut short.
+                if not was_kept:
+                    raise
+                log.warning("%s cannot be read (%s): made again.", kept, str(error).split("\n")[0])
+                shutil.rmtree(kept)
+                rows = _rows(builder, config, root)
         except OSError as error:
             raise UserError(f"Cannot keep problems in {root}: {error}.") from error
     names = [field.name for field in dataclasses.fields(problem_type)]
     return tuple(problem_type(**{name: row[name].decode() for name in names}) for row in rows)
+
+
+def _rows(builder: type[ProblemBuilder], config: _Config, root: str) -> list[dict]:
+    records = _build(builder, config, root).as_data_source("problems")
+    return sorted((dict(record) for record in records), key=lambda row: row["position"])
 
 
 def _build(builder: type[ProblemBuilder], config: _Config, root: str) -> ProblemBuilder:

@@ -111,7 +111,8 @@ class _TableProblems:
       path: a file, a directory (searched with its sub-directories) or a glob pattern; several
         files are read in the order of their names.
       question_column: text.
-      answer_column: text or a number; None says that there are no answers, so nothing is graded.
+      answer_column: text or a number; None says that there are no answers, so nothing is graded
+        (and nothing can be held out).
       solution_column: text; None says that the source has no solutions.
       id_column: a row without it is named `file:row`.
       answer_from: how to read the answer out of its column: "text" takes all of it, "boxed",

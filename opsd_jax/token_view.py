@@ -243,7 +243,7 @@ def analysis_texts(run: Restored, completion: Completion) -> list[str | None]:
     return [run.tokenizer.decode(ids) + transition for ids in written]
 
 
-def tokens_command(workdir: str, step: int | None, num: int, seed: int) -> Path:
+def tokens_command(workdir: str, step: int | str | None, num: int, seed: int) -> Path:
     """`opsd tokens`: samples `num` rollouts of a run and writes what both sides think of them.
 
     Problems are the held-out ones, or the training problems where there are none.

@@ -29,6 +29,7 @@ from opsd_jax.experiment import (
 from opsd_jax.files import read_json_lines, write_whole
 from opsd_jax.grader_pool import GraderPool
 from opsd_jax.guard import Guard
+from opsd_jax.lock import only_writer
 from opsd_jax.loop import BEST_METRIC, Loop, saved
 from opsd_jax.metrics import MetricWriters
 from opsd_jax.operative_config import first_difference
@@ -54,16 +55,17 @@ def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict
       workdir: made if missing; if it holds a checkpoint of the same config, the run goes on.
 
     Raises:
-      UserError: another config in the workdir, data or model that do not fit, a full disk, or
-        a loss that is not finite.
+      UserError: another command or another config in the workdir, data or model that do not
+        fit, a full disk, or a loss that is not finite.
     """
     workdir = Path(workdir)
-    check_config(workdir, config_text)
     settings = experiment.train
     mesh = make_mesh(experiment.mesh)
     with ExitStack() as stack:
         progress = stack.enter_context(ProgressLine(settings.num_steps))
         say, bases = progress.note, str(workdir / "base")
+        stack.enter_context(only_writer(workdir, say))
+        check_config(workdir, config_text)
         base = settings.model.load(mesh, experiment.mesh.rules, bases, say)
         external = load_teacher(experiment, base.tokenizer, mesh, bases, say)
         parts = assemble(
@@ -72,6 +74,7 @@ def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict
         problems = settings.problems.load(str(workdir / "problems"))
         batches = training_batches(experiment, problems, base.tokenizer, say)
         evaluator = make_evaluator(experiment, parts, base.tokenizer, workdir, stack)
+        tell_contamination(problems, evaluator, say)
         folder, kept = workdir / "checkpoints", settings.keep_checkpoints
         checkpoints = stack.enter_context(Checkpoints(folder, kept, BEST_METRIC, say))
         state, tokens, start = start_or_resume(
@@ -117,9 +120,10 @@ def train_whole(experiment: Experiment, config_text: str, workdir: Path) -> Run:
 
 
 def check_config(workdir: Path, config_text: str) -> None:
-    """Raises a UserError if the workdir holds checkpoints of another experiment."""
+    """Raises a UserError if the workdir holds checkpoints or metrics of another experiment."""
     path = workdir / "config.gin"
-    if not path.exists() or not Checkpoints(workdir / "checkpoints").steps():
+    metrics = read_json_lines(workdir / "metrics.jsonl", "step")
+    if not path.exists() or not (metrics or Checkpoints(workdir / "checkpoints").steps()):
         return
     difference = first_difference(path.read_text(), config_text)
     if difference is not None:
@@ -192,10 +196,26 @@ def make_evaluator(
     )
 
 
+def tell_contamination(
+    problems: ProblemSet, evaluator: Evaluator | None, say: Callable[[str], None]
+) -> None:
+    """Says how many held-out problems have a question that is trained on too, if any has."""
+    if evaluator is None:
+        return
+    trained = {" ".join(problems[i].question.split()) for i in range(len(problems))}
+    asked = {p.problem.id: p.problem for prompts in evaluator.prompts.values() for p in prompts}
+    shared = sum(" ".join(problem.question.split()) in trained for problem in asked.values())
+    if shared:
+        say(
+            f"{shared:,} of {len(asked):,} held-out problems are trained on too (the same "
+            "question): held-out accuracy is in part recall"
+        )
+
+
 def make_writers(
     experiment: Experiment, workdir: Path, start: int, config_text: str, stack: ExitStack
 ) -> MetricWriters:
-    """Where the metrics go; lines behind the step that a run resumes from are dropped."""
+    """Where the metrics go; what lies behind the step that a run resumes from is dropped."""
     settings = experiment.train
     return stack.enter_context(
         MetricWriters(

@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable
 
 import flax
@@ -25,6 +24,7 @@ from flax import linen as nn
 from optax.contrib import MuonDimensionNumbers, muon
 
 from opsd_jax.errors import UserError
+from opsd_jax.files import scratch_folder
 from opsd_jax.head import head_logits, output_head
 from opsd_jax.model import Decoder, init_variables
 from opsd_jax.model_config import ModelConfig
@@ -371,9 +371,7 @@ def _write(place: pathlib.Path, recipe: dict, base: WarmStarted) -> None:
     """Keeps a base; it appears under its name only once it is complete."""
     from safetensors.numpy import save_file
 
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{place.name}_", dir=place.parent))
+    with scratch_folder(place.parent, f".{place.name}_") as scratch:
         flat = flax.traverse_util.flatten_dict(base.params, sep="/")
         # safetensors writes the buffer as it lies: a transposed view would be saved wrong.
         arrays = {name: np.ascontiguousarray(value) for name, value in flat.items()}
@@ -386,5 +384,3 @@ def _write(place: pathlib.Path, recipe: dict, base: WarmStarted) -> None:
         (scratch / "base.json").write_text(json.dumps(record, indent=1))
         shutil.rmtree(place, ignore_errors=True)
         os.replace(scratch, place)
-    except OSError as error:
-        raise UserError(f"Cannot keep the warm-started base in {place}: {error}.") from error

@@ -2,9 +2,12 @@
 """Eight virtual devices for every test, and tiny models shared by several files."""
 
 import atexit
+import contextlib
 import functools
 import os
+import resource
 import shutil
+import signal
 import tempfile
 
 # Before jax is imported: the device count cannot change afterwards.
@@ -87,6 +90,19 @@ def forget_compiled_programs():
     """Hundreds of compiled programs would otherwise stay in memory until the end."""
     yield
     jax.clear_caches()
+
+
+@contextlib.contextmanager
+def small_disk(num_bytes: int):
+    """No file may grow larger: writing fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 class WordTokenizer:

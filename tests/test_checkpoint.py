@@ -5,9 +5,7 @@ import errno
 import gc
 import json
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -20,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import small_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -346,17 +345,11 @@ def test_a_full_disk_while_writing_is_told_and_the_last_step_stands(run):
     """A file-size limit makes the writing threads fail as a full disk does."""
     checkpoints = Checkpoints(run)
     state = make_state(0)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
-        big = {"x": jax.random.normal(jax.random.key(0), (512, 512))}
-        with pytest.raises(UserError, match=rf"checkpoint to {run}: File too large"):
-            checkpoints.save(4, big)
-            checkpoints.close()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, old)
+    big = {"x": jax.random.normal(jax.random.key(0), (512, 512))}
+    told = rf"checkpoint to {run}: File too large"
+    with small_disk(2**16), pytest.raises(UserError, match=told):
+        checkpoints.save(4, big)
+        checkpoints.close()
     with Checkpoints(run, warn=pytest.fail) as checkpoints:
         assert_same(checkpoints.restore(state).state, make_state(3))
         assert checkpoints.save(4, make_state(4))

@@ -107,3 +107,10 @@ def test_what_cannot_be_compared_is_told(tmp_path):
         write(tmp_path / "run" / "eval" / name, {"p": [1.0]})
     with pytest.raises(UserError, match="several evaluations"):
         compare(a, str(tmp_path / "run"))
+    path = Path(write(tmp_path / "f", {"p": [1.0]})) / "by_problem.jsonl"
+    for name in ("role", "id", "accuracy"):
+        row = {"role": "student", "id": "p", "num_samples": 1, "num_correct": 1, "accuracy": 1.0}
+        del row[name]
+        path.write_text(json.dumps(row) + "\n")
+        with pytest.raises(UserError, match=f"{path}: a line has no `{name}`"):
+            compare(a, str(path.parent))

@@ -12,8 +12,9 @@ from opsd_jax.errors import UserError
 from opsd_jax.evaluate import EvaluateConfig, Evaluator
 from opsd_jax.generations import GenerationLog
 from opsd_jax.grader_pool import GraderPool
+from opsd_jax.grading import find_grader
 from opsd_jax.model import Decoder
-from opsd_jax.problems import LoadedProblems, Problem
+from opsd_jax.problems import AnswerGrader, LoadedProblems, Problem
 from opsd_jax.rollout_config import RolloutConfig
 from opsd_jax.sharding import FULLY_SHARDED, MeshConfig, make_mesh
 from opsd_jax.slots import Sampler
@@ -222,3 +223,12 @@ def test_settings_that_cannot_work_name_themselves():
     with pytest.raises(UserError, match="no held-out problem fits"):
         Evaluator(EvaluateConfig(), strict, RolloutConfig(1), sampler, PROBLEMS, None)
     assert jax.device_count() == 8
+
+
+def test_problems_without_answers_are_refused_where_answers_are_compared(pool):
+    bare = tuple(dataclasses.replace(problem, answer="") for problem in PROBLEMS.problems)
+    *settings, _ = parts()
+    Evaluator(*settings, LoadedProblems(bare, digits), pool)  # has no need of them
+    compared = LoadedProblems(bare, AnswerGrader(find_grader("exact")))
+    with pytest.raises(UserError, match="held-out problem '0' has no answer"):
+        Evaluator(*settings, compared, pool)

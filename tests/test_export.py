@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import small_disk
 from flax import linen as nn
 from jax.sharding import AxisType
 from safetensors.numpy import load_file, save_file
@@ -121,6 +122,18 @@ def test_nothing_of_an_older_export_is_left_to_be_read(sizes, tmp_path):
     found = {path.name for path in tmp_path.glob("*.safetensors")}
     assert found == whole | {"my_model.safetensors"}
     assert not (tmp_path / "adapter_config.json").exists()
+
+
+def test_a_full_disk_leaves_the_older_export(tmp_path):
+    config = model_config(lora=LORA)
+    variables = variables_of(config)
+    save_pretrained(str(tmp_path), config, {"params": variables["params"]})
+    save_adapter(str(tmp_path), config, variables)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for save in (save_pretrained, save_adapter):
+        with small_disk(2000), pytest.raises(UserError, match=f"cannot write {tmp_path}: File too"):
+            save(str(tmp_path), config, variables_of(config, seed=1))
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "phi3"])

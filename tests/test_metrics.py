@@ -3,8 +3,6 @@
 
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 import types
@@ -12,6 +10,7 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import small_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,6 +77,19 @@ def test_a_fresh_run_starts_anew(tmp_path):
     assert len(read(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("resumed, kept", [(None, []), (0, [0]), (3, [0, 3]), (9, [0, 3, 6])])
+def test_texts_of_steps_that_are_taken_back_are_no_longer_there(tmp_path, resumed, kept):
+    for folder in ("samples", "tokens"):
+        (tmp_path / folder).mkdir()
+        for step in (0, 3, 6):
+            (tmp_path / folder / f"step_{step:06d}.jsonl").write_text("{}\n")
+        (tmp_path / folder / "step_mine.jsonl").write_text("")
+    MetricWriters(tmp_path, resumed_step=resumed).close()
+    for folder in ("samples", "tokens"):
+        wanted = [*(f"step_{step:06d}.jsonl" for step in kept), "step_mine.jsonl"]
+        assert sorted(os.listdir(tmp_path / folder)) == wanted
+
+
 def test_kill_9_keeps_every_written_line(tmp_path):
     script = """
 import os, sys
@@ -105,15 +117,9 @@ def test_samples_are_one_json_line_each(tmp_path):
 def test_a_full_disk_is_told_and_the_old_file_stands(tmp_path):
     old = "".join(f'{{"step": {n}, "pad": "{"x" * 100}"}}\n' for n in range(9))
     (tmp_path / "metrics.jsonl").write_text(old)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
-        with pytest.raises(UserError, match="cannot write .*metrics.jsonl: File too large"):
-            MetricWriters(tmp_path, resumed_step=8)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
+    told = "cannot write .*metrics.jsonl: File too large"
+    with small_disk(500), pytest.raises(UserError, match=told):
+        MetricWriters(tmp_path, resumed_step=8)
     assert (tmp_path / "metrics.jsonl").read_text() == old
 
 

@@ -23,6 +23,16 @@ def test_problems_come_back_from_disk_as_generated(tmp_path):
         assert fresh.grade(problem, own_notation(problem.question) + ";") == 0.0
 
 
+@pytest.mark.parametrize("victim", ["*.array_record*", "dataset_info.json"])
+def test_a_damaged_file_is_made_again(victim, tmp_path, caplog):
+    source = ChainArithmetic(num_problems=5)
+    first = source.load(str(tmp_path))
+    (path,) = tmp_path.rglob(victim)
+    path.write_bytes(path.read_bytes()[:50])
+    assert source.load(str(tmp_path)) == first == source.load(str(tmp_path))
+    assert caplog.text.count("cannot be read") == 1
+
+
 def test_splits_are_disjoint_and_seeds_differ():
     train = {p.id for p in ChainArithmetic("train", 400).load(None)}
     heldout = {p.id for p in ChainArithmetic("heldout", 400).load(None)}

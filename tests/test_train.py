@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,13 @@ from types import SimpleNamespace
 import pytest
 
 from opsd_jax import train as train_module
+from opsd_jax.checkpoint import Checkpoints
 from opsd_jax.errors import UserError
+from opsd_jax.evaluate import Prompt
 from opsd_jax.guard import GuardConfig
+from opsd_jax.loop import BEST_METRIC
 from opsd_jax.main import main
+from opsd_jax.problems import LoadedProblems, Problem
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "experiments" / "quickstart.gin")
@@ -161,15 +166,14 @@ def test_kill_9_loses_nothing_that_was_committed_and_sigterm_saves(tmp_path):
 
 
 def test_a_damaged_checkpoint_falls_back_and_says_so(whole, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(whole, tmp_path / "run")
     victim = tmp_path / "run" / "checkpoints" / "6" / "state"
     for path in sorted(victim.rglob("*")):
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert main(command(tmp_path / "run", "train.num_steps = 6")) == 0
-    assert "falling back" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "falling back" in told and "trained on too" not in told
     assert lines_of(tmp_path / "run") == lines_of(whole)
 
 
@@ -189,6 +193,24 @@ def test_eval_generate_export_of_a_run(whole, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "hf" / "model.safetensors").exists()
     assert main(["export", f"--workdir={whole}", f"--out={tmp_path}/p", "--format=peft"]) == 2
     assert "no adapter" in capsys.readouterr().err
+
+
+def test_the_base_of_a_run_is_evaluated_as_step_0(whole, capsys):
+    assert main(["eval", f"--workdir={whole}", "--step=0"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    logged = lines_of(whole)[0]
+    assert "eval/teacher/accuracy" in found and found == {name: logged[name] for name in found}
+    assert (whole / "eval" / "heldout_step_000000" / "summary.json").exists()
+
+
+def test_the_best_step_is_that_of_held_out_accuracy(whole, monkeypatch, capsys):
+    for best in (4, None):  # of two equals the latest is the best, and here all are
+        steps = {BEST_METRIC: best}
+        monkeypatch.setattr(Checkpoints, "best_step", lambda self: steps[self._best_metric])  # noqa: B023
+        assert main(["eval", f"--workdir={whole}", "--step=best"]) == (0 if best else 2)
+    out, err = capsys.readouterr()
+    assert json.loads(out)["step"] == 4
+    assert f"--step=best: no checkpoint of {whole} was evaluated" in err
 
 
 @pytest.mark.parametrize(
@@ -214,11 +236,18 @@ def test_bad_input_is_one_line_and_status_2(bindings, words, tmp_path, capsys):
     assert not (tmp_path / "run" / "config.gin").exists()
 
 
-def test_another_config_in_the_workdir_is_refused_and_nothing_is_touched(whole, capsys):
-    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
-    assert main(command(whole, "train.num_steps = 6", "train.learning_rate = 5e-4")) == 2
+@pytest.mark.parametrize("kept", ["all", "all but the checkpoints"])
+def test_another_config_in_the_workdir_is_refused_and_nothing_is_touched(
+    whole, kept, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    if kept != "all":
+        shutil.rmtree(run / "checkpoints")
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+    assert main(command(run, "train.num_steps = 6", "train.learning_rate = 5e-4")) == 2
     assert "train.learning_rate was" in capsys.readouterr().err
-    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()} == before
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
 
 
 def test_usage_errors_have_status_2():
@@ -268,6 +297,28 @@ def test_a_resumed_guard_has_not_seen_what_is_taken_back(tmp_path):
     experiment = SimpleNamespace(guard=GuardConfig())
     rung = [train_module.guard_of(experiment, tmp_path, start).alarms for start in (0, 2, 3)]
     assert [len(alarms) for alarms in rung] == [0, 0, 1]
+
+
+def test_training_tells_what_is_held_out_and_trained_on(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise UserError("far enough")
+
+    monkeypatch.setattr(train_module, "start_or_resume", stop)
+    assert main(command(tmp_path, "heldout/ChainArithmetic.split = 'train'")) == 2
+    assert "16 of 16 held-out problems are trained on too" in capsys.readouterr().err
+
+
+def test_held_out_questions_that_are_trained_on_are_counted():
+    def evaluator(*questions):
+        asked = [Problem(f"h{i}", question, "", "a") for i, question in enumerate(questions)]
+        rows = [Prompt(problem, []) for problem in asked]
+        return SimpleNamespace(prompts={"student": rows, "teacher": rows[:1]})
+
+    trained = LoadedProblems((Problem("0", "1 + 1", "", "2"), Problem("1", "2", "", "2")), None)
+    said = []
+    for held_out in (None, evaluator("1 + 2", "3"), evaluator("1 +  1\n", "3", "2")):
+        train_module.tell_contamination(trained, held_out, said.append)
+    assert len(said) == 1 and said[0].startswith("2 of 3 held-out problems are trained on too")
 
 
 def test_a_script_of_many_runs_does_not_go_on_after_one_that_was_stopped(tmp_path, monkeypatch):

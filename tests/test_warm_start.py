@@ -2,10 +2,12 @@
 """The warm start: its loss, its gate, its cache. The recipe itself runs in the quickstart test."""
 
 import dataclasses
+import os
 
 import jax
 import numpy as np
 import pytest
+from conftest import small_disk
 
 from opsd_jax import warm_start
 from opsd_jax.errors import UserError
@@ -148,3 +150,10 @@ def test_bad_recipes_are_refused():
     for fields in ({"num_steps": 0}, {"learning_rate": 0.0}, {"max_rounds": 0}):
         with pytest.raises(UserError, match="WarmStartConfig"):
             WarmStartConfig(**fields)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(cached, tmp_path, monkeypatch):
+    monkeypatch.setattr(warm_start, "warm_start", lambda *_: cached[1])
+    with small_disk(2000), pytest.raises(UserError, match=f"cannot write {tmp_path}: File too"):
+        load_or_train(SHORT, TINY, tmp_path)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One writer per folder: two runs in one workdir would each destroy what the other has written."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from opsd_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Keeps every other command from writing to a folder until the context ends.
+
+    Process 0 holds the lock for its pod, and all processes must call. However a process ends,
+    kill -9 included, the system takes its lock back; the file stays, which means nothing.
+
+    Args:
+      folder: made if missing.
+      say: told where the file system knows no locks: there, nothing is kept out.
+
+    Raises:
+      UserError: another command is writing to it, or nobody can; on all processes of a pod.
+    """
+    with contextlib.ExitStack() as stack:
+        refusal: UserError | None = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(_locked(folder, say))
+            except UserError as error:
+                refusal = error
+        if jax.process_count() > 1:  # The others would wait for process 0 for ever.
+            free = multihost_utils.broadcast_one_to_all(np.asarray(refusal is None))
+            if refusal is None and not free:
+                refusal = UserError(f"{folder} cannot be used; process 0 tells why")
+        if refusal is not None:
+            raise refusal
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another command is writing to {folder}; wait for its end, or name another folder"
+            ) from None
+        except OSError as error:
+            say(
+                f"{path} cannot be locked ({error.strerror}): make sure that no second command "
+                f"writes to {folder}"
+            )
+        yield
