@@ -32,6 +32,7 @@ from opsd_jax import (
     reasoning,
     testbed,
     testbed_builder,
+    token_weights,
 )
 from opsd_jax.contexts import ContextConfig
 from opsd_jax.divergence import DivergenceConfig
@@ -92,12 +93,22 @@ SOURCES = {
     "OtherReferences": problems.OtherReferences,
     "ReasoningGym": reasoning.ReasoningGym,
     "ChainArithmetic": testbed_builder.ChainArithmetic,
+}
+# What a function in a gin file may be, written @name, besides those of the user's own.
+FUNCTIONS = {
     "own_solution": testbed.own_solution,
     "wrong_prefix_probe": probe.wrong_prefix_probe,
+    "position_sigmoid": token_weights.position_sigmoid,
+    "top_student_entropy": token_weights.top_student_entropy,
+    "confident_teacher": token_weights.confident_teacher,
+    "uncertain_teacher": token_weights.uncertain_teacher,
+    "gap_sigmoid": token_weights.gap_sigmoid,
+    "positive_gap": token_weights.positive_gap,
+    "skip_first": token_weights.skip_first,
 }
 _CONFIGURABLE = {
     name: gin.external_configurable(value, name=name, module="opsd_jax")
-    for name, value in (AREAS | SOURCES).items()
+    for name, value in (AREAS | SOURCES | FUNCTIONS).items()
 }
 
 

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from opsd_jax.config import AREAS, load_experiment
+from opsd_jax import token_weights
+from opsd_jax.config import AREAS, FUNCTIONS, load_experiment
+from opsd_jax.divergence_rows import TokenDivergence
 from opsd_jax.errors import UserError
 from opsd_jax.model_config import LoraConfig
 from opsd_jax.operative_config import FREE_TO_CHANGE, first_difference
@@ -54,8 +58,25 @@ def test_base_gin_lists_every_default():
     text = (EXPERIMENTS / "base.gin").read_text()
     fields = {f"{area}.{f.name}" for area, of in AREAS.items() for f in dataclasses.fields(of)}
     fields |= {f"lora.{field.name}" for field in dataclasses.fields(LoraConfig)}
-    missing = {field for field in fields if not re.search(rf"^(# )?{field} = ", text, re.M)}
+    for name, function in FUNCTIONS.items():
+        parameters = inspect.signature(function).parameters.values()
+        fields |= {f"{name}.{p.name} = {p.default}" for p in parameters if p.default is not p.empty}
+    missing = {field for field in fields if not re.search(rf"^(# )?{field}( |$)", text, re.M)}
     assert missing == {"rollout.pad_id"}  # the tokenizer's
+
+
+def test_weights_of_tokens_are_named_and_bound_in_a_gin_file():
+    weights = "divergence.weights = (@skip_first, @positive_gap)"
+    experiment, text = load_experiment([QUICKSTART], [weights, "skip_first.num_tokens = 2"])
+    mask = np.ones((1, 3), bool)
+    tokens = TokenDivergence(
+        *[np.zeros((1, 3), np.float32)] * len(dataclasses.fields(TokenDivergence))
+    )
+    skip, gap = experiment.divergence.weights
+    assert skip(tokens, mask).tolist() == [[0, 0, 1]] and not gap(tokens, mask).any()
+    assert "skip_first.num_tokens = 2" in text
+    own = {n for n, f in vars(token_weights).items() if inspect.isfunction(f) and n[0] != "_"}
+    assert own - set(FUNCTIONS) == {"importance_weight"}  # no weight of DivergenceConfig
 
 
 @pytest.mark.parametrize(
