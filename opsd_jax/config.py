@@ -40,6 +40,7 @@ from opsd_jax.errors import UserError
 from opsd_jax.evaluate import EvaluateConfig
 from opsd_jax.experiment import Experiment, TrainConfig
 from opsd_jax.finished_base import FinishedRun
+from opsd_jax.gin_files import GinFiles
 from opsd_jax.guard import GuardConfig
 from opsd_jax.model_config import LoraConfig, ModelConfig
 from opsd_jax.optimizer import OptimizerConfig
@@ -118,7 +119,7 @@ def load_experiment(
     """Parses gin files and bindings, later ones winning.
 
     Args:
-      gin_files: paths; includes inside them are looked up beside the file and in the cwd.
+      gin_files: paths; what they include and import is looked up beside them (`GinFiles`).
       bindings: lines such as "train.num_steps = 3".
       defaults: lines that files and bindings may override.
 
@@ -130,15 +131,11 @@ def load_experiment(
       UserError: what is wrong, with the file, line or binding.
     """
     for path in gin_files:
-        if not os.path.exists(path):
+        if not os.path.isfile(path):
             raise UserError(f"--gin_file={path}: no such file")
     gin.clear_config()
-    with _gin_errors_told(), _quiet_gin():
-        for path in gin_files:
-            # A file's folder and the one above it, so that ablations include "quickstart.gin".
-            folder = os.path.dirname(os.path.abspath(path))
-            gin.add_config_file_search_path(folder)
-            gin.add_config_file_search_path(os.path.dirname(folder))
+    files = GinFiles()
+    with _gin_errors_told(), _quiet_gin(), _reading(files):
         gin.parse_config(list(defaults))
         gin.parse_config_files_and_bindings(
             list(gin_files), list(bindings), finalize_config=False, skip_unknown=False
@@ -147,7 +144,20 @@ def load_experiment(
         gin.finalize()
         experiment = Experiment(**{name: _CONFIGURABLE[name]() for name in AREAS})
         _record_later_calls()
-        return experiment, gin.operative_config_str(max_line_length=96)
+        modules = [statement.module for statement in gin.config._IMPORTS]
+        return experiment, files.header(modules) + gin.operative_config_str(max_line_length=96)
+
+
+@contextmanager
+def _reading(files: GinFiles) -> Iterator[None]:
+    """Has gin open files there: its own search knows neither the including file nor circles."""
+    readers = gin.config._FILE_READERS
+    theirs = list(readers)
+    readers[:] = [(files.read, lambda path: True)]
+    try:
+        yield
+    finally:
+        readers[:] = theirs
 
 
 def _load_beside(gin_files: Sequence[str]) -> tuple[Experiment, str]:
@@ -250,6 +260,8 @@ def _one_line(error: BaseException) -> str:
         place = f"{error.filename or '--gin_bindings'}, line {error.lineno}"
         return f"{place}: {error.msg.rstrip('.')}: {(error.text or '').strip()!r}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, ModuleNotFoundError):
+        lines.append("(looked for beside the gin files and among the installed packages)")
     missing = re.search(r"required positional argument[s]?: (.*)", lines[0]) if lines else None
     if missing and "macro()" in lines[0]:
         scope = re.search(r"scope \"(\S+?)\"|'(\S+?)/macro'", " ".join(lines))
