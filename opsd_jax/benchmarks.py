@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from opsd_jax.errors import UserError
+from opsd_jax.grading import Grader
 from opsd_jax.problems import JsonlProblems, LoadedProblems, ParquetProblems
 
 
@@ -64,7 +65,7 @@ class Benchmark:
 
     name: str
     path: str = ""
-    grader: str = "math_verify"
+    grader: str | Grader = "math_verify"
 
     def __post_init__(self):
         if self.name not in BENCHMARKS:

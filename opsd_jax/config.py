@@ -14,7 +14,7 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,8 @@ from opsd_jax.contexts import ContextConfig
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.errors import UserError
 from opsd_jax.evaluate import EvaluateConfig
-from opsd_jax.experiment import Experiment, TrainConfig
+from opsd_jax.experiment import BaseSource, Experiment, TrainConfig
+from opsd_jax.field_types import check_fields
 from opsd_jax.finished_base import FinishedRun
 from opsd_jax.gin_files import GinFiles
 from opsd_jax.guard import GuardConfig
@@ -46,7 +47,7 @@ from opsd_jax.model_config import LoraConfig, ModelConfig
 from opsd_jax.optimizer import OptimizerConfig
 from opsd_jax.rollouts import RolloutConfig
 from opsd_jax.sharding import MeshConfig
-from opsd_jax.teacher import TeacherConfig
+from opsd_jax.teacher import LoadsModel, TeacherConfig
 from opsd_jax.testbed_corpus import CorpusConfig
 from opsd_jax.warm_start import WarmStartConfig
 
@@ -57,7 +58,7 @@ def finished_run(workdir: str, step: int | None = None) -> FinishedRun:
 
 
 # The areas of a gin file, `area.field = value`, in the order in which an Experiment holds them.
-AREAS = {
+AREAS: dict[str, type] = {
     "train": TrainConfig,
     "contexts": ContextConfig,
     "rollout": RolloutConfig,
@@ -70,7 +71,7 @@ AREAS = {
 }
 # What the values of train.model, train.problems, train.heldout, train.lora, train.probes,
 # train.completions, train.objective, teacher.model and teacher.reasons may be, written @Name().
-SOURCES = {
+SOURCES: dict[str, Callable[..., Any]] = {
     "lora": LoraConfig,
     "ModelConfig": ModelConfig,
     "WarmStart": WarmStartConfig,
@@ -107,10 +108,39 @@ FUNCTIONS = {
     "positive_gap": token_weights.positive_gap,
     "skip_first": token_weights.skip_first,
 }
-_CONFIGURABLE = {
-    name: gin.external_configurable(value, name=name, module="opsd_jax")
-    for name, value in (AREAS | SOURCES | FUNCTIONS).items()
+# Words for what the areas' fields may be.
+_NAMES: dict[Any, str] = {of: f"@{name}()" for name, of in SOURCES.items()} | {
+    BaseSource: "a model such as @PretrainedModel()",
+    LoadsModel: "a model such as @PretrainedModel()",
+    problems.ProblemSource: "problems such as @JsonlProblems()",
+    completions.CompletionSource: "completions such as @References()",
+    objective.Objective: "an objective such as @PolicyGradient()",
 }
+
+
+def _checked(name: str, of: Callable[..., Any]) -> Callable[..., Any]:
+    """`of` behind a check of what gin gives it."""
+    signature = inspect.signature(of)
+
+    def build(**values: Any) -> Any:
+        parameters = signature.parameters.values()
+        required = [p.name for p in parameters if p.default is p.empty and p.name not in values]
+        if required:
+            raise UserError(" and ".join(f"{name}.{r}" for r in required) + " must be bound")
+        check_fields(name, of, values, _NAMES)
+        return of(**values)
+
+    build.__name__, build.__doc__ = name, of.__doc__
+    build.__signature__ = signature  # type: ignore[attr-defined]  # Gin reads it.
+    return build
+
+
+_CONFIGURABLE = {
+    name: gin.external_configurable(_checked(name, of), name=name, module="opsd_jax")
+    for name, of in (AREAS | SOURCES).items()
+}
+for _name, _function in FUNCTIONS.items():
+    gin.external_configurable(_function, name=_name, module="opsd_jax")
 
 
 def load_experiment(
@@ -204,6 +234,7 @@ class _Function(gin.config.ConfigurableReference):
         scope, function = self.scopes or gin.current_scope(), self.configurable.wrapper
         with gin.config_scope(scope):
             bindings = gin.get_bindings(self.selector)
+            check_fields(self.selector, self.configurable.wrapped, bindings, _NAMES)
             raw = gin.get_bindings(self.selector, resolve_references=False)
         parameters = inspect.signature(self.configurable.wrapped).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
@@ -223,8 +254,12 @@ def _bind_functions() -> None:
             return type(value)(map(bound, value))
         if not isinstance(value, gin.config.ConfigurableReference) or value.evaluate:
             return value
-        is_class = inspect.isclass(value.configurable.wrapped)  # parentheses forgotten
-        return value if is_class else _Function(value.scoped_selector, evaluate=False)
+        made = value.configurable.wrapper in _CONFIGURABLE.values()  # parentheses are missing
+        return (
+            value
+            if made or inspect.isclass(value.configurable.wrapped)
+            else _Function(value.scoped_selector, evaluate=False)
+        )
 
     for values in gin.config._CONFIG.values():
         values.update(bound(values))
@@ -258,18 +293,17 @@ def _gin_errors_told() -> Iterator[None]:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         place = f"{error.filename or '--gin_bindings'}, line {error.lineno}"
-        return f"{place}: {error.msg.rstrip('.')}: {(error.text or '').strip()!r}"
+        reason = error.msg.splitlines()[-1].strip().rstrip(".")
+        return f"{place}: {reason}: {(error.text or '').strip()!r}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, ModuleNotFoundError):
         lines.append("(looked for beside the gin files and among the installed packages)")
-    missing = re.search(r"required positional argument[s]?: (.*)", lines[0]) if lines else None
-    if missing and "macro()" in lines[0]:
-        scope = re.search(r"scope \"(\S+?)\"|'(\S+?)/macro'", " ".join(lines))
-        name = next((g for g in scope.groups() if g), "?") if scope else "?"
-        return f"the macro %{name} is used but never defined"
-    if missing:
-        return f"{missing.group(1)} must be bound: {' '.join(lines)}"
-    return " ".join(lines)
+    text = " ".join(lines)
+    if macro := re.match(r"No bindings specified for '(\S+)/gin.macro'", text):
+        return f"the macro %{macro.group(1)} is used but never defined"
+    if missing := re.search(r"required positional arguments?: (.*)", lines[0] if lines else ""):
+        return f"{missing.group(1)} must be bound: {text}"
+    return text
 
 
 @contextmanager

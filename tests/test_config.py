@@ -89,10 +89,49 @@ def test_weights_of_tokens_are_named_and_bound_in_a_gin_file():
         (["train.problems = @JsonlProblems"], "train.problems"),
         (["train.heldout = 'my.jsonl'"], "train.heldout"),
         (["teacher.model = @PretrainedModel"], "teacher.model"),
-        (["train.seed = %seed"], "seed"),
+        (["train.seed = %seed"], "^gin: the macro %seed is used but never defined$"),
+        (["train.heldout = none"], "line 1: Failed to parse token 'none'"),
         (["divergence.clip = 'hard'"], "divergence.clip"),
         (["train.model = None"], "train.model"),
         (["train.num_steps ="], "Unable to parse"),
+        (["train.num_steps = True"], "train.num_steps must be an integer, not True"),
+        (["train.seed = 99999999999999999999"], "train.seed .*32 bits"),
+        (["train.learning_rate = 1e999"], "train.learning_rate must be a number, not inf"),
+        (["train.remat = 'no'"], "train.remat must be True or False, not 'no'"),
+        (["train.lora = 'lora'"], r"train.lora must be @lora\(\) or None, not 'lora'"),
+        (["train.lora = @lora"], "train.lora .*not @lora without parentheses"),
+        (["train.lora = @lora()", "lora.rank = 1.5"], "lora.rank must be an integer"),
+        (["train.lora = @lora()", "lora.alpha = 'x'"], "lora.alpha must be a number"),
+        (["train.lora = @lora()", "lora.targets = 'q_proj'"], r"lora.targets .*\(text in quotes,"),
+        (["train.keep_checkpoints = 'all'"], "train.keep_checkpoints must be an integer"),
+        (["train.grader_workers = '2'"], "train.grader_workers"),
+        (["train.probes = @wrong_prefix_probe"], r"train.probes must be a tuple \(a function, "),
+        (["train.problems = @RandomModel()"], "train.problems must be problems such as"),
+        (["train.model = @train/ChainArithmetic()"], "train.model must be a model such as"),
+        (["train.objective = @StudentRollouts()"], "train.objective must be an objective"),
+        (["TestbedBase.warm_start = @WarmStart"], r"TestbedBase.warm_start must be @WarmStart\(\)"),
+        (["teacher.model = @train/ChainArithmetic()"], "teacher.model must be a model"),
+        (["rollout.stop_ids = 5"], r"rollout.stop_ids must be a tuple \(an integer, ...\), not 5"),
+        (["rollout.stop_ids = ('</s>',)"], "rollout.stop_ids"),
+        (["rollout.max_new_tokens = 18.5"], "rollout.max_new_tokens must be an integer"),
+        (["rollout.temperature = 'hot'"], "rollout.temperature must be a number"),
+        (["contexts.student_max_tokens = '1k'"], "contexts.student_max_tokens must be an integer"),
+        (
+            ["contexts.student_thinking = 'yes'"],
+            "contexts.student_thinking .*True or False or None",
+        ),
+        (
+            ["divergence.weights = (@skip_first,)", "skip_first.num_tokens = 'x'"],
+            "skip_first.num_t",
+        ),
+        (["optimizer.b1 = 1.5"], r"optimizer.b1 must be in \[0, 1\)"),
+        (["optimizer.b2 = 1.0"], "optimizer.b2"),
+        (["optimizer.eps = -1.0"], "optimizer.eps must be positive"),
+        (["optimizer.warmup_steps = -5"], "optimizer.warmup_steps must be >= 0"),
+        (["optimizer.weight_decay = -0.1"], "optimizer.weight_decay"),
+        (["optimizer.max_grad_norm = 'x'"], "optimizer.max_grad_norm must be a number"),
+        (["evaluate.seed = 'a'"], "evaluate.seed"),
+        (["train.heldout = @JsonlProblems()", "JsonlProblems.path = 5"], "JsonlProblems.path must"),
     ],
 )
 def test_a_bad_binding_is_told_in_one_line(bindings, words):
@@ -107,7 +146,7 @@ def test_a_missing_file_is_named():
 
 
 def test_what_is_required_is_named():
-    with pytest.raises(UserError, match="model.*problems"):
+    with pytest.raises(UserError, match="^train.model and train.problems must be bound"):
         load_experiment([str(EXPERIMENTS / "base.gin")])
 
 
