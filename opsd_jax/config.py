@@ -170,6 +170,7 @@ def load_experiment(
         gin.parse_config_files_and_bindings(
             list(gin_files), list(bindings), finalize_config=False, skip_unknown=False
         )
+        _check_scopes("\n".join((files.text, *defaults, *bindings)))
         _bind_functions()
         gin.finalize()
         experiment = Experiment(**{name: _CONFIGURABLE[name]() for name in AREAS})
@@ -242,6 +243,23 @@ class _Function(gin.config.ConfigurableReference):
         if not bindings:
             return function
         return functools.update_wrapper(Bound(function, **bindings), function)
+
+
+def _check_scopes(text: str) -> None:
+    """Refuses bindings in scopes that no reference of the files names: nothing would read them."""
+    scopes = {name for found in re.findall(r"@([\w./]+)/", text) for name in found.split("/")}
+    for (scope, selector), values in gin.config._CONFIG.items():
+        module, _, name = selector.rpartition(".")
+        binding = f"{scope}/{name}.{next(iter(values), '')}"
+        if module != "opsd_jax" or not scope:  # what the user's own code calls is not known
+            continue
+        if name in AREAS:
+            raise UserError(f"{binding} would be ignored: there is one {name}; leave out {scope}/")
+        if not scopes.issuperset(scope.split("/")):
+            raise UserError(
+                f"{binding} would be ignored: nothing is written @{scope}/{name}(); the scopes in "
+                f"use are {', '.join(sorted(scopes)) or 'none'}"
+            )
 
 
 def _bind_functions() -> None:

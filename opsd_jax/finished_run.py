@@ -19,7 +19,6 @@ import numpy as np
 from flax import linen as nn
 from jax.experimental import multihost_utils
 
-from opsd_jax.base_model import PretrainedModel
 from opsd_jax.checkpoint import Checkpoints
 from opsd_jax.checkpoint_record import checksums
 from opsd_jax.config import load_experiment
@@ -98,18 +97,20 @@ def plain_model(path: str, gin_files: Sequence[str] = (), bindings: Sequence[str
         raise UserError("--model needs --gin_file, which says on what and how it is evaluated")
     # What an experiment must bind and the evaluation of a model from files does not look at.
     untrained = (
-        "train.model = @RandomModel()",
         "train.problems = @ChainArithmetic()",
         "train.num_steps = 1",
         f"train.batch_size = {jax.device_count()}",
         "train.learning_rate = 1.0",
         "rollout.max_new_tokens = 1024",
     )
-    experiment, _ = load_experiment(gin_files, bindings, untrained)
-    train = dataclasses.replace(experiment.train, model=PretrainedModel(path), lora=None)
-    experiment = dataclasses.replace(experiment, train=train)
+    chosen = (
+        "train.model = @PretrainedModel()",
+        f"PretrainedModel.path = {path!r}",
+        "train.lora = None",
+    )
+    experiment, _ = load_experiment(gin_files, [*bindings, *chosen], untrained)
     mesh = make_mesh(experiment.mesh)
-    base = train.model.load(mesh, experiment.mesh.rules, "", _say)
+    base = experiment.train.model.load(mesh, experiment.mesh.rules, "", _say)
     parts = assemble(experiment, base.config, base.tokenizer, mesh)
     variables = {"params": base.params}
     return Restored(experiment, parts, base.tokenizer, variables, variables, 0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from opsd_jax import token_weights
+from opsd_jax.completions import References
 from opsd_jax.config import AREAS, FUNCTIONS, load_experiment
 from opsd_jax.divergence_rows import TokenDivergence
 from opsd_jax.errors import UserError
@@ -94,6 +95,19 @@ def test_weights_of_tokens_are_named_and_bound_in_a_gin_file():
         (["divergence.clip = 'hard'"], "divergence.clip"),
         (["train.model = None"], "train.model"),
         (["train.num_steps ="], "Unable to parse"),
+        (["heldoutt/ChainArithmetic.num_problems = 3"], "heldoutt/.*in use are heldout, train"),
+        (
+            ["heldout/evaluate.num_problems = 3"],
+            "heldout/evaluate.num_problems .*leave out heldout/",
+        ),
+        (
+            ["train.completions = @References()", "References.template = '1 = 2'"],
+            "References.templ",
+        ),
+        (
+            ["train.completions = @References()", "References.template = '{solution} {sol}'"],
+            r"References.template .*\{sol\}'$",
+        ),
         (["train.num_steps = True"], "train.num_steps must be an integer, not True"),
         (["train.seed = 99999999999999999999"], "train.seed .*32 bits"),
         (["train.learning_rate = 1e999"], "train.learning_rate must be a number, not inf"),
@@ -138,6 +152,18 @@ def test_a_bad_binding_is_told_in_one_line(bindings, words):
     with pytest.raises(UserError, match=words) as caught:
         load_experiment([QUICKSTART], bindings)
     assert "\n" not in str(caught.value)
+
+
+def test_scopes_of_references_that_were_replaced_are_no_error():
+    """An experiment that takes other problems keeps the bindings of the ones it includes."""
+    jsonl = ["train.problems = @JsonlProblems()", "JsonlProblems.path = 'x.jsonl'"]
+    experiment, _ = load_experiment([QUICKSTART], [*jsonl, "train.heldout = None"])
+    assert experiment.train.problems.path == "x.jsonl"
+
+
+def test_braces_of_mathematics_are_no_placeholder():
+    template = "{answer}: $x^{n}$, \\boxed{answer}, {} and {1}"
+    assert References(template).template == template
 
 
 def test_a_missing_file_is_named():
