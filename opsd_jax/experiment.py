@@ -22,7 +22,7 @@ from opsd_jax.errors import UserError
 from opsd_jax.evaluate import EvaluateConfig
 from opsd_jax.guard import GuardConfig
 from opsd_jax.model import Decoder, init_variables
-from opsd_jax.model_config import LoraConfig, ModelConfig
+from opsd_jax.model_config import DTYPES, LoraConfig, ModelConfig
 from opsd_jax.objective import Distillation, Likelihood, Objective
 from opsd_jax.optimizer import OptimizerConfig, make_optimizer
 from opsd_jax.policy_gradient import PolicyGradient, RewardMix
@@ -121,6 +121,8 @@ class TrainConfig:
                 )
         if not isinstance(self.learning_rate, (int, float)) or self.learning_rate <= 0:
             raise UserError(f"train.learning_rate must be positive, not {self.learning_rate!r}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"train.dtype must be one of {DTYPES}, not {self.dtype!r}")
         if self.batch_size % self.group_size:
             raise UserError(
                 f"train.batch_size = {self.batch_size} must be a multiple of train.group_size = "

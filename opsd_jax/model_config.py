@@ -18,6 +18,7 @@ from opsd_jax.rope import RopeScaling, rope_frequencies
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+DTYPES = ("float32", "bfloat16")
 LORA_TARGETS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
 
 # The window of a layer that sees everything: more than any position, and not near overflow.
@@ -162,7 +163,7 @@ class ModelConfig:
                 f"model.num_kv_heads ({self.num_kv_heads})"
             )
         for name, allowed in (
-            ("dtype", ("float32", "bfloat16")),
+            ("dtype", DTYPES),
             ("activation", ("silu", "gelu")),
         ):
             if getattr(self, name) not in allowed:

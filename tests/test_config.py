@@ -108,6 +108,19 @@ def test_weights_of_tokens_are_named_and_bound_in_a_gin_file():
             ["train.completions = @References()", "References.template = '{solution} {sol}'"],
             r"References.template .*\{sol\}'$",
         ),
+        (["train.dtype = 'float16'"], "^train.dtype must be one of"),
+        (
+            [
+                "train.model = @PretrainedModel()",
+                "PretrainedModel.path = 'x'",
+                "PretrainedModel.dtype = 'float16'",
+            ],
+            "^PretrainedModel.dtype must be one of",
+        ),
+        (
+            ["TestbedBase.warm_start = @WarmStart()", "WarmStart.num_steps = 0"],
+            "^WarmStart.num_steps must be at least 1",
+        ),
         (["train.num_steps = True"], "train.num_steps must be an integer, not True"),
         (["train.seed = 99999999999999999999"], "train.seed .*32 bits"),
         (["train.learning_rate = 1e999"], "train.learning_rate must be a number, not inf"),
