@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import ast
 import dataclasses
 import inspect
 import re
@@ -9,10 +10,9 @@ import pytest
 
 from opsd_jax import token_weights
 from opsd_jax.completions import References
-from opsd_jax.config import AREAS, FUNCTIONS, load_experiment
+from opsd_jax.config import AREAS, FUNCTIONS, SOURCES, load_experiment
 from opsd_jax.divergence_rows import TokenDivergence
 from opsd_jax.errors import UserError
-from opsd_jax.model_config import LoraConfig
 from opsd_jax.operative_config import FREE_TO_CHANGE, first_difference
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -57,8 +57,16 @@ def test_base_gin_lists_every_default():
     without, _ = load_experiment([], bare + [*required, "rollout.max_new_tokens = 1024"])
     assert with_base == without
     text = (EXPERIMENTS / "base.gin").read_text()
-    fields = {f"{area}.{f.name}" for area, of in AREAS.items() for f in dataclasses.fields(of)}
-    fields |= {f"lora.{field.name}" for field in dataclasses.fields(LoraConfig)}
+    sources = set(SOURCES) - {"ModelConfig", "ParquetProblems"}  # the latter as JsonlProblems
+    fields = set()
+    for name in (*AREAS, *sources):
+        for parameter in inspect.signature((AREAS | SOURCES)[name]).parameters.values():
+            default, field = parameter.default, f"{name}.{parameter.name}"
+            literal = isinstance(default, bool | int | float | str | tuple | None)
+            fields.add(field)
+            if default is not parameter.empty and literal and field != "rollout.pad_id":
+                (line,) = re.findall(rf"^{field} = (.+?)(?: +#.*)?$", text, re.M)
+                assert ast.literal_eval(line) == default, field
     for name, function in FUNCTIONS.items():
         parameters = inspect.signature(function).parameters.values()
         fields |= {f"{name}.{p.name} = {p.default}" for p in parameters if p.default is not p.empty}
