@@ -2,7 +2,8 @@
 """Gin at the edge: files and bindings in, one frozen `Experiment` out.
 
 This is the only module that knows gin. It fills the dataclasses of the other modules and is done:
-what is called later, @function without parentheses, takes its bindings with it (`Bound`).
+nothing is bound inside jit, where it would keep its first value for ever. A function that is called
+later, @function without parentheses, takes its bindings with it (`Bound`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import inspect
 import logging
 import os
 import re
+import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -179,6 +181,23 @@ def load_experiment(
         return experiment, files.header(modules) + gin.operative_config_str(max_line_length=96)
 
 
+def load_run(
+    config: str, gin_files: Sequence[str] = (), bindings: Sequence[str] = ()
+) -> Experiment:
+    """The experiment that a run keeps in its config.gin, with further files and bindings.
+
+    Raises:
+      UserError: naming the config where it is at fault by itself.
+    """
+    try:
+        return load_experiment([config, *gin_files], bindings)[0]
+    except UserError as error:
+        if gin_files or bindings:
+            load_run(config)
+            raise
+        raise UserError(f"{config}: {error}") from None
+
+
 @contextmanager
 def _reading(files: GinFiles) -> Iterator[None]:
     """Has gin open files there: its own search knows neither the including file nor circles."""
@@ -191,11 +210,11 @@ def _reading(files: GinFiles) -> Iterator[None]:
         readers[:] = theirs
 
 
-def _load_beside(gin_files: Sequence[str]) -> tuple[Experiment, str]:
-    """`load_experiment` amid another run, whose functions may themselves call configurables."""
+def _load_beside(config: str) -> Experiment:
+    """`load_run` amid another run, whose functions may themselves call configurables."""
     outer = gin.config_str()
     try:
-        return load_experiment(gin_files)
+        return load_run(config)
     finally:
         gin.clear_config()
         gin.parse_config(outer)
@@ -272,12 +291,10 @@ def _bind_functions() -> None:
             return type(value)(map(bound, value))
         if not isinstance(value, gin.config.ConfigurableReference) or value.evaluate:
             return value
-        made = value.configurable.wrapper in _CONFIGURABLE.values()  # parentheses are missing
-        return (
-            value
-            if made or inspect.isclass(value.configurable.wrapped)
-            else _Function(value.scoped_selector, evaluate=False)
-        )
+        configurable = value.configurable
+        if configurable.wrapper in _CONFIGURABLE.values() or inspect.isclass(configurable.wrapped):
+            return value  # Its parentheses are missing, which the check of the field tells.
+        return _Function(value.scoped_selector, evaluate=False)
 
     for values in gin.config._CONFIG.values():
         values.update(bound(values))
@@ -304,6 +321,8 @@ def _gin_errors_told() -> Iterator[None]:
     except UserError as error:
         # Gin appends where the configurable was called; the first line is ours.
         raise UserError(str(error).splitlines()[0]) from None
+    except tokenize.TokenError as error:
+        raise UserError(f"gin: --gin_bindings: {error.args[0]}") from None
     except (ValueError, TypeError, RuntimeError, SyntaxError, ImportError, OSError) as error:
         raise UserError("gin: " + _one_line(error)) from error
 

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from opsd_jax.checkpoint import Checkpoints
 from opsd_jax.checkpoint_record import checksums
-from opsd_jax.config import load_experiment
+from opsd_jax.config import load_experiment, load_run
 from opsd_jax.errors import UserError
 from opsd_jax.evaluate import Evaluator
 from opsd_jax.experiment import (
@@ -69,7 +69,7 @@ def restore_run(
     own = Path(workdir) / "config.gin"
     if not own.exists():
         raise UserError(f"--workdir={workdir}: no config.gin there; is it a training workdir?")
-    experiment, _ = load_experiment([str(own), *gin_files], bindings)
+    experiment = load_run(str(own), gin_files, bindings)
     mesh = make_mesh(experiment.mesh)
     base = experiment.train.model.load(
         mesh, experiment.mesh.rules, str(Path(workdir) / "base"), _say

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import tokenize
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -34,7 +35,7 @@ class GinFiles:
         """Opens what --gin_file or an include names.
 
         Raises:
-          UserError: there is no such file, it includes itself, or it is no text.
+          UserError: there is no such file, it includes itself, it is no text or it ends too early.
         """
         path = self._find(path)
         if any(os.path.samefile(path, file) for file in self._open):
@@ -52,7 +53,11 @@ class GinFiles:
                 self._add(line.removeprefix(_HEADER))
         lines = io.StringIO(text)
         lines.name = path  # type: ignore[attr-defined]  # Gin's messages take it from here.
-        yield lines
+        try:
+            yield lines
+        except tokenize.TokenError as error:  # knows no file
+            reason, (line, _) = error.args
+            raise UserError(f"{path}, line {line}: {reason}") from None
         self._open.pop()
 
     def header(self, modules: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from opsd_jax import token_weights
 from opsd_jax.completions import References
-from opsd_jax.config import AREAS, FUNCTIONS, SOURCES, load_experiment
+from opsd_jax.config import AREAS, FUNCTIONS, SOURCES, load_experiment, load_run
 from opsd_jax.divergence_rows import TokenDivergence
 from opsd_jax.errors import UserError
 from opsd_jax.operative_config import FREE_TO_CHANGE, first_difference
@@ -103,6 +103,7 @@ def test_weights_of_tokens_are_named_and_bound_in_a_gin_file():
         (["divergence.clip = 'hard'"], "divergence.clip"),
         (["train.model = None"], "train.model"),
         (["train.num_steps ="], "Unable to parse"),
+        (["train.probes = ("], "--gin_bindings: EOF in multi-line"),
         (["heldoutt/ChainArithmetic.num_problems = 3"], "heldoutt/.*in use are heldout, train"),
         (
             ["heldout/evaluate.num_problems = 3"],
@@ -204,3 +205,15 @@ def test_first_difference_names_the_binding_and_ignores_what_is_free():
     _, longer = load_experiment([QUICKSTART], ["train.num_steps = 600", "mesh.model = 2"])
     assert first_difference(one, longer) is None
     assert "train.num_steps" in FREE_TO_CHANGE
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "train.seed = (", "train.seed = 'x'", "\0", "no gin at all"]
+)
+def test_a_damaged_config_of_a_run_is_named(damage, tmp_path):
+    path = tmp_path / "config.gin"
+    path.write_text(damage)
+    for bindings in ((), ("train.seed = 1",)):
+        with pytest.raises(UserError, match=f"^{path}: ") as caught:
+            load_run(str(path), (), bindings)
+        assert "\n" not in str(caught.value)

@@ -71,10 +71,10 @@ def test_unbound_functions_are_as_they_were(folder):
 def test_another_config_read_meanwhile_changes_nothing(folder, tmp_path):
     experiment, _ = load("own_divergence.alpha = %a", "inner_scale.factor = 3.0")
     run = finished_run(str(tmp_path))
-    run.read([QUICKSTART])
+    run.read(QUICKSTART)
     assert experiment.divergence.name(1.0, 2.0) == 1.5
     with pytest.raises(UserError):
-        run.read(["nowhere.gin"])
+        run.read("nowhere.gin")
     assert experiment.divergence.name(1.0, 2.0) == 1.5
 
 
