@@ -15,7 +15,7 @@ from opsd_jax.errors import UserError
 from opsd_jax.experiment import Base
 from opsd_jax.huggingface import config_from_hf, read_json
 from opsd_jax.model import Decoder, init_variables
-from opsd_jax.model_config import ModelConfig
+from opsd_jax.model_config import DTYPES, ModelConfig
 from opsd_jax.pretrained import load_pretrained
 from opsd_jax.sharding import Rules, variable_shardings
 from opsd_jax.testbed import ChainTokenizer
@@ -36,6 +36,10 @@ class PretrainedModel:
 
     path: str
     dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise UserError(f"PretrainedModel.dtype must be one of {DTYPES}, not {self.dtype!r}")
 
     def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Say) -> Base:
         del cache_dir

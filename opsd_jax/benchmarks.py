@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from opsd_jax.errors import UserError
+from opsd_jax.grading import Grader
 from opsd_jax.problems import JsonlProblems, LoadedProblems, ParquetProblems
 
 
@@ -64,7 +65,7 @@ class Benchmark:
 
     name: str
     path: str = ""
-    grader: str = "math_verify"
+    grader: str | Grader = "math_verify"
 
     def __post_init__(self):
         if self.name not in BENCHMARKS:
@@ -90,7 +91,7 @@ class Benchmark:
         if is_layout:
             is_jsonl = published.files.endswith(".jsonl")
         source = JsonlProblems if is_jsonl else ParquetProblems
-        return source(
+        rows = source(
             path=str(pattern if is_layout else path),
             question_column=published.question,
             solution_column=published.solution,
@@ -98,7 +99,15 @@ class Benchmark:
             id_column=published.id,
             answer_from=published.answer_from,
             grader=self.grader,
-        ).load()
+        )
+        try:
+            return rows.load()
+        except UserError as error:
+            name = source.__name__
+            told = str(error).replace(f"{name}.path", "Benchmark.path")
+            if name in told:
+                told += f" Benchmark fixes these: rows of another form are read with @{name}()."
+            raise UserError(told) from None
 
 
 def _fetch(published: Published) -> Path:

@@ -8,6 +8,7 @@ A source is a small frozen value called as
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -130,6 +131,18 @@ class References:
 
     on_policy = False
     generates = False
+
+    def __post_init__(self):
+        if callable(self.template):
+            return
+        # Not behind a letter, ^ or _: that is LaTeX.
+        names = set(re.findall(r"(?<![\w^])\{([a-z]+)\}", self.template))
+        unknown = names - {"solution", "answer"}
+        if unknown or not re.search(r"\{(solution|answer)\}", self.template):
+            raise UserError(
+                "References.template must hold {solution} or {answer}, which alone are filled, not "
+                f"{self.template!r}"
+            )
 
     def __call__(self, student, teacher, batch, key, config) -> Completion:
         reference = batch.reference

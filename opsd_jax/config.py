@@ -2,17 +2,23 @@
 """Gin at the edge: files and bindings in, one frozen `Experiment` out.
 
 This is the only module that knows gin. It fills the dataclasses of the other modules and is done:
-nothing configurable is called inside jit, where it would keep its first value for ever.
+nothing is bound inside jit, where it would keep its first value for ever. A function that is called
+later, @function without parentheses, takes its bindings with it (`Bound`).
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib.util  # noqa: F401  gin 0.5.0 uses importlib.util without importing it
+import inspect
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+import tokenize
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import gin
 
@@ -28,30 +34,33 @@ from opsd_jax import (
     reasoning,
     testbed,
     testbed_builder,
+    token_weights,
 )
 from opsd_jax.contexts import ContextConfig
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.errors import UserError
 from opsd_jax.evaluate import EvaluateConfig
-from opsd_jax.experiment import Experiment, TrainConfig
+from opsd_jax.experiment import BaseSource, Experiment, TrainConfig
+from opsd_jax.field_types import check_fields
 from opsd_jax.finished_base import FinishedRun
+from opsd_jax.gin_files import GinFiles
 from opsd_jax.guard import GuardConfig
 from opsd_jax.model_config import LoraConfig, ModelConfig
 from opsd_jax.optimizer import OptimizerConfig
 from opsd_jax.rollout_config import RolloutConfig
 from opsd_jax.sharding import MeshConfig
-from opsd_jax.teacher import TeacherConfig
+from opsd_jax.teacher import LoadsModel, TeacherConfig
 from opsd_jax.testbed_corpus import CorpusConfig
 from opsd_jax.warm_start import WarmStartConfig
 
 
 def finished_run(workdir: str, step: int | None = None) -> FinishedRun:
     """@FinishedRun(): the student of a run as a model (`finished_base.FinishedRun`)."""
-    return FinishedRun(workdir, load_experiment, step)
+    return FinishedRun(workdir, _load_beside, step)
 
 
 # The areas of a gin file, `area.field = value`, in the order in which an Experiment holds them.
-AREAS = {
+AREAS: dict[str, type] = {
     "train": TrainConfig,
     "contexts": ContextConfig,
     "rollout": RolloutConfig,
@@ -64,7 +73,7 @@ AREAS = {
 }
 # What the values of train.model, train.problems, train.heldout, train.lora, train.probes,
 # train.completions, train.objective, teacher.model and teacher.reasons may be, written @Name().
-SOURCES = {
+SOURCES: dict[str, Callable[..., Any]] = {
     "lora": LoraConfig,
     "ModelConfig": ModelConfig,
     "WarmStart": WarmStartConfig,
@@ -88,13 +97,52 @@ SOURCES = {
     "OtherReferences": problems.OtherReferences,
     "ReasoningGym": reasoning.ReasoningGym,
     "ChainArithmetic": testbed_builder.ChainArithmetic,
+}
+# What a function in a gin file may be, written @name, besides those of the user's own.
+FUNCTIONS = {
     "own_solution": testbed.own_solution,
     "wrong_prefix_probe": probe.wrong_prefix_probe,
+    "position_sigmoid": token_weights.position_sigmoid,
+    "top_student_entropy": token_weights.top_student_entropy,
+    "confident_teacher": token_weights.confident_teacher,
+    "uncertain_teacher": token_weights.uncertain_teacher,
+    "gap_sigmoid": token_weights.gap_sigmoid,
+    "positive_gap": token_weights.positive_gap,
+    "skip_first": token_weights.skip_first,
 }
+# Words for what the areas' fields may be.
+_NAMES: dict[Any, str] = {of: f"@{name}()" for name, of in SOURCES.items()} | {
+    BaseSource: "a model such as @PretrainedModel()",
+    LoadsModel: "a model such as @PretrainedModel()",
+    problems.ProblemSource: "problems such as @JsonlProblems()",
+    completions.CompletionSource: "completions such as @References()",
+    objective.Objective: "an objective such as @PolicyGradient()",
+}
+
+
+def _checked(name: str, of: Callable[..., Any]) -> Callable[..., Any]:
+    """`of` behind a check of what gin gives it."""
+    signature = inspect.signature(of)
+
+    def build(**values: Any) -> Any:
+        parameters = signature.parameters.values()
+        required = [p.name for p in parameters if p.default is p.empty and p.name not in values]
+        if required:
+            raise UserError(" and ".join(f"{name}.{r}" for r in required) + " must be bound")
+        check_fields(name, of, values, _NAMES)
+        return of(**values)
+
+    build.__name__, build.__doc__ = name, of.__doc__
+    build.__signature__ = signature  # type: ignore[attr-defined]  # Gin reads it.
+    return build
+
+
 _CONFIGURABLE = {
-    name: gin.external_configurable(value, name=name, module="opsd_jax")
-    for name, value in (AREAS | SOURCES).items()
+    name: gin.external_configurable(_checked(name, of), name=name, module="opsd_jax")
+    for name, of in (AREAS | SOURCES).items()
 }
+for _name, _function in FUNCTIONS.items():
+    gin.external_configurable(_function, name=_name, module="opsd_jax")
 
 
 def load_experiment(
@@ -103,7 +151,7 @@ def load_experiment(
     """Parses gin files and bindings, later ones winning.
 
     Args:
-      gin_files: paths; includes inside them are looked up beside the file and in the cwd.
+      gin_files: paths; what they include and import is looked up beside them (`GinFiles`).
       bindings: lines such as "train.num_steps = 3".
       defaults: lines that files and bindings may override.
 
@@ -115,19 +163,154 @@ def load_experiment(
       UserError: what is wrong, with the file, line or binding.
     """
     for path in gin_files:
-        if not os.path.exists(path):
+        if not os.path.isfile(path):
             raise UserError(f"--gin_file={path}: no such file")
     gin.clear_config()
-    with _gin_errors_told(), _quiet_gin():
-        for path in gin_files:
-            # A file's folder and the one above it, so that ablations include "quickstart.gin".
-            folder = os.path.dirname(os.path.abspath(path))
-            gin.add_config_file_search_path(folder)
-            gin.add_config_file_search_path(os.path.dirname(folder))
+    files = GinFiles()
+    with _gin_errors_told(), _quiet_gin(), _reading(files):
         gin.parse_config(list(defaults))
-        gin.parse_config_files_and_bindings(list(gin_files), list(bindings), skip_unknown=False)
+        gin.parse_config_files_and_bindings(
+            list(gin_files), list(bindings), finalize_config=False, skip_unknown=False
+        )
+        _check_scopes("\n".join((files.text, *defaults, *bindings)))
+        _bind_functions()
+        gin.finalize()
         experiment = Experiment(**{name: _CONFIGURABLE[name]() for name in AREAS})
-        return experiment, gin.operative_config_str(max_line_length=96)
+        _record_later_calls()
+        modules = [statement.module for statement in gin.config._IMPORTS]
+        return experiment, files.header(modules) + gin.operative_config_str(max_line_length=96)
+
+
+def load_run(
+    config: str, gin_files: Sequence[str] = (), bindings: Sequence[str] = ()
+) -> Experiment:
+    """The experiment that a run keeps in its config.gin, with further files and bindings.
+
+    Raises:
+      UserError: naming the config where it is at fault by itself.
+    """
+    try:
+        return load_experiment([config, *gin_files], bindings)[0]
+    except UserError as error:
+        if gin_files or bindings:
+            load_run(config)
+            raise
+        raise UserError(f"{config}: {error}") from None
+
+
+@contextmanager
+def _reading(files: GinFiles) -> Iterator[None]:
+    """Has gin open files there: its own search knows neither the including file nor circles."""
+    readers = gin.config._FILE_READERS
+    theirs = list(readers)
+    readers[:] = [(files.read, lambda path: True)]
+    try:
+        yield
+    finally:
+        readers[:] = theirs
+
+
+def _load_beside(config: str) -> Experiment:
+    """`load_run` amid another run, whose functions may themselves call configurables."""
+    outer = gin.config_str()
+    try:
+        return load_run(config)
+    finally:
+        gin.clear_config()
+        gin.parse_config(outer)
+
+
+class Bound(functools.partial):
+    """A function with its bindings, equal to another of the same: settings compare and hash."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Bound):
+            return NotImplemented
+        return (self.func, self.args, self.keywords) == (other.func, other.args, other.keywords)
+
+    def __hash__(self) -> int:
+        return hash((self.func, *sorted(self.keywords)))
+
+    def __reduce__(self) -> Any:
+        # A plain partial: a grader's worker must not import this module, and jax with it.
+        plain = functools.partial(self.func, *self.args, **self.keywords)
+        plain.__dict__.update(self.__dict__)
+        return plain.__reduce__()
+
+
+class _Function(gin.config.ConfigurableReference):
+    """@function, which stands for the function with the bindings it has now.
+
+    Gin's own looks them up at each call: a worker process has none, and another config may have
+    been read by then.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, gin.config.ConfigurableReference) and repr(self) == repr(other)
+
+    __hash__ = gin.config.ConfigurableReference.__hash__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        scope, function = self.scopes or gin.current_scope(), self.configurable.wrapper
+        with gin.config_scope(scope):
+            bindings = gin.get_bindings(self.selector)
+            check_fields(self.selector, self.configurable.wrapped, bindings, _NAMES)
+            raw = gin.get_bindings(self.selector, resolve_references=False)
+        parameters = inspect.signature(self.configurable.wrapped).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        _record("/".join(scope), self.configurable.selector, defaults | raw)
+        if not bindings:
+            return function
+        return functools.update_wrapper(Bound(function, **bindings), function)
+
+
+def _check_scopes(text: str) -> None:
+    """Refuses bindings in scopes that no reference of the files names: nothing would read them."""
+    scopes = {name for found in re.findall(r"@([\w./]+)/", text) for name in found.split("/")}
+    for (scope, selector), values in gin.config._CONFIG.items():
+        module, _, name = selector.rpartition(".")
+        binding = f"{scope}/{name}.{next(iter(values), '')}"
+        if module != "opsd_jax" or not scope:  # what the user's own code calls is not known
+            continue
+        if name in AREAS:
+            raise UserError(f"{binding} would be ignored: there is one {name}; leave out {scope}/")
+        if not scopes.issuperset(scope.split("/")):
+            raise UserError(
+                f"{binding} would be ignored: nothing is written @{scope}/{name}(); the scopes in "
+                f"use are {', '.join(sorted(scopes)) or 'none'}"
+            )
+
+
+def _bind_functions() -> None:
+    """Makes a `_Function` of every @function that is not called by gin itself."""
+
+    def bound(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: bound(inner) for name, inner in value.items()}
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(bound, value))
+        if not isinstance(value, gin.config.ConfigurableReference) or value.evaluate:
+            return value
+        configurable = value.configurable
+        if configurable.wrapper in _CONFIGURABLE.values() or inspect.isclass(configurable.wrapped):
+            return value  # Its parentheses are missing, which the check of the field tells.
+        return _Function(value.scoped_selector, evaluate=False)
+
+    for values in gin.config._CONFIG.values():
+        values.update(bound(values))
+
+
+def _record_later_calls() -> None:
+    """Records what is bound of the user's own code, which may be called, and ask gin, later."""
+    for (scope, selector), values in gin.config._CONFIG.items():
+        if not selector.startswith(("gin.", "opsd_jax.")):
+            copy.deepcopy(values)  # Gin records the macros that are looked up.
+            _record(scope, selector, values)
+
+
+def _record(scope: str, selector: str, values: dict[str, Any]) -> None:
+    """Makes values part of the operative config, as gin does when it calls something."""
+    gin.config._OPERATIVE_CONFIG.setdefault((scope, selector), {}).update(values)
 
 
 @contextmanager
@@ -138,6 +321,8 @@ def _gin_errors_told() -> Iterator[None]:
     except UserError as error:
         # Gin appends where the configurable was called; the first line is ours.
         raise UserError(str(error).splitlines()[0]) from None
+    except tokenize.TokenError as error:
+        raise UserError(f"gin: --gin_bindings: {error.args[0]}") from None
     except (ValueError, TypeError, RuntimeError, SyntaxError, ImportError, OSError) as error:
         raise UserError("gin: " + _one_line(error)) from error
 
@@ -145,16 +330,17 @@ def _gin_errors_told() -> Iterator[None]:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         place = f"{error.filename or '--gin_bindings'}, line {error.lineno}"
-        return f"{place}: {error.msg.rstrip('.')}: {(error.text or '').strip()!r}"
+        reason = error.msg.splitlines()[-1].strip().rstrip(".")
+        return f"{place}: {reason}: {(error.text or '').strip()!r}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    missing = re.search(r"required positional argument[s]?: (.*)", lines[0]) if lines else None
-    if missing and "macro()" in lines[0]:
-        scope = re.search(r"scope \"(\S+?)\"|'(\S+?)/macro'", " ".join(lines))
-        name = next((g for g in scope.groups() if g), "?") if scope else "?"
-        return f"the macro %{name} is used but never defined"
-    if missing:
-        return f"{missing.group(1)} must be bound: {' '.join(lines)}"
-    return " ".join(lines)
+    if isinstance(error, ModuleNotFoundError):
+        lines.append("(looked for beside the gin files and among the installed packages)")
+    text = " ".join(lines)
+    if macro := re.match(r"No bindings specified for '(\S+)/gin.macro'", text):
+        return f"the macro %{macro.group(1)} is used but never defined"
+    if missing := re.search(r"required positional arguments?: (.*)", lines[0] if lines else ""):
+        return f"{missing.group(1)} must be bound: {text}"
+    return text
 
 
 @contextmanager

@@ -23,14 +23,14 @@ from opsd_jax.errors import UserError
 from opsd_jax.evaluate import EvaluateConfig
 from opsd_jax.guard import GuardConfig
 from opsd_jax.model import Decoder, init_variables
-from opsd_jax.model_config import LoraConfig, ModelConfig
+from opsd_jax.model_config import DTYPES, LoraConfig, ModelConfig
 from opsd_jax.objective import Distillation, Likelihood, Objective
 from opsd_jax.optimizer import OptimizerConfig, make_optimizer
 from opsd_jax.policy_gradient import PolicyGradient, RewardMix
 from opsd_jax.problems import ProblemSource
 from opsd_jax.rollout_config import RolloutConfig
 from opsd_jax.sharding import MeshConfig, Rules, check_batch, variable_shardings
-from opsd_jax.teacher import TeacherConfig, is_source
+from opsd_jax.teacher import TeacherConfig
 from opsd_jax.tokenizer import Tokenizer
 from opsd_jax.train_step import Method, TrainState, init_state, policies, state_shardings
 
@@ -126,20 +126,8 @@ class TrainConfig:
                 )
         if not isinstance(self.learning_rate, (int, float)) or self.learning_rate <= 0:
             raise UserError(f"train.learning_rate must be positive, not {self.learning_rate!r}")
-        sources = ["model", "problems", *([] if self.heldout is None else ["heldout"])]
-        for name in sources:
-            if not is_source(getattr(self, name)):
-                raise UserError(
-                    f"train.{name} must be a source such as @PretrainedModel() or @JsonlProblems() "
-                    f"(with @ and parentheses), not {getattr(self, name)!r}"
-                )
-        for name, feature in (("completions", "on_policy"), ("objective", "needs_rewards")):
-            value = getattr(self, name)
-            if isinstance(value, type) or not hasattr(value, feature):
-                raise UserError(
-                    f"train.{name} must be written with @ and parentheses, such as @References() "
-                    f"or @PolicyGradient(), not {value!r}"
-                )
+        if self.dtype not in DTYPES:
+            raise UserError(f"train.dtype must be one of {DTYPES}, not {self.dtype!r}")
         if self.batch_size % self.group_size:
             raise UserError(
                 f"train.batch_size = {self.batch_size} must be a multiple of train.group_size = "

@@ -25,12 +25,12 @@ class FinishedRun:
 
     Args:
       workdir: of `opsd train`; its config.gin names shape, tokenizer and adapters.
-      read: gives the experiment of gin files (`config.load_experiment`; only config.py knows gin).
+      read: gives the experiment of a config.gin (`config.load_run`; only config.py knows gin).
       step: a checkpoint; None takes the one that the guard chose, or else the latest.
     """
 
     workdir: str
-    read: Callable[[list[str]], tuple[Experiment, str]]
+    read: Callable[[str], Experiment]
     step: int | None = None
 
     def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Callable[[str], None]) -> Base:
@@ -38,7 +38,7 @@ class FinishedRun:
         for name in ("config.gin", "checkpoints"):
             if not (workdir / name).exists():
                 raise UserError(f"FinishedRun.workdir = {self.workdir!r}: no {name} there")
-        train = self.read([str(workdir / "config.gin")])[0].train
+        train = self.read(str(workdir / "config.gin")).train
         base = train.model.load(mesh, rules, str(workdir / "base"), say)
         config = dataclasses.replace(base.config, lora=train.lora)
         shapes, shardings = layout(Decoder(config), mesh, rules)

@@ -19,10 +19,9 @@ import numpy as np
 from flax import linen as nn
 from jax.experimental import multihost_utils
 
-from opsd_jax.base_model import PretrainedModel
 from opsd_jax.checkpoint import Checkpoints
 from opsd_jax.checkpoint_record import checksums
-from opsd_jax.config import load_experiment
+from opsd_jax.config import load_experiment, load_run
 from opsd_jax.errors import UserError
 from opsd_jax.evaluate import Evaluator
 from opsd_jax.experiment import (
@@ -79,7 +78,7 @@ def restore_run(
     own = Path(workdir) / "config.gin"
     if not own.exists():
         raise UserError(f"--workdir={workdir}: no config.gin there; is it a training workdir?")
-    experiment, _ = load_experiment([str(own), *gin_files], bindings)
+    experiment = load_run(str(own), gin_files, bindings)
     mesh = make_mesh(experiment.mesh)
     base = experiment.train.model.load(
         mesh, experiment.mesh.rules, str(Path(workdir) / "base"), _say
@@ -118,18 +117,20 @@ def plain_model(path: str, gin_files: Sequence[str] = (), bindings: Sequence[str
         raise UserError("--model needs --gin_file, which says on what and how it is evaluated")
     # What an experiment must bind and the evaluation of a model from files does not look at.
     untrained = (
-        "train.model = @RandomModel()",
         "train.problems = @ChainArithmetic()",
         "train.num_steps = 1",
         f"train.batch_size = {jax.device_count()}",
         "train.learning_rate = 1.0",
         "rollout.max_new_tokens = 1024",
     )
-    experiment, _ = load_experiment(gin_files, bindings, untrained)
-    train = dataclasses.replace(experiment.train, model=PretrainedModel(path), lora=None)
-    experiment = dataclasses.replace(experiment, train=train)
+    chosen = (
+        "train.model = @PretrainedModel()",
+        f"PretrainedModel.path = {path!r}",
+        "train.lora = None",
+    )
+    experiment, _ = load_experiment(gin_files, [*bindings, *chosen], untrained)
     mesh = make_mesh(experiment.mesh)
-    base = train.model.load(mesh, experiment.mesh.rules, "", _say)
+    base = experiment.train.model.load(mesh, experiment.mesh.rules, "", _say)
     parts = assemble(experiment, base.config, base.tokenizer, mesh)
     variables = {"params": base.params}
     return Restored(experiment, parts, base.tokenizer, variables, variables, 0)

@@ -162,6 +162,13 @@ def join_pod(arguments: argparse.Namespace) -> None:
         jax.distributed.initialize()
 
 
+def refuse(arguments: argparse.Namespace, chosen: str, *flags: str) -> None:
+    """Raises a UserError for the first flag that is given but means nothing beside `chosen`."""
+    for flag in flags:
+        if (value := getattr(arguments, flag)) is not None and value is not False and value != []:
+            raise UserError(f"--{flag} does not apply to --{chosen}; leave it out")
+
+
 def run_train(arguments: argparse.Namespace) -> None:
     import jax
 
@@ -177,12 +184,15 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 def run_eval(arguments: argparse.Namespace) -> None:
     if arguments.compare:
+        refuse(arguments, "compare", "step", "out", "gin_file", "gin_bindings", "distributed")
         from opsd_jax import compare
 
         found = compare.compare(*arguments.compare)
         print(compare.table(found), file=sys.stderr)
         print(compare.summary(found))
         return
+    if arguments.model:
+        refuse(arguments, "model", "step")
     from opsd_jax.finished_run import evaluate_command
 
     join_pod(arguments)
@@ -197,6 +207,8 @@ def run_eval(arguments: argparse.Namespace) -> None:
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
+    if arguments.model:
+        refuse(arguments, "model", "step")
     from opsd_jax.generate import generate_command
     from opsd_jax.rollout_config import RolloutConfig, check_sampling
 

@@ -18,6 +18,7 @@ from opsd_jax.rope import RopeScaling, rope_frequencies
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+DTYPES = ("float32", "bfloat16")
 LORA_TARGETS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
 
 # The window of a layer that sees everything: more than any position, and not near overflow.
@@ -169,7 +170,7 @@ class ModelConfig:
                 f"model.num_kv_heads ({self.num_kv_heads})"
             )
         for name, allowed in (
-            ("dtype", ("float32", "bfloat16")),
+            ("dtype", DTYPES),
             ("attention", ("xla", "splash", "cudnn")),
             ("decode_attention", ("xla", "pallas")),
             ("activation", ("silu", "gelu")),

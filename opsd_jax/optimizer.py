@@ -38,14 +38,21 @@ class OptimizerConfig:
             raise UserError(
                 f"optimizer.schedule must be one of {list(SCHEDULES)}, not {self.schedule!r}"
             )
+        checks = {
+            "warmup_steps": (self.warmup_steps >= 0, ">= 0"),
+            "b1": (0 <= self.b1 < 1, "in [0, 1)"),
+            "b2": (0 <= self.b2 < 1, "in [0, 1)"),
+            "eps": (self.eps > 0, "positive"),
+            "weight_decay": (self.weight_decay >= 0, ">= 0"),
+            "max_grad_norm": (self.max_grad_norm >= 0, ">= 0 (0 = off)"),
+        }
+        for name, (fine, wanted) in checks.items():
+            if not fine:
+                raise UserError(f"optimizer.{name} must be {wanted}, not {getattr(self, name)}")
         if self.schedule != "constant" and self.decay_steps <= self.warmup_steps:
             raise UserError(
                 f"optimizer.decay_steps = {self.decay_steps} must exceed optimizer.warmup_steps "
                 f"= {self.warmup_steps} when optimizer.schedule is {self.schedule!r}"
-            )
-        if self.max_grad_norm < 0:
-            raise UserError(
-                f"optimizer.max_grad_norm must be >= 0 (0 = off), not {self.max_grad_norm}"
             )
 
 

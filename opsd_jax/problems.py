@@ -229,7 +229,9 @@ class _TableProblems:
             hint = f"set {type(self).__name__}.{field}_column to one of {', '.join(sorted(row))}"
             if field == "solution":
                 hint += " or, where there are no solutions, to None"
-            raise UserError(f"{place}: the row has no `{column}`; add it, or {hint}.")
+            is_there = column in row
+            fault = f"`{column}` is empty; fill" if is_there else f"the row has no `{column}`; add"
+            raise UserError(f"{place}: {fault} it, or {hint}.")
         if not isinstance(value, str):
             raise UserError(
                 f"{place}: `{column}` must be text, but is of type {type(value).__name__}."

@@ -55,10 +55,18 @@ class Run:
 
     @property
     def guard(self) -> GuardConfig:
-        """The thresholds of the run's own guard, the defaults where its config has none."""
+        """The thresholds of the run's own guard, the defaults where its config has none.
+
+        Raises:
+          UserError: the config was cut short or edited to something else.
+        """
         names = {field.name for field in dataclasses.fields(GuardConfig)}
         found = {k.removeprefix("guard."): v for k, v in self.settings.items()}
-        return GuardConfig(**{k: ast.literal_eval(v) for k, v in found.items() if k in names})
+        try:
+            return GuardConfig(**{k: ast.literal_eval(v) for k, v in found.items() if k in names})
+        except (UserError, SyntaxError, ValueError, TypeError) as error:
+            file = self.workdir / "config.gin"
+            raise UserError(f"{file} is damaged where it binds guard: {error}") from None
 
     @property
     def generates(self) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -81,9 +81,10 @@ def snapshot(every_steps: int) -> Teacher:
     )
 
 
-def is_source(value: object) -> bool:
-    """Whether it can be loaded: an instance with `load`, not the class of one."""
-    return hasattr(value, "load") and not isinstance(value, type)
+class LoadsModel(Protocol):
+    """A source of a model (`experiment.BaseSource`)."""
+
+    def load(self, mesh: Any, rules: Any, cache_dir: str, say: Any) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,20 +103,10 @@ class TeacherConfig:
     weights: str | Callable[[], Teacher] = "initial"
     ema_decay: float = 0.999
     snapshot_every_steps: int = 50
-    model: Any = None
+    model: LoadsModel | None = None
     reasons: ReasonFirst | None = None
 
     def __post_init__(self):
-        if not isinstance(self.reasons, (ReasonFirst, type(None))):
-            raise UserError(
-                "teacher.reasons must be None or @ReasonFirst() (with @ and parentheses), not "
-                f"{self.reasons!r}"
-            )
-        if self.model is not None and not is_source(self.model):
-            raise UserError(
-                "teacher.model must be None or a source such as @PretrainedModel() (with @ and "
-                f"parentheses), not {self.model!r}"
-            )
         if not callable(self.weights) and self.weights not in (
             "initial",
             "live",

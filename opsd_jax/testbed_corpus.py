@@ -55,7 +55,7 @@ class CorpusConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             if not 0 <= (value := getattr(self, field.name)) <= 1:
-                raise UserError(f"CorpusConfig.{field.name} must be in [0, 1], got {value}.")
+                raise UserError(f"WarmStartCorpus.{field.name} must be in [0, 1], got {value}.")
 
 
 @dataclasses.dataclass(frozen=True)

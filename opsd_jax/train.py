@@ -125,7 +125,7 @@ def check_config(workdir: Path, config_text: str) -> None:
     metrics = read_json_lines(workdir / "metrics.jsonl", "step")
     if not path.exists() or not (metrics or Checkpoints(workdir / "checkpoints").steps()):
         return
-    difference = first_difference(path.read_text(), config_text)
+    difference = first_difference(path.read_text(errors="replace"), config_text)
     if difference is not None:
         raise UserError(
             f"{path} belongs to another experiment: {difference}; use another --workdir, or "

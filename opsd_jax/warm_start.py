@@ -89,10 +89,10 @@ class WarmStartConfig:
     def __post_init__(self):
         for name in ("num_steps", "extra_steps", "max_rounds", "hinted_rows", "plain_rows"):
             if (value := getattr(self, name)) < 1:
-                raise UserError(f"WarmStartConfig.{name} must be at least 1, got {value}.")
+                raise UserError(f"WarmStart.{name} must be at least 1, got {value}.")
         for name in ("learning_rate", "extra_learning_rate", "muon_scale"):
             if not (value := getattr(self, name)) > 0:
-                raise UserError(f"WarmStartConfig.{name} must be positive, got {value}.")
+                raise UserError(f"WarmStart.{name} must be positive, got {value}.")
 
 
 @dataclasses.dataclass(frozen=True)

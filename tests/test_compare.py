@@ -114,3 +114,18 @@ def test_what_cannot_be_compared_is_told(tmp_path):
         path.write_text(json.dumps(row) + "\n")
         with pytest.raises(UserError, match=f"{path}: a line has no `{name}`"):
             compare(a, str(path.parent))
+
+
+@pytest.mark.parametrize(
+    "arguments, flag",
+    [
+        ("eval --compare a b --step=3", "--step"),
+        ("eval --compare a b --out=c", "--out"),
+        ("eval --compare a b --gin_file=c", "--gin_file"),
+        ("eval --model=a --gin_file=b --step=0", "--step"),
+        ("generate --model=a --prompt=b --step=3", "--step"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(arguments, flag, capsys):
+    assert main(arguments.split()) == 2
+    assert f"{flag} does not apply to" in capsys.readouterr().err

@@ -8,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from conftest import tiny_config, tiny_variables
 from test_tokenizer import byte_tokenizer
 from two_processes import run_pair
 
 from opsd_jax.export import save_pretrained
+from opsd_jax.finished_run import plain_model
 from opsd_jax.main import main
 from opsd_jax.tokenizer import HFTokenizer
 
@@ -32,6 +34,12 @@ evaluate.roles = ("student",)
 evaluate.greedy = False
 contexts.evaluation = "question"
 """
+
+
+def test_bindings_of_a_model_from_files_are_heeded(folder):
+    bindings = ['PretrainedModel.dtype = "bfloat16"']
+    run = plain_model(str(folder / "model"), [str(folder / "aime.gin")], bindings)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(run.student)} == {"bfloat16"}
 
 
 @pytest.fixture(scope="module")

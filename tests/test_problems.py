@@ -52,8 +52,8 @@ def test_rows_without_id_are_named_by_their_place(write):
         (without("solution"), r"rows.jsonl:2: the row has no `solution`; add it.*to None"),
         (without("question"), r"rows.jsonl:2: the row has no `question`"),
         (without("answer"), r"rows.jsonl:2: the row has no `answer`"),
-        (ROW | {"solution": " \n"}, r"rows.jsonl:2: the row has no `solution`"),
-        (ROW | {"solution": None}, r"rows.jsonl:2: the row has no `solution`"),
+        (ROW | {"solution": " \n"}, r"rows.jsonl:2: `solution` is empty; fill it.*to None"),
+        (ROW | {"solution": None}, r"rows.jsonl:2: `solution` is empty"),
         (ROW | {"question": ["x"]}, r"rows.jsonl:2: `question` must be text.*list"),
         (ROW | {"question": 7}, r"rows.jsonl:2: `question` must be text.*int"),
         (ROW | {"answer": True}, r"rows.jsonl:2: `answer` must be text.*bool"),
@@ -186,7 +186,7 @@ def test_parquet_reads_the_same(write, write_parquet):
 def test_bad_parquet_is_told(write_parquet, tmp_path):
     with pytest.raises(UserError, match=r"no column `solution`, only id, question, answer; set"):
         ParquetProblems(write_parquet(without("solution"))).load()
-    with pytest.raises(UserError, match=r"rows.parquet:2: the row has no `solution`"):
+    with pytest.raises(UserError, match=r"rows.parquet:2: `solution` is empty"):
         ParquetProblems(write_parquet(ROW, ROW | {"id": "b", "solution": None})).load()
     with pytest.raises(UserError, match=r"rows.parquet has no rows"):
         path = write_parquet(ROW)

@@ -151,3 +151,9 @@ def test_thinning_keeps_order_and_range(values, limit):
     assert len(kept) == min(len(values), limit)
     assert (np.diff(kept[:, 0]) > 0).all()
     assert kept[:, 1].min() >= min(values) - 1e-6 and kept[:, 1].max() <= max(values) + 1e-6
+
+
+@pytest.mark.parametrize("damage", ["guard.window =", "guard.window = %x", "guard.action = 'halt'"])
+def test_a_damaged_config_is_named(damage):
+    with pytest.raises(UserError, match="runs/a/config.gin is damaged where it binds guard"):
+        print(Run(Path("runs/a"), None, f"train.seed = 0\n{damage}\n", []).guard)

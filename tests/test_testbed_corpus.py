@@ -104,5 +104,5 @@ def test_counterfactual_results_are_unrelated_to_the_truth():
 
 
 def test_bad_probabilities_are_refused():
-    with pytest.raises(UserError, match="CorpusConfig.drop"):
+    with pytest.raises(UserError, match="^WarmStartCorpus.drop"):
         CorpusConfig(drop=1.2)

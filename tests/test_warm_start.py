@@ -148,7 +148,7 @@ def test_a_base_that_never_passes_is_refused(monkeypatch):
 
 def test_bad_recipes_are_refused():
     for fields in ({"num_steps": 0}, {"learning_rate": 0.0}, {"max_rounds": 0}):
-        with pytest.raises(UserError, match="WarmStartConfig"):
+        with pytest.raises(UserError, match="WarmStart"):
             WarmStartConfig(**fields)
 
 

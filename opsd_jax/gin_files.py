@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a gin file's includes and imports are: beside the file that says so, and in the cwd."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import tokenize
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from opsd_jax.errors import UserError
+
+_HEADER = "# Imports from "
+_MODULES = (".py", os.sep + "__init__.py")
+
+
+class GinFiles:
+    """The files of one config, read for gin; makes their folders importable.
+
+    Attributes:
+      folders: of all files so far, and the cwd.
+      text: of all files so far.
+    """
+
+    def __init__(self) -> None:
+        self.folders: list[str] = []
+        self.text = ""
+        self._open: list[str] = []  # each included by the one before
+        self._add(os.getcwd())
+
+    @contextmanager
+    def read(self, path: str) -> Iterator[io.StringIO]:
+        """Opens what --gin_file or an include names.
+
+        Raises:
+          UserError: there is no such file, it includes itself, it is no text or it ends too early.
+        """
+        path = self._find(path)
+        if any(os.path.samefile(path, file) for file in self._open):
+            raise UserError(f'{self._open[-1]}: include "{path}" makes the file include itself')
+        try:
+            with open(path, encoding="utf-8") as file:
+                text = file.read()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not a gin file: {error}") from None
+        self.text += text + "\n"
+        self._open.append(path)
+        self._add(os.path.dirname(os.path.abspath(path)))
+        for line in text.splitlines():
+            if line.startswith(_HEADER):
+                self._add(line.removeprefix(_HEADER))
+        lines = io.StringIO(text)
+        lines.name = path  # type: ignore[attr-defined]  # Gin's messages take it from here.
+        try:
+            yield lines
+        except tokenize.TokenError as error:  # knows no file
+            reason, (line, _) = error.args
+            raise UserError(f"{path}, line {line}: {reason}") from None
+        self._open.pop()
+
+    def header(self, modules: Iterable[str]) -> str:
+        """Comments by which `read` finds these modules again, wherever it is called."""
+        names = {module.partition(".")[0] for module in modules}
+        found = [
+            folder
+            for folder in self.folders
+            if any(os.path.exists(os.path.join(folder, n + end)) for n in names for end in _MODULES)
+        ]
+        return "".join(f"{_HEADER}{folder}\n" for folder in found)
+
+    def _add(self, folder: str) -> None:
+        if folder not in self.folders:
+            self.folders.append(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
+
+    def _find(self, path: str) -> str:
+        including = [os.path.dirname(file) for file in reversed(self._open)]
+        # The folder above, so that ablations include "quickstart.gin".
+        above = [os.path.join(folder, os.pardir) for folder in including]
+        for folder in (*including, *above, "", *self.folders):
+            if os.path.isfile(found := os.path.normpath(os.path.join(folder, path))):
+                return found
+        place = f"{self._open[-1]}: " if self._open else ""
+        raise UserError(
+            f'{place}include "{path}": no such file beside it, in the folder above it or in '
+            f"{os.getcwd()}"
+        )
