@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does an experiment fit a TPU slice? Asks the TPU compiler, on any Linux machine, without a TPU.
 
-    pip install 'opsd_jax[tpu]'
+    pip install '.[tpu]'
     python experiments/benchmarks/tpu_compile.py --gin_file=experiments/paper/qwen3_1p7b.gin \
         --model_config=models/Qwen3-1.7B/config.json --topology=v5e:4x4 --teacher=4096
 
