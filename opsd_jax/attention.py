@@ -24,8 +24,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from opsd_jax.decode_attention import attend_both
-from opsd_jax.kv_cache import KV, KVCache
+from opsd_jax.decode_attention import UNSEEN, attend_store
+from opsd_jax.head import soft_cap
+from opsd_jax.kv_cache import EMPTY_POSITION, KV, KVCache
 from opsd_jax.model_config import NO_WINDOW, ModelConfig
 
 QUERY_BLOCK = 512
@@ -51,15 +52,10 @@ def attend(
     Returns:
       [B, K, G, T, H] in the dtype of the queries; softmax in float32.
     """
-    scores = []
-    for keys_BKHS, _, positions_BS in sources:
-        s = jnp.einsum("bkgth,bkhs->bkgts", q_BKGTH, keys_BKHS, preferred_element_type=jnp.float32)
-        if softcap is not None:
-            s = softcap * jnp.tanh(s / softcap)
-        distance_BTS = positions_BT[:, :, None] - positions_BS[:, None, :]
-        seen_BTS = (distance_BTS >= 0) & (distance_BTS < window)
-        # Finite, so that a padded query that sees nothing averages instead of giving NaN.
-        scores.append(jnp.where(seen_BTS[:, None, None], s, jnp.float32(-1e30)))
+    scores = [
+        scores_of(q_BKGTH, keys_BKHS, positions_BS, positions_BT, window, softcap)
+        for keys_BKHS, _, positions_BS in sources
+    ]
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
     out, start = jnp.zeros_like(q_BKGTH), 0
     for _, values_BKSH, positions_BS in sources:
@@ -68,6 +64,63 @@ def attend(
         out = out + jnp.einsum("bkgts,bksh->bkgth", w, values_BKSH.astype(q_BKGTH.dtype))
         start = stop
     return out
+
+
+def scores_of(
+    q_BKGTH: jax.Array,
+    keys_BKHS: jax.Array,
+    positions_BS: jax.Array,
+    positions_BT: jax.Array,
+    window: jax.Array,
+    softcap: float | None,
+) -> jax.Array:
+    """[B, K, G, T, S] float32 scores of one source, about -1e30 where a query sees nothing."""
+    s = jnp.einsum("bkgth,bkhs->bkgts", q_BKGTH, keys_BKHS, preferred_element_type=jnp.float32)
+    distance_BTS = positions_BT[:, :, None] - positions_BS[:, None, :]
+    seen_BTS = (distance_BTS >= 0) & (distance_BTS < window)
+    # Finite, so that a padded query that sees nothing averages instead of giving NaN.
+    return jnp.where(seen_BTS[:, None, None], soft_cap(s, softcap), jnp.float32(UNSEEN))
+
+
+def attend_both(
+    store: KV,
+    filled_BS: jax.Array,
+    q_BKGTH: jax.Array,
+    keys_BKHS: jax.Array,
+    values_BKSH: jax.Array,
+    positions_BS: jax.Array,
+    layer: jax.Array,
+    positions_BT: jax.Array,
+    window: jax.Array,
+    softcap: float | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """`attend` of one query per row to a compact store, by the kernel, and to a buffer, as one.
+
+    Args:
+      store: keys [L, B, K, H, S] and values [L, B, K, S, H].
+      filled_BS: positions of its slots.
+      q_BKGTH: T = 1, already scaled.
+      keys_BKHS, values_BKSH, positions_BS: of the buffer of newer tokens.
+      layer: [] int32, which of the store's layers.
+      positions_BT: of the queries.
+      window: [] int32, positions seen.
+      softcap, interpret: see `attend_store`.
+
+    Returns:
+      [B, K, G, 1, H] in the dtype of the queries.
+    """
+    starts_B = positions_BT[:, 0] - window + 1
+    stops_B = jnp.sum(filled_BS != EMPTY_POSITION, axis=1, dtype=jnp.int32)
+    older_BKGH, logsum_BKG = attend_store(
+        q_BKGTH[..., 0, :], store, layer, starts_B, stops_B, softcap, interpret
+    )
+    s = scores_of(q_BKGTH, keys_BKHS, positions_BS, positions_BT, window, softcap)[..., 0, :]
+    weights = jax.nn.softmax(s, axis=-1)
+    newer_BKGH = jnp.einsum("bkgs,bksh->bkgh", weights, values_BKSH.astype(jnp.float32))
+    share = jax.nn.sigmoid(logsum_BKG - jax.nn.logsumexp(s, axis=-1))[..., None]
+    out_BKGH = share * older_BKGH + (1 - share) * newer_BKGH
+    return out_BKGH.astype(q_BKGTH.dtype)[..., None, :]
 
 
 def attend_cached(
@@ -99,12 +152,14 @@ def attend_cached(
     if config.decode_attention == "xla":
         sources = ((cache.kv.keys, cache.kv.values, cache.positions), new)
         return attend(q_BKGTH, sources, positions_BT, window, softcap)
-    store = "bk" if cache.kv.keys.ndim == 4 else "lbk"
+    kv = cache.kv
+    if kv.keys.ndim == 4:  # of this layer alone
+        kv, layer = KV(kv.keys[None], kv.values[None]), jnp.zeros_like(layer)
     kernel: Callable[..., jax.Array] = partial(attend_both, softcap=softcap)
     return on_each_device(
-        lambda keys, values, positions, *rest: kernel(KVCache(KV(keys, values), positions), *rest),
-        (store, cache.kv.keys),
-        (store, cache.kv.values),
+        lambda keys, values, *rest: kernel(KV(keys, values), *rest),
+        ("lbk", kv.keys),
+        ("lbk", kv.values),
         ("b", cache.positions),
         ("bk", q_BKGTH),
         *zip(("bk", "bk", "b"), new, strict=True),
@@ -222,7 +277,7 @@ def flash(
     implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> jax.Array:
     """jax.nn.dot_product_attention on one device's rows and heads."""
-    assert softcap is None, "refused by ModelConfig"
+    assert softcap is None, "refused by experiment.check_attention"
     B, K, G, T, H = q_BKGTH.shape
     out_BTNH = jax.nn.dot_product_attention(
         q_BKGTH.reshape(B, K * G, T, H).swapaxes(1, 2),

@@ -16,7 +16,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from opsd_jax.kv_cache import EMPTY_POSITION, KV, KVCache
+from opsd_jax.head import soft_cap
+from opsd_jax.kv_cache import KV
 
 NUM_LANES = 128
 BLOCK = 256
@@ -129,9 +130,7 @@ def _add_block(
 
     @pl.when((s >= first[b]) & (s <= last[b]))
     def _():
-        scores_KGs = batched(q[...], keys[...])
-        if softcap is not None:
-            scores_KGs = softcap * jnp.tanh(scores_KGs / softcap)
+        scores_KGs = soft_cap(batched(q[...], keys[...]), softcap)
         seen_s = seen((1, 1, size), 2)
         scores_KGs = jnp.where(seen_s, scores_KGs, UNSEEN)
         now = jnp.maximum(highest[...], jnp.max(scores_KGs, axis=-1, keepdims=True))
@@ -148,48 +147,3 @@ def _add_block(
         least = jnp.maximum(total[...], 1e-30)
         out[...] = sums[...] / least
         logsum[...] = highest[...] + jnp.log(least)
-
-
-def attend_both(
-    cache: KVCache,
-    q_BKGTH: jax.Array,
-    keys_BKHS: jax.Array,
-    values_BKSH: jax.Array,
-    positions_BS: jax.Array,
-    layer: jax.Array,
-    positions_BT: jax.Array,
-    window: jax.Array,
-    softcap: float | None = None,
-    interpret: bool = False,
-) -> jax.Array:
-    """Attention of one query per row to a compact store and to the buffer of newer tokens.
-
-    Args:
-      cache: its keys and values of one layer, or with a leading L.
-      q_BKGTH: T = 1, already scaled.
-      keys_BKHS, values_BKSH, positions_BS: of the buffer.
-      layer: [] int32, which of the cache's layers.
-      positions_BT: of the queries.
-      window: [] int32, positions seen.
-      softcap, interpret: see `attend_store`.
-
-    Returns:
-      [B, K, G, 1, H] in the dtype of the queries.
-    """
-    q_BKGH, kv = q_BKGTH[..., 0, :], cache.kv
-    if kv.keys.ndim == 4:
-        kv, layer = KV(kv.keys[None], kv.values[None]), jnp.zeros_like(layer)
-    starts_B = positions_BT[:, 0] - window + 1
-    stops_B = jnp.sum(cache.positions != EMPTY_POSITION, axis=1, dtype=jnp.int32)
-    store, logsum_BKG = attend_store(q_BKGH, kv, layer, starts_B, stops_B, softcap, interpret)
-
-    s = jnp.einsum("bkgh,bkhs->bkgs", q_BKGH, keys_BKHS, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        s = softcap * jnp.tanh(s / softcap)
-    seen_BS = (positions_BS <= positions_BT) & (positions_BS >= starts_B[:, None])
-    s = jnp.where(seen_BS[:, None, None], s, UNSEEN)
-    newer = jnp.einsum(
-        "bkgs,bksh->bkgh", jax.nn.softmax(s, axis=-1), values_BKSH.astype(jnp.float32)
-    )
-    share = jax.nn.sigmoid(logsum_BKG - jax.nn.logsumexp(s, axis=-1))[..., None]
-    return (share * store + (1 - share) * newer).astype(q_BKGTH.dtype)[..., None, :]

@@ -267,11 +267,9 @@ class Decoder(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, return_kv, name="layers")
         numbers = LayerNumbers(**{k: jnp.asarray(v) for k, v in layer_numbers(c).items()})
-        (kv, recent_kv), rest = _apart(cache, recent)
-        if c.decode_attention == "pallas":
-            # A layer's slice would be copied for the kernel, which picks it from the whole itself.
-            (kv, recent_kv), rest = (None, recent_kv), (kv, *rest[1:])
-        return layers(x_BTD, positions_BT, numbers, (kv, recent_kv), rest)
+        # A layer's slice would be copied for the kernel, which picks it from the whole itself.
+        apart = _apart(cache, recent, whole=c.decode_attention == "pallas")
+        return layers(x_BTD, positions_BT, numbers, *apart)
 
     def _unrolled(self, x_BTD, positions_BT, cache, recent, return_kv):
         """One `layers_<i>` after the other: the form that `unstacked` makes."""
@@ -291,11 +289,15 @@ class Decoder(nn.Module):
         return x_BTD, tuple(new_kvs) if return_kv else None
 
 
-def _apart(cache: KVCache | None, recent: Recent | None):
-    """Of both, keys and values, which differ from layer to layer, and the rest, which does not."""
-    kvs = (cache and cache.kv, recent and recent.cache.kv)
+def _apart(cache: KVCache | None, recent: Recent | None, whole: bool = False):
+    """Of both, keys and values, which differ from layer to layer, and the rest, which does not.
+
+    `whole` leaves the cache of all layers together, with the rest.
+    """
+    kv, recent_kv = cache and cache.kv, recent and recent.cache.kv
     positions = (cache and cache.positions, recent and recent.cache.positions)
-    return kvs, (None, *positions, recent and recent.slot)
+    rest = (*positions, recent and recent.slot)
+    return ((None, recent_kv), (kv, *rest)) if whole else ((kv, recent_kv), (None, *rest))
 
 
 def init_variables(model: Decoder, key: jax.Array) -> dict:

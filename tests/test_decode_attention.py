@@ -12,7 +12,8 @@ from conftest import tiny_batch, tiny_config, tiny_variables
 from flax import linen as nn
 
 from opsd_jax import attention, decode_attention
-from opsd_jax.decode_attention import attend_both, attend_store
+from opsd_jax.attention import attend_both
+from opsd_jax.decode_attention import attend_store
 from opsd_jax.kv_cache import KV
 from opsd_jax.model import Decoder
 from opsd_jax.rollout_config import RolloutConfig
