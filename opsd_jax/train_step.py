@@ -317,18 +317,24 @@ def jit_step(
     rules: Rules,
     function: Callable = train_step,
 ) -> Callable:
-    """Compiles `train_step(state, batch)` for the mesh; the old state is donated.
+    """`train_step(state, batch)`, compiled for the mesh; the old state is donated."""
+    return on_mesh(jitted_step(method, shardings, mesh, function), mesh, rules)
+
+
+def jitted_step(
+    method: Method, shardings: TrainState, mesh: Mesh, function: Callable = train_step
+) -> Any:
+    """The `jax.jit` of a step, to be called or lowered under the mesh and its rules.
 
     Donation matters: without it two copies of parameters and moments are alive at once.
     """
     rows = batch_sharding(mesh)
-    compiled = jax.jit(
+    return jax.jit(
         partial(function, method),
         in_shardings=(shardings, rows),
         out_shardings=(shardings, replicated(mesh), rows),
         donate_argnums=0,
     )
-    return on_mesh(compiled, mesh, rules)
 
 
 def jit_halves(

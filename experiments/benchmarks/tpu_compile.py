@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +22,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
@@ -33,8 +31,8 @@ from opsd_jax.experiment import assemble
 from opsd_jax.huggingface import config_from_hf
 from opsd_jax.objective import Batch
 from opsd_jax.rollouts import Context
-from opsd_jax.sharding import batch_sharding, replicated
-from opsd_jax.train_step import train_step
+from opsd_jax.sharding import batch_sharding, on_mesh
+from opsd_jax.train_step import jitted_step
 
 
 def slice_mesh(topology, model):
@@ -62,14 +60,9 @@ def compiled_step(experiment, config, mesh, widths):
         ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
         return Context(ids, jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=rows))
 
-    step = jax.jit(
-        partial(train_step, parts.method),
-        in_shardings=(parts.shardings, rows),
-        out_shardings=(parts.shardings, replicated(mesh), rows),
-        donate_argnums=0,
-    )
-    with jax.set_mesh(mesh), nn.logical_axis_rules(parts.rules):
-        return step.lower(parts.abstract, Batch(*map(context, widths))).compile()
+    step = jitted_step(parts.method, parts.shardings, mesh)
+    lower = on_mesh(step.lower, mesh, parts.rules)
+    return lower(parts.abstract, Batch(*map(context, widths))).compile()
 
 
 def main():
