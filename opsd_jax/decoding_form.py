@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 from flax import linen as nn
+from jax.sharding import AbstractMesh, Mesh
 
 from opsd_jax.model import Decoder, init_variables
 from opsd_jax.rollout_config import RolloutConfig
@@ -28,11 +29,24 @@ def decoding_form(model: Decoder, variables: dict, config: RolloutConfig) -> tup
         model = Decoder(dataclasses.replace(model.config, dtype=config.dtype))
     if config.attention != "xla":
         model = Decoder(dataclasses.replace(model.config, decode_attention=config.attention))
-    if config.gather_weights:
+    if gathers(config, jax.sharding.get_abstract_mesh()):
         variables = gathered(model, variables)
-    if model.config.scan_layers and model.config.num_layers <= config.unroll_layers:
+    if unrolls(model, config):
         return unstacked(model, variables)
     return model, variables
+
+
+def changes_weights(model: Decoder, config: RolloutConfig, mesh: Mesh) -> bool:
+    """Whether `decoding_form` makes other arrays there than those that it is given."""
+    return config.dtype is not None or gathers(config, mesh) or unrolls(model, config)
+
+
+def gathers(config: RolloutConfig, mesh: Mesh | AbstractMesh) -> bool:
+    return config.gather_weights and not mesh.empty and mesh.shape["data"] > 1
+
+
+def unrolls(model: Decoder, config: RolloutConfig) -> bool:
+    return model.config.scan_layers and model.config.num_layers <= config.unroll_layers
 
 
 def gathered(model: Decoder, variables: dict) -> dict:
@@ -41,14 +55,11 @@ def gathered(model: Decoder, variables: dict) -> dict:
     A fully sharded matrix is fetched from all devices where it is used: once per layer and pass in
     the loss, but once per token in decoding, which then waits for the network and for nothing else.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["data"] == 1:
-        return variables
     rules = tuple(
         (name, None if axis == "data" else axis) for name, axis in nn.get_logical_axis_rules()
     )
     boxed = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
-    wanted = variable_shardings(boxed, mesh, rules)
+    wanted = variable_shardings(boxed, jax.sharding.get_abstract_mesh(), rules)
     place = jax.lax.with_sharding_constraint
     return {name: place(tree, wanted[name]) for name, tree in variables.items()}
 

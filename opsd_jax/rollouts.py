@@ -134,9 +134,7 @@ def rollout(
         return number + 1, rows, out
 
     carry = (jnp.int32(0), rows, out)
-    ends = stages(prompt_ids.shape[1], num_segments, length)
-    # A kernel that reads what is there has nothing to gain from a small store.
-    for last in ends if config.attention == "xla" else ends[-1:]:
+    for last in worthwhile(stages(prompt_ids.shape[1], num_segments, length), config):
         number, rows, out = carry
         cache = resized(rows.cache, num_slots(prompt_ids.shape[1] + last * length, config))
         carry = (number, dataclasses.replace(rows, cache=cache), out)
@@ -193,6 +191,16 @@ def stages(prompt_len: int, num_segments: int, length: int) -> list[int]:
         twice = -(-(prompt_len + 2 * done * length) // length)
         ends.append(min(num_segments, max(twice, done + least)))
     return ends
+
+
+def worthwhile(ends: list[int], config: RolloutConfig) -> list[int]:
+    """Those of growing sizes that save reading; a kernel that reads what is there needs the last.
+
+    Args:
+      ends: of a cache or of its window, ascending.
+      config: names the kernel.
+    """
+    return ends if config.attention == "xla" else ends[-1:]
 
 
 def num_slots(least: int, config: RolloutConfig) -> int:
@@ -283,7 +291,7 @@ def segment(
     """
     head = output_head(variables["params"], model.config)
     starts_B, slots = rows.lengths, jnp.arange(length)
-    cache = cache_of(rows.cache, starts_B, window if config.attention == "xla" else None)
+    cache = cache_of(rows.cache, starts_B, window)
 
     def step(carry, k):
         rows, kv = carry

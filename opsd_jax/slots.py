@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opsd_jax.contexts import pad
-from opsd_jax.decoding_form import decoding_form
+from opsd_jax.decoding_form import changes_weights, decoding_form
 from opsd_jax.errors import UserError
 from opsd_jax.kv_cache import LayersKV, empty, pick_rows, replace_rows, where_rows
 from opsd_jax.model import Decoder
@@ -40,6 +40,7 @@ from opsd_jax.rollouts import (
     prefill,
     segment,
     split,
+    worthwhile,
 )
 from opsd_jax.sharding import Rules, on_mesh, replicated, shard_batch
 from opsd_jax.tokenizer import Tokenizer
@@ -271,11 +272,8 @@ class Programs:
         # Equal steps, where a rollout's stages double: the longest of many rows of all ages is
         # seldom the longest that there can be, and all pay for its window.
         step = max(-(-number // 4), -(-64 // max(length, 1)))
-        ends = [*range(0, number, step), number]
-        self.windows = [width + end * length for end in ends]
-        capacity = num_slots(self.windows[-1], config)
-        if config.attention != "xla":  # It reads of every row what is there, in one program.
-            self.windows = [capacity]
+        ends = worthwhile([*range(0, number, step), number], config)
+        self.windows = [num_slots(width + end * length, config) for end in ends]
         vocab_size = model.config.vocab_size if config.penalises else None
         whole = replicated(sampler.mesh)
 
@@ -293,12 +291,12 @@ class Programs:
 
         self._segment_of = segment_of
         self.prepare: Callable = lambda variables: variables
-        several = config.gather_weights and sampler.mesh.shape["data"] > 1
-        unrolled = model.config.scan_layers != sampler.model.config.scan_layers
-        if several or unrolled or config.dtype is not None:
+        if changes_weights(sampler.model, config, sampler.mesh):
             self.prepare = jitted(lambda v: decoding_form(sampler.model, v, config)[1])
         self.read = jitted(partial(read_prompts, model))
-        self.idle = jitted(lambda store: idle_rows(store, sampler.batch_size, capacity, vocab_size))
+        self.idle = jitted(
+            lambda store: idle_rows(store, sampler.batch_size, self.windows[-1], vocab_size)
+        )
         self.place = jitted(partial(place, model, config), 1, (None, whole))
         self.pick = jitted(pick)
 
