@@ -19,11 +19,11 @@ from jax.sharding import Mesh
 from opsd_jax.completions import CompletionSource, StudentRollouts
 from opsd_jax.contexts import ContextConfig
 from opsd_jax.divergence import DivergenceConfig
-from opsd_jax.errors import UserError
+from opsd_jax.errors import UserError, require
 from opsd_jax.evaluate import EvaluateConfig
 from opsd_jax.guard import GuardConfig
 from opsd_jax.model import Decoder, init_variables
-from opsd_jax.model_config import DTYPES, LoraConfig, ModelConfig
+from opsd_jax.model_config import DTYPES, TEXT_ATTENTION, LoraConfig, ModelConfig
 from opsd_jax.objective import Distillation, Likelihood, Objective
 from opsd_jax.optimizer import OptimizerConfig, make_optimizer
 from opsd_jax.policy_gradient import PolicyGradient, RewardMix
@@ -126,8 +126,11 @@ class TrainConfig:
                 )
         if not isinstance(self.learning_rate, (int, float)) or self.learning_rate <= 0:
             raise UserError(f"train.learning_rate must be positive, not {self.learning_rate!r}")
-        if self.dtype not in DTYPES:
-            raise UserError(f"train.dtype must be one of {DTYPES}, not {self.dtype!r}")
+        choices = {
+            "dtype": (self.dtype in DTYPES, f"one of {DTYPES}"),
+            "attention": (self.attention in TEXT_ATTENTION, f"one of {TEXT_ATTENTION}"),
+        }
+        require("train", self, choices)
         if self.batch_size % self.group_size:
             raise UserError(
                 f"train.batch_size = {self.batch_size} must be a multiple of train.group_size = "
@@ -289,6 +292,10 @@ def assemble(
         )
     model = model_of(train, base)
     check_attention(model.config, experiment.rollout, mesh)
+    external_model = None
+    if external is not None:
+        external_model = model_of(dataclasses.replace(train, lora=None), external)
+        check_attention(external_model.config, experiment.rollout, mesh)
     stop_ids = tuple(dict.fromkeys((*tokenizer.stop_ids, *experiment.rollout.stop_ids)))
     rollout = dataclasses.replace(experiment.rollout, stop_ids=stop_ids, pad_id=tokenizer.pad_id)
     reasoner = None
@@ -304,7 +311,7 @@ def assemble(
         num_micro_batches=train.num_micro_batches,
         completions=train.completions,
         objective=train.objective,
-        external=model_of(dataclasses.replace(train, lora=None), external) if external else None,
+        external=external_model,
         num_updates=train.num_updates,
         group_size=train.group_size,
         reasoner=reasoner,

@@ -19,6 +19,8 @@ from opsd_jax.rope import RopeScaling, rope_frequencies
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 DTYPES = ("float32", "bfloat16")
+TEXT_ATTENTION = ("xla", "splash", "cudnn")
+DECODE_ATTENTION = ("xla", "pallas")
 LORA_TARGETS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
 
 # The window of a layer that sees everything: more than any position, and not near overflow.
@@ -171,8 +173,8 @@ class ModelConfig:
             )
         for name, allowed in (
             ("dtype", DTYPES),
-            ("attention", ("xla", "splash", "cudnn")),
-            ("decode_attention", ("xla", "pallas")),
+            ("attention", TEXT_ATTENTION),
+            ("decode_attention", DECODE_ATTENTION),
             ("activation", ("silu", "gelu")),
         ):
             if getattr(self, name) not in allowed:

@@ -7,7 +7,7 @@ import dataclasses
 
 import optax
 
-from opsd_jax.errors import UserError
+from opsd_jax.errors import UserError, require
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -46,9 +46,7 @@ class OptimizerConfig:
             "weight_decay": (self.weight_decay >= 0, ">= 0"),
             "max_grad_norm": (self.max_grad_norm >= 0, ">= 0 (0 = off)"),
         }
-        for name, (fine, wanted) in checks.items():
-            if not fine:
-                raise UserError(f"optimizer.{name} must be {wanted}, not {getattr(self, name)}")
+        require("optimizer", self, checks)
         if self.schedule != "constant" and self.decay_steps <= self.warmup_steps:
             raise UserError(
                 f"optimizer.decay_steps = {self.decay_steps} must exceed optimizer.warmup_steps "

@@ -7,7 +7,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from opsd_jax.errors import UserError
+from opsd_jax.errors import UserError, require
+from opsd_jax.model_config import DECODE_ATTENTION, DTYPES
 
 SAMPLING_BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     "max_new_tokens": (lambda x: x >= 1, ">= 1"),
@@ -85,12 +86,10 @@ class RolloutConfig:
             ),
             "segment_len": (self.segment_len >= 1, ">= 1"),
             "unroll_layers": (self.unroll_layers >= 0, ">= 0"),
-            "attention": (self.attention in ("xla", "pallas"), "'xla' or 'pallas'"),
-            "dtype": (self.dtype in (None, "float32", "bfloat16"), "None, 'float32', 'bfloat16'"),
+            "attention": (self.attention in DECODE_ATTENTION, f"one of {DECODE_ATTENTION}"),
+            "dtype": (self.dtype in (None, *DTYPES), "None, 'float32', 'bfloat16'"),
         }
-        for name, (fine, wanted) in checks.items():
-            if not fine:
-                raise UserError(f"rollout.{name} must be {wanted}, not {getattr(self, name)!r}")
+        require("rollout", self, checks)
 
     @property
     def penalises(self) -> bool:

@@ -118,6 +118,7 @@ def test_weights_of_tokens_are_named_and_bound_in_a_gin_file():
             r"References.template .*\{sol\}'$",
         ),
         (["train.dtype = 'float16'"], "^train.dtype must be one of"),
+        (["train.attention = 'flash'"], "^train.attention must be one of"),
         (
             [
                 "train.model = @PretrainedModel()",
