@@ -85,12 +85,15 @@ def empty(like: LayersKV, num_slots: int) -> LayersKV:
     return map_layers(zeros, like)
 
 
-def cache_of(store: LayersKV, lengths_B: jax.Array, num_slots: int | None = None) -> KVCache:
-    """The first slots (None: all) of a compact store; those behind a row's length are empty."""
-    kv = store if num_slots is None else resized(store, num_slots)
-    slots = jnp.arange(jax.tree.leaves(kv)[0].shape[-1])  # The first leaf holds keys, [..., S].
-    positions = jnp.where(slots < lengths_B[:, None], slots, EMPTY_POSITION)
-    return KVCache(kv, positions)
+def capacity(store: LayersKV) -> int:
+    """S."""
+    return jax.tree.leaves(store)[0].shape[-1]  # The first leaf holds keys, [..., S].
+
+
+def cache_of(store: LayersKV, lengths_B: jax.Array) -> KVCache:
+    """A compact store of which the slots behind a row's length are empty."""
+    slots = jnp.arange(capacity(store))
+    return KVCache(store, jnp.where(slots < lengths_B[:, None], slots, EMPTY_POSITION))
 
 
 def resized(store: LayersKV, num_slots: int) -> LayersKV:
@@ -112,8 +115,8 @@ def resized(store: LayersKV, num_slots: int) -> LayersKV:
 def merge(store: LayersKV, recent: LayersKV, starts_B: jax.Array) -> LayersKV:
     """The store with the slots of `recent` in its own, from slot `starts_B` of each row on.
 
-    A row whose slots would reach beyond the end is shifted to end there: the caller must have left
-    room for every row that goes on.
+    A row whose slots would reach beyond the end stays as it is: the caller must have left room
+    for every row that goes on.
     """
 
     def write(x, new, slot_axis):
@@ -126,7 +129,7 @@ def merge(store: LayersKV, recent: LayersKV, starts_B: jax.Array) -> LayersKV:
             operand_batching_dims=(batch,),
             scatter_indices_batching_dims=(0,),
         )
-        return jax.lax.scatter(x, starts_B[:, None], new, numbers, unique_indices=True, mode="clip")
+        return jax.lax.scatter(x, starts_B[:, None], new, numbers, unique_indices=True, mode="drop")
 
     return map_layers(
         lambda old, new: KV(write(old.keys, new.keys, -1), write(old.values, new.values, -2)),
@@ -138,23 +141,3 @@ def merge(store: LayersKV, recent: LayersKV, starts_B: jax.Array) -> LayersKV:
 def pick_rows(store: LayersKV, rows: jax.Array) -> LayersKV:
     """The store with row rows[b] in place of row b; rows: [B'] int32."""
     return jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), store)
-
-
-def replace_rows(store: LayersKV, new: LayersKV, condition_B: jax.Array) -> LayersKV:
-    """The store with the rows of `new`, which has no more slots, where the condition holds."""
-
-    def replaced(old: KV, kv: KV) -> KV:
-        first, axis = slice(kv.keys.shape[-1]), kv.keys.ndim - 4
-        keys = where_rows(condition_B, kv.keys, old.keys[..., first], axis)
-        values = where_rows(condition_B, kv.values, old.values[..., first, :], axis)
-        return KV(
-            old.keys.at[..., first].set(keys),
-            old.values.at[..., first, :].set(values),
-        )
-
-    return map_layers(replaced, store, new)
-
-
-def where_rows(condition_B: jax.Array, x: jax.Array, y: jax.Array, axis: int = 0) -> jax.Array:
-    """x where the condition holds for its row, else y; rows lie along `axis`."""
-    return jnp.where(condition_B.reshape(-1, *[1] * (x.ndim - axis - 1)), x, y)

@@ -275,7 +275,6 @@ def segment(
     rows: Rows,
     length: int,
     config: RolloutConfig,
-    window: int | None = None,
 ) -> tuple[Rows, Tokens]:
     """K = `length` tokens for every row.
 
@@ -284,14 +283,13 @@ def segment(
       rows: their cache needs K free slots behind every row that is not done.
       length: K.
       config: see `RolloutConfig`.
-      window: slots of the cache that are read, no fewer than any such row has filled; None: all.
 
     Returns:
       The rows after it, and `Tokens` of [K, B]; rows that are done give masked padding.
     """
     head = output_head(variables["params"], model.config)
     starts_B, slots = rows.lengths, jnp.arange(length)
-    cache = cache_of(rows.cache, starts_B, window)
+    cache = cache_of(rows.cache, starts_B)
 
     def step(carry, k):
         rows, kv = carry

@@ -3,7 +3,8 @@
 
     unique prompts -> prefill into a store -> place into free slots -> segment -> place -> …
 
-A long completion then holds up its own slot and no other. When no prompt waits and a quarter of
+A long completion then holds up its own slot and no other. The cache has as many slots as the
+longest row needs for its next segment, in a few sizes. When no prompt waits and a quarter of
 the slots would do, the rows that go on move to so many. Prompts that are asked several times are
 read once. The segments are those of `rollouts.rollout`, and a completion depends on its own
 prompt and key (up to the rounding of sums over windows of another width).
@@ -27,7 +28,7 @@ from jax.sharding import Mesh
 from opsd_jax.contexts import pad
 from opsd_jax.decoding_form import changes_weights, decoding_form
 from opsd_jax.errors import UserError
-from opsd_jax.kv_cache import LayersKV, empty, pick_rows, replace_rows, where_rows
+from opsd_jax.kv_cache import LayersKV, capacity, empty, merge, pick_rows, resized
 from opsd_jax.model import Decoder
 from opsd_jax.rollout_config import RolloutConfig
 from opsd_jax.rollouts import (
@@ -74,16 +75,16 @@ def read_prompts(model: Decoder, variables: dict, ids: jax.Array, lengths: jax.A
     return Store(cache, hidden, Context(ids, lengths))
 
 
-def idle_rows(store: Store, num_rows: int, capacity: int, vocab_size: int | None) -> Rows:
+def idle_rows(store: Store, num_rows: int, num_slots: int, vocab_size: int | None) -> Rows:
     """Rows that have nothing to do; their caches are laid out like the store's.
 
     Args:
       store: any.
       num_rows: B.
-      capacity: slots of the cache of each row.
+      num_slots: of the cache of each row.
       vocab_size: V where occurrences are counted, else None.
     """
-    cache = empty(pick_rows(store.cache, jnp.zeros(num_rows, jnp.int32)), capacity)
+    cache = empty(pick_rows(store.cache, jnp.zeros(num_rows, jnp.int32)), num_slots)
     seen = None if vocab_size is None else jnp.zeros((num_rows, vocab_size), jnp.int32)
     keys = jax.random.split(jax.random.key(0), num_rows)
     rows = begin_rows(cache, jnp.zeros(num_rows, jnp.int32), keys, seen)
@@ -116,8 +117,14 @@ def place(
     keys = jax.random.wrap_key_data(key_data)
     hidden_BD = store.hidden[source_B]
     new, tokens = first_token(model, variables, None, hidden_BD, picked, keys, config)
-    kept = jax.tree.map(partial(where_rows, fresh_B), new, dataclasses.replace(rows, cache=None))
-    cache = replace_rows(rows.cache, pick_rows(store.cache, source_B), fresh_B)
+
+    def where_fresh(x: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(fresh_B.reshape(-1, *[1] * (x.ndim - 1)), x, old)
+
+    kept = jax.tree.map(where_fresh, new, dataclasses.replace(rows, cache=None))
+    # Behind the end nothing is written, and the caches of the other rows are not even read.
+    starts_B = jnp.where(fresh_B, 0, capacity(rows.cache))
+    cache = merge(rows.cache, pick_rows(store.cache, source_B), starts_B)
     tokens = tokens._replace(mask=tokens.mask & fresh_B)
     return dataclasses.replace(kept, cache=cache), Tokens(*(x[None] for x in tokens))
 
@@ -182,9 +189,9 @@ class Slots:
 class Sampler:
     """Jitted rollouts over lists of prompts.
 
-    A run compiles one prefill, one placement and at most five segments (of growing windows), for
-    all slots and again for a quarter of them, per settings and prompt width, and widths are
-    multiples of 16.
+    A run compiles one prefill and at most four sizes of the cache, each with its placement and its
+    segment, for all slots and again for a quarter of them, per settings and prompt width, and
+    widths are multiples of 16.
 
     Args:
       model: the decoder.
@@ -242,11 +249,12 @@ class Sampler:
                     slots.begin(slot, sample, len(prompts[sample]))
                 rows, first = run.place(variables, rows, store, source, now)
                 yield from slots.take(first)
-            if not slots.in_cache():
+            if rows is None or not slots.in_cache():
                 return
             if not (ready or chunks) and (kept := slots.narrow(self.few)) is not None:
                 rows = run.pick(rows, kept)
-            rows, tokens = run.segment(slots.in_cache())(variables, rows)
+            rows = run.fitted(rows, slots.in_cache())
+            rows, tokens = run.segment(variables, rows)
             yield from slots.take(tokens)
 
     def _chunks(self, prompts: Sequence[list[int]]) -> deque[list[list[int]]]:
@@ -270,10 +278,11 @@ class Programs:
         model, _ = decoding_form(sampler.model, {}, config)
         number, length = split(config)
         # Equal steps, where a rollout's stages double: the longest of many rows of all ages is
-        # seldom the longest that there can be, and all pay for its window.
+        # seldom the longest that there can be, and all pay for its slots.
         step = max(-(-number // 4), -(-64 // max(length, 1)))
-        ends = worthwhile([*range(0, number, step), number], config)
-        self.windows = [num_slots(width + end * length, config) for end in ends]
+        ends = worthwhile([*range(step, number, step), number], config)
+        self.sizes = [num_slots(width + end * length, config) for end in ends]
+        self.length = length
         vocab_size = model.config.vocab_size if config.penalises else None
         whole = replicated(sampler.mesh)
 
@@ -282,24 +291,26 @@ class Programs:
             compiled = jax.jit(function, donate_argnums=donated, out_shardings=out)
             return on_mesh(compiled, sampler.mesh, sampler.rules)
 
-        @functools.cache
-        def segment_of(window: int) -> Callable:
-            def run(variables: dict, rows: Rows) -> tuple[Rows, Tokens]:
-                return segment(model, variables, rows, length, config, window)
+        def fitted_to(size: int, rows: Rows) -> Rows:
+            return dataclasses.replace(rows, cache=resized(rows.cache, size))
 
-            return jitted(run, 1, (None, whole))
-
-        self._segment_of = segment_of
+        self._fitted_to = functools.cache(lambda size: jitted(partial(fitted_to, size)))
         self.prepare: Callable = lambda variables: variables
         if changes_weights(sampler.model, config, sampler.mesh):
             self.prepare = jitted(lambda v: decoding_form(sampler.model, v, config)[1])
         self.read = jitted(partial(read_prompts, model))
         self.idle = jitted(
-            lambda store: idle_rows(store, sampler.batch_size, self.windows[-1], vocab_size)
+            lambda store: idle_rows(store, sampler.batch_size, self.sizes[0], vocab_size)
+        )
+        self.segment = jitted(
+            lambda variables, rows: segment(model, variables, rows, length, config),
+            1,
+            (None, whole),
         )
         self.place = jitted(partial(place, model, config), 1, (None, whole))
         self.pick = jitted(pick)
 
-    def segment(self, in_cache: int) -> Callable:
-        """The segment that reads as many slots of the cache as hold something."""
-        return self._segment_of(next(window for window in self.windows if window >= in_cache))
+    def fitted(self, rows: Rows, in_cache: int) -> Rows:
+        """The rows with room in their cache for a segment behind so many tokens, not much more."""
+        size = next(size for size in self.sizes if size >= in_cache + self.length)
+        return rows if size == capacity(rows.cache) else self._fitted_to(size)(rows)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import VOCAB, tiny_config, tiny_variables
 
+from opsd_jax.kv_cache import capacity
 from opsd_jax.model import Decoder
 from opsd_jax.rollout_config import RolloutConfig
 from opsd_jax.rollouts import rollout
@@ -88,12 +89,9 @@ def row_steps(run, *asked):
     (programs,), found = run._programs.values(), []
     inner = programs.segment
 
-    def recorded(in_cache):
-        def segment(variables, rows):
-            found.extend([len(rows.ids)] * CONFIG.segment_len)
-            return inner(in_cache)(variables, rows)
-
-        return segment
+    def recorded(variables, rows):
+        found.extend([len(rows.ids)] * CONFIG.segment_len)
+        return inner(variables, rows)
 
     programs.segment = recorded
     list(run(*asked))
@@ -137,7 +135,7 @@ def test_equal_prompts_are_read_once_and_a_handful_of_programs_is_compiled():
     programs.read = lambda *arguments: reads.append(1) or read(*arguments)
     list(run(variables, prompts, CONFIG, keys))
     assert len(reads) == 1
-    assert len(programs.windows) <= 5
+    assert len(programs.sizes) <= 4
     for longest in (2, 5, 9, 16):  # Prompts of other lengths, the same width and programs.
         other, other_keys = questions(longest=longest)
         list(run(variables, other, CONFIG, other_keys))
@@ -147,3 +145,24 @@ def test_equal_prompts_are_read_once_and_a_handful_of_programs_is_compiled():
 def test_nothing_asked_nothing_said():
     keys = jax.random.split(jax.random.key(0), 0)
     assert list(sampler()(tiny_variables(tiny_config()), [], CONFIG, keys)) == []
+
+
+def test_the_cache_is_as_large_as_the_longest_row_needs():
+    """It grows as rows do, and shrinks again when the long ones have made room."""
+    prompts, keys = questions(num=6, samples=1)
+    config = dataclasses.replace(CONFIG, max_new_tokens=140, stop_ids=())
+    run, variables = sampler(), tiny_variables(tiny_config())
+    list(run(variables, prompts[:1], config, keys[:1]))
+    (programs,) = run._programs.values()
+    inner, found = programs.segment, []
+
+    def recorded(variables, rows):
+        longest = int(jnp.max(jnp.where(rows.done, 0, rows.lengths)))
+        found.append((longest + programs.length, capacity(rows.cache)))
+        return inner(variables, rows)
+
+    programs.segment = recorded
+    list(run(variables, prompts, config, keys))
+    assert all(size == min(s for s in programs.sizes if s >= need) for need, size in found)
+    assert [size for _, size in found] != sorted(size for _, size in found)
+    assert {size for _, size in found} == set(programs.sizes)
