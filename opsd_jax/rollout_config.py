@@ -71,7 +71,7 @@ class RolloutConfig:
     min_new_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
     pad_id: int = 0
-    segment_len: int = 16
+    segment_len: int = 8
     unroll_layers: int = 4
     gather_weights: bool = True
     attention: str = "xla"

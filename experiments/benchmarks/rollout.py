@@ -139,10 +139,10 @@ def against_transformers(args, batch):
 
 
 def refill(args, batch):
-    """Eight times as many prompts as rows, lengths geometric: through slots, as batches that end
-    with their longest row, and as batches that run to the limit."""
+    """More completions than rows, lengths geometric: through slots, as batches that end with
+    their longest row, and as batches that run to the limit."""
     model, variables = load(args)
-    V, number = model.config.vocab_size, 8 * batch
+    V, number = model.config.vocab_size, args.rounds * batch
     # Random weights give nearly uniform probabilities: 8 V / new ids stop with one in new / 8.
     stop_ids = tuple(range(1, 1 + round(8 * V / args.new)))
     config = RolloutConfig(
@@ -242,6 +242,7 @@ def main():
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--unroll_layers", type=int, default=4, help="as rollout.unroll_layers")
     parser.add_argument("--samples", type=int, default=1, help="--refill: of every prompt")
+    parser.add_argument("--rounds", type=int, default=8, help="--refill: completions per row")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--no_torch", action="store_true")
