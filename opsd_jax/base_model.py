@@ -11,7 +11,7 @@ import jax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from opsd_jax.errors import UserError
+from opsd_jax.errors import UserError, require_seed
 from opsd_jax.experiment import Base
 from opsd_jax.huggingface import config_from_hf, read_json
 from opsd_jax.model import Decoder, init_variables
@@ -63,6 +63,9 @@ class RandomModel:
     tokenizer: str = "testbed"
     config: ModelConfig | str = TESTBED_MODEL
     seed: int = 0
+
+    def __post_init__(self):
+        require_seed("RandomModel.seed", self.seed)
 
     def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Say) -> Base:
         del cache_dir

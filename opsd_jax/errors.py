@@ -22,3 +22,10 @@ def require(area: str, config: object, checks: Mapping[str, tuple[bool, str]]) -
     for name, (fine, wanted) in checks.items():
         if not fine:
             raise UserError(f"{area}.{name} must be {wanted}, not {getattr(config, name)!r}")
+
+
+def require_seed(name: str, seed: int) -> None:
+    """Raises a UserError unless 0 <= seed < 2**32: JAX drops the upper bits without a word, and
+    NumPy's generators take no negative one."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"{name} must be from 0 to {2**32 - 1}, not {seed}")

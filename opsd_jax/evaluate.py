@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from opsd_jax import scores
 from opsd_jax.contexts import ContextConfig, render
-from opsd_jax.errors import UserError
+from opsd_jax.errors import UserError, require_seed
 from opsd_jax.generations import Generation, GenerationLog, Place, generation_of
 from opsd_jax.grader_pool import Grade, GraderPool
 from opsd_jax.grading import group_answers
@@ -88,6 +88,7 @@ class EvaluateConfig:
                 f"evaluate.temperature must be positive, not {self.temperature}; the greedy pass "
                 "is evaluate.greedy"
             )
+        require_seed("evaluate.seed", self.seed)
 
 
 class Prompt(NamedTuple):

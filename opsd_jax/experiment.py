@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from opsd_jax.completions import CompletionSource, StudentRollouts
 from opsd_jax.contexts import ContextConfig
 from opsd_jax.divergence import DivergenceConfig
-from opsd_jax.errors import UserError, require
+from opsd_jax.errors import UserError, require, require_seed
 from opsd_jax.evaluate import EvaluateConfig
 from opsd_jax.guard import GuardConfig
 from opsd_jax.model import Decoder, init_variables
@@ -124,6 +124,7 @@ class TrainConfig:
                 raise UserError(
                     f"train.{name} must be an integer >= 0, not {getattr(self, name)!r}"
                 )
+        require_seed("train.seed", self.seed)
         if not isinstance(self.learning_rate, (int, float)) or self.learning_rate <= 0:
             raise UserError(f"train.learning_rate must be positive, not {self.learning_rate!r}")
         choices = {

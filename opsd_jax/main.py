@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from opsd_jax.errors import UserError
+from opsd_jax.errors import UserError, require_seed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -216,6 +216,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     chosen = {name: getattr(arguments, name) for name in shared}
     check_sampling(chosen, "--{}")
     check_sampling({"max_new_tokens": arguments.max_tokens}, "--max_tokens")
+    require_seed("--seed", arguments.seed)
     settings = RolloutConfig(
         arguments.max_tokens, presence_penalty=arguments.presence_penalty, **chosen
     )
@@ -239,6 +240,7 @@ def run_export(arguments: argparse.Namespace) -> None:
 def run_tokens(arguments: argparse.Namespace) -> None:
     from opsd_jax.token_view import tokens_command
 
+    require_seed("--seed", arguments.seed)
     tokens_command(arguments.workdir, arguments.step, arguments.num, arguments.seed)
 
 

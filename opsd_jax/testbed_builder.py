@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from opsd_jax.errors import UserError
+from opsd_jax.errors import UserError, require_seed
 from opsd_jax.grading import AnswerForm, same_text
 from opsd_jax.problem_builder import ProblemBuilder, generated_problems
 from opsd_jax.problems import AnswerGrader, LoadedProblems, Problem
@@ -42,6 +42,7 @@ class ChainArithmetic:
                 f"ChainArithmetic.num_problems must be 1 to {len(self._members)} for the "
                 f"{self.split} split with num_ops = {self.num_ops}, got {self.num_problems}."
             )
+        require_seed("ChainArithmetic.seed", self.seed)
 
     def load(self, cache_dir: str | None = None) -> LoadedProblems:
         """The problems, built once below `cache_dir` (None: anew each time)."""

@@ -23,7 +23,7 @@ import optax
 from flax import linen as nn
 from optax.contrib import MuonDimensionNumbers, muon
 
-from opsd_jax.errors import UserError
+from opsd_jax.errors import UserError, require_seed
 from opsd_jax.files import scratch_folder
 from opsd_jax.head import head_logits, output_head
 from opsd_jax.model import Decoder, init_variables
@@ -93,6 +93,7 @@ class WarmStartConfig:
         for name in ("learning_rate", "extra_learning_rate", "muon_scale"):
             if not (value := getattr(self, name)) > 0:
                 raise UserError(f"WarmStart.{name} must be positive, got {value}.")
+        require_seed("WarmStart.seed", self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

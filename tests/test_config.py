@@ -133,6 +133,16 @@ def test_weights_of_tokens_are_named_and_bound_in_a_gin_file():
         ),
         (["train.num_steps = True"], "train.num_steps must be an integer, not True"),
         (["train.seed = 99999999999999999999"], "train.seed .*32 bits"),
+        (["evaluate.seed = -1"], "evaluate.seed must be from 0 to 4294967295, not -1"),
+        (["ChainArithmetic.seed = -1"], "ChainArithmetic.seed must be from 0"),
+        (
+            ["TestbedBase.warm_start = @WarmStart()", "WarmStart.seed = -1"],
+            "WarmStart.seed must be from 0",
+        ),
+        (
+            ["train.model = @RandomModel()", "RandomModel.seed = -1"],
+            "RandomModel.seed must be from 0",
+        ),
         (["train.learning_rate = 1e999"], "train.learning_rate must be a number, not inf"),
         (["train.remat = 'no'"], "train.remat must be True or False, not 'no'"),
         (["train.lora = 'lora'"], r"train.lora must be @lora\(\) or None, not 'lora'"),

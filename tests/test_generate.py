@@ -56,3 +56,11 @@ def test_a_bad_flag_is_named_before_anything_is_loaded(flag, capsys):
     name, value = flag.split("=")
     told = capsys.readouterr().err
     assert f"opsd generate: {name} must be" in told and f"not {value}" in told
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30])
+@pytest.mark.parametrize("which", [["generate", "--prompt=x"], ["tokens"]])
+def test_a_seed_beyond_32_bits_is_refused_before_anything_is_loaded(which, seed, capsys):
+    assert main([*which, "--workdir=no_such_run", f"--seed={seed}"]) == 2
+    told = capsys.readouterr().err
+    assert told == f"opsd {which[0]}: --seed must be from 0 to 4294967295, not {seed}\n"
