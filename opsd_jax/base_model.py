@@ -16,6 +16,7 @@ from opsd_jax.experiment import Base
 from opsd_jax.huggingface import config_from_hf, read_json
 from opsd_jax.model import Decoder, init_variables
 from opsd_jax.model_config import DTYPES, ModelConfig
+from opsd_jax.pod import first_process_first
 from opsd_jax.pretrained import load_pretrained
 from opsd_jax.sharding import Rules, variable_shardings
 from opsd_jax.testbed import ChainTokenizer
@@ -91,9 +92,12 @@ class RandomModel:
 class TestbedBase:
     """The testbed's warm-started base, trained on first use and kept below the cache directory.
 
+    On a pod process 0 trains it and the others read it: all start from the same bits.
+
     Args:
       warm_start: the recipe.
-      cache_dir: where bases are kept, to share one between runs; None is the run's workdir.
+      cache_dir: where bases are kept, to share one between runs; None is the run's workdir. All
+        hosts of a pod must see it.
     """
 
     __test__ = False  # Not a test class, whatever pytest makes of its name.
@@ -103,5 +107,9 @@ class TestbedBase:
 
     def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Say) -> Base:
         del mesh, rules
-        base = load_or_train(self.warm_start, TESTBED_MODEL, self.cache_dir or cache_dir, say)
+        folder = self.cache_dir or cache_dir
+        base = first_process_first(
+            lambda: load_or_train(self.warm_start, TESTBED_MODEL, folder, say),
+            f"the testbed's base below {folder}",
+        )
         return Base(TESTBED_MODEL, base.params, ChainTokenizer())

@@ -41,8 +41,8 @@ from opsd_jax.guard import restored_step
 from opsd_jax.lock import only_writer
 from opsd_jax.loop import BEST_METRIC
 from opsd_jax.metrics import plain
+from opsd_jax.pod import connected_mesh
 from opsd_jax.scores import table
-from opsd_jax.sharding import make_mesh
 from opsd_jax.tokenizer import Tokenizer
 from opsd_jax.train import make_evaluator
 
@@ -79,7 +79,7 @@ def restore_run(
     if not own.exists():
         raise UserError(f"--workdir={workdir}: no config.gin there; is it a training workdir?")
     experiment = load_run(str(own), gin_files, bindings)
-    mesh = make_mesh(experiment.mesh)
+    mesh = connected_mesh(experiment.mesh)
     base = experiment.train.model.load(
         mesh, experiment.mesh.rules, str(Path(workdir) / "base"), _say
     )
@@ -129,7 +129,7 @@ def plain_model(path: str, gin_files: Sequence[str] = (), bindings: Sequence[str
         "train.lora = None",
     )
     experiment, _ = load_experiment(gin_files, [*bindings, *chosen], untrained)
-    mesh = make_mesh(experiment.mesh)
+    mesh = connected_mesh(experiment.mesh)
     base = experiment.train.model.load(mesh, experiment.mesh.rules, "", _say)
     parts = assemble(experiment, base.config, base.tokenizer, mesh)
     variables = {"params": base.params}

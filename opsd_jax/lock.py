@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from opsd_jax.errors import UserError
+from opsd_jax.pod import refuse_together
 
 
 @contextlib.contextmanager
@@ -36,12 +35,7 @@ def only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
                 stack.enter_context(_locked(folder, say))
             except UserError as error:
                 refusal = error
-        if jax.process_count() > 1:  # The others would wait for process 0 for ever.
-            free = multihost_utils.broadcast_one_to_all(np.asarray(refusal is None))
-            if refusal is None and not free:
-                refusal = UserError(f"{folder} cannot be used; process 0 tells why")
-        if refusal is not None:
-            raise refusal
+        refuse_together(refusal, str(folder))
         yield
 
 

@@ -34,12 +34,13 @@ from opsd_jax.loop import BEST_METRIC, Loop, saved
 from opsd_jax.metrics import MetricWriters
 from opsd_jax.operative_config import first_difference
 from opsd_jax.pipeline import make_batches
+from opsd_jax.pod import connected_mesh, wait_for_all
 from opsd_jax.preemption import Preemption
 from opsd_jax.problems import ProblemSet
 from opsd_jax.progress import ProgressLine
 from opsd_jax.references import ReferenceRows
 from opsd_jax.runs import Run, read_run
-from opsd_jax.sharding import make_mesh, num_bytes
+from opsd_jax.sharding import num_bytes
 from opsd_jax.slots import Sampler
 from opsd_jax.stepping import GradeAll, check_answers
 from opsd_jax.tokenizer import Tokenizer
@@ -60,7 +61,7 @@ def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict
     """
     workdir = Path(workdir)
     settings = experiment.train
-    mesh = make_mesh(experiment.mesh)
+    mesh = connected_mesh(experiment.mesh)
     with ExitStack() as stack:
         progress = stack.enter_context(ProgressLine(settings.num_steps))
         say, bases = progress.note, str(workdir / "base")
@@ -75,6 +76,7 @@ def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict
         batches = training_batches(experiment, problems, base.tokenizer, say)
         evaluator = make_evaluator(experiment, parts, base.tokenizer, workdir, stack)
         tell_contamination(problems, evaluator, say)
+        wait_for_all("problems and prompts")
         folder, kept = workdir / "checkpoints", settings.keep_checkpoints
         checkpoints = stack.enter_context(Checkpoints(folder, kept, BEST_METRIC, say))
         state, tokens, start = start_or_resume(
