@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters as sampling reads them: cast, gathered and unstacked once, read at every token."""
+"""Parameters as sampling reads them: made once (int8, cast, gathered, unstacked), read often."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh
 
+from opsd_jax.errors import UserError
 from opsd_jax.model import Decoder, init_variables
+from opsd_jax.quantized import quantized
 from opsd_jax.rollout_config import RolloutConfig
 from opsd_jax.sharding import variable_shardings
 
@@ -22,15 +25,28 @@ def decoding_form(model: Decoder, variables: dict, config: RolloutConfig) -> tup
       model: the decoder.
       variables: {"params"[, "lora"]}; no gradient flows through what is returned.
       config: says which of the forms below to take.
+
+    Returns:
+      The model and {"params"[, "lora"][, "scales" of int8 matrices]}.
+
+    Raises:
+      UserError: `rollout.weights` is set for a mixture of experts.
     """
     variables = jax.lax.stop_gradient(variables)
+    if config.weights is not None:
+        if model.config.num_experts:
+            raise UserError(
+                f"rollout.weights = {config.weights!r} is not for a mixture of experts, whose "
+                "grouped product would first make a wide copy of all of them; set it to None"
+            )
+        variables = quantized(variables)
     if config.dtype is not None:
-        variables = jax.tree.map(lambda x: x.astype(config.dtype), variables)
+        variables = cast(variables, config.dtype)
         model = Decoder(dataclasses.replace(model.config, dtype=config.dtype))
     if config.attention != "xla":
         model = Decoder(dataclasses.replace(model.config, decode_attention=config.attention))
     if gathers(config, jax.sharding.get_abstract_mesh()):
-        variables = gathered(model, variables)
+        variables = gathered(model, variables, config)
     if unrolls(model, config):
         return unstacked(model, variables)
     return model, variables
@@ -38,7 +54,8 @@ def decoding_form(model: Decoder, variables: dict, config: RolloutConfig) -> tup
 
 def changes_weights(model: Decoder, config: RolloutConfig, mesh: Mesh) -> bool:
     """Whether `decoding_form` makes other arrays there than those that it is given."""
-    return config.dtype is not None or gathers(config, mesh) or unrolls(model, config)
+    other_numbers = config.dtype is not None or config.weights is not None
+    return other_numbers or gathers(config, mesh) or unrolls(model, config)
 
 
 def gathers(config: RolloutConfig, mesh: Mesh | AbstractMesh) -> bool:
@@ -49,19 +66,35 @@ def unrolls(model: Decoder, config: RolloutConfig) -> bool:
     return model.config.scan_layers and model.config.num_layers <= config.unroll_layers
 
 
-def gathered(model: Decoder, variables: dict) -> dict:
+def cast(variables: dict, dtype: str) -> dict:
+    """The variables in another dtype; int8 values and their scales as they are."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        return x if x.dtype == jnp.int8 else x.astype(dtype)
+
+    return {
+        name: tree if name == "scales" else jax.tree.map(leaf, tree)
+        for name, tree in variables.items()
+    }
+
+
+def gathered(model: Decoder, variables: dict, config: RolloutConfig) -> dict:
     """The variables whole on every device along `data`, split along `model` as they were.
 
     A fully sharded matrix is fetched from all devices where it is used: once per layer and pass in
     the loss, but once per token in decoding, which then waits for the network and for nothing else.
     """
-    rules = tuple(
-        (name, None if axis == "data" else axis) for name, axis in nn.get_logical_axis_rules()
-    )
     boxed = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
-    wanted = variable_shardings(boxed, jax.sharding.get_abstract_mesh(), rules)
-    place = jax.lax.with_sharding_constraint
-    return {name: place(tree, wanted[name]) for name, tree in variables.items()}
+    if config.weights is not None:
+        boxed = jax.eval_shape(quantized, boxed)
+    split = nn.get_logical_axis_rules()
+    whole = tuple((name, None if axis == "data" else axis) for name, axis in split)
+    # Split first: XLA would else gather the rounded floats, and make them int8 afterwards.
+    for rules in (split, whole):
+        wanted = variable_shardings(boxed, jax.sharding.get_abstract_mesh(), rules)
+        place = jax.lax.with_sharding_constraint
+        variables = {name: place(tree, wanted[name]) for name, tree in variables.items()}
+    return variables
 
 
 def unstacked(model: Decoder, variables: dict) -> tuple[Decoder, dict]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax.model_config import ModelConfig
+from opsd_jax.quantized import scaled
 
 
 @flax.struct.dataclass
@@ -22,10 +23,12 @@ class Head:
     Attributes:
       kernel: [V, D]; rows are token vectors (the layout of an embedding, so tying is free).
       softcap: None, or c > 0 for logits c * tanh(z / c) (Gemma).
+      scale: None, or [V, 1] of an int8 kernel (`quantized.py`).
     """
 
     kernel: jax.Array
     softcap: float | None = flax.struct.field(pytree_node=False, default=None)
+    scale: jax.Array | None = None
 
 
 def soft_cap(logits: jax.Array, softcap: float | None) -> jax.Array:
@@ -49,15 +52,20 @@ def head_logits(head: Head, hidden: jax.Array) -> jax.Array:
     kernel = head.kernel.astype(hidden.dtype)
     accumulator = jnp.promote_types(hidden.dtype, jnp.float32)
     logits = jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=accumulator)
-    return soft_cap(logits, head.softcap)
+    scale_V = None if head.scale is None else head.scale[:, 0]
+    return soft_cap(scaled(logits, scale_V), head.softcap)
 
 
-def output_head(params: Mapping[str, Any], config: ModelConfig) -> Head:
+def output_head(
+    params: Mapping[str, Any], config: ModelConfig, scales: Mapping[str, Any] | None = None
+) -> Head:
     """The head of a decoder's parameter tree: the embedding when tied, else its own kernel.
 
     Args:
       params: the decoder's "params" collection; its array is taken as is, nothing is copied.
       config: the decoder's configuration; `tie_embeddings` decides.
+      scales: the decoder's "scales" collection, where the parameters are int8.
     """
-    kernel = params["embed"] if config.tie_embeddings else params["lm_head"]
-    return Head(kernel=kernel, softcap=getattr(config, "final_softcap", None))
+    name = "embed" if config.tie_embeddings else "lm_head"
+    softcap = getattr(config, "final_softcap", None)
+    return Head(params[name], softcap, scales[name] if scales else None)

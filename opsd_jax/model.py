@@ -2,7 +2,8 @@
 """The decoder: token ids in, hidden states out. It neither samples nor computes losses.
 
 One parameter tree serves both roles. `apply({"params": p, "lora": l}, ...)` is the student;
-leaving the collection out, `apply({"params": p}, ...)`, is the base model.
+leaving the collection out, `apply({"params": p}, ...)`, is the base model. For sampling alone,
+matrices may be int8 with their scales in a third collection (`quantized.py`).
 
 The module never writes its `cache`. It attends to the tokens it is given and, if there is one, to
 that cache; with `return_kv=True` it hands back the new keys and values and the caller stores
@@ -29,6 +30,7 @@ from opsd_jax.attention import attend_cached, attend_text
 from opsd_jax.kv_cache import KV, KVCache, LayersKV, Recent, put
 from opsd_jax.model_config import ModelConfig, layer_numbers
 from opsd_jax.projection import logical, project
+from opsd_jax.quantized import scaled
 
 
 @flax.struct.dataclass
@@ -249,7 +251,9 @@ class Decoder(nn.Module):
                 logical(nn.initializers.normal(c.embed_dim**-0.5), ("vocab", "embed")),
                 (c.vocab_size, c.embed_dim),
             )
-        x_BTD = c.embed_scale * embed[ids_BT].astype(c.dtype)
+        scale_V1 = self.get_variable("scales", "embed")
+        x_BTD = embed[ids_BT].astype(c.dtype)
+        x_BTD = c.embed_scale * scaled(x_BTD, None if scale_V1 is None else scale_V1[ids_BT])
         layers = self._scanned if c.scan_layers else self._unrolled
         x_BTD, new_kv = layers(x_BTD, positions_BT, cache, recent, return_kv)
         x_BTD = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x_BTD)
@@ -260,7 +264,7 @@ class Decoder(nn.Module):
         block = nn.remat(Block, prevent_cse=False) if c.remat and not return_kv else Block
         layers = nn.scan(
             block,
-            variable_axes={"params": 0, "lora": 0},
+            variable_axes={"params": 0, "lora": 0, "scales": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, 0, 0, nn.broadcast),
             length=c.num_layers,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from opsd_jax.model_config import LoraConfig, ModelConfig
+from opsd_jax.quantized import scaled
 
 
 def logical(init: Callable[..., jax.Array], axes: tuple[str | None, ...]) -> Callable[..., Any]:
@@ -23,7 +24,7 @@ class Projection(nn.Module):
     """A linear map over the trailing `in_shape` axes, with an optional bias and adapter.
 
     y = x W + bias + scale · (x A) B, where A and B live in the "lora" collection and B starts
-    at zero.
+    at zero. An int8 W has its scale in the "scales" collection (`quantized.py`).
     """
 
     in_shape: tuple[int, ...]
@@ -49,6 +50,7 @@ class Projection(nn.Module):
             self.in_shape + self.out_shape,
         )
         y = jnp.tensordot(x, kernel.astype(x.dtype), num_in)
+        y = scaled(y, self.get_variable("scales", "kernel"))
         if self.use_bias:
             zeros = logical(nn.initializers.zeros, self.out_axes)
             bias = self.param("bias", zeros, self.out_shape).astype(x.dtype)

@@ -59,6 +59,9 @@ class RolloutConfig:
         that reads of each row what is there (`decode_attention.py`).
       dtype: of weights and computation while sampling, None = the model's; "bfloat16" under a
         float32 model makes rollout/logp_gap the price of speed.
+      weights: None as they are, or "int8": while sampling, prompts included, every matrix is 8-bit
+        with a scale per output (`quantized.py`), for a quarter of the bytes of float32; the loss
+        never sees it, and rollout/logp_gap is its price. Not for a mixture of experts.
     """
 
     max_new_tokens: int
@@ -76,6 +79,7 @@ class RolloutConfig:
     gather_weights: bool = True
     attention: str = "xla"
     dtype: str | None = None
+    weights: str | None = None
 
     def __post_init__(self):
         check_sampling({name: getattr(self, name) for name in SAMPLING_BOUNDS}, "rollout.{}")
@@ -88,6 +92,7 @@ class RolloutConfig:
             "unroll_layers": (self.unroll_layers >= 0, ">= 0"),
             "attention": (self.attention in DECODE_ATTENTION, f"one of {DECODE_ATTENTION}"),
             "dtype": (self.dtype in (None, *DTYPES), "None, 'float32', 'bfloat16'"),
+            "weights": (self.weights in (None, "int8"), "None or 'int8'"),
         }
         require("rollout", self, checks)
 
@@ -102,5 +107,5 @@ class RolloutConfig:
 
     def sampling(self, **settings: Any) -> RolloutConfig:
         """Another way to sample with the same stop ids and numerics; what is not named is off."""
-        shared = "stop_ids pad_id segment_len unroll_layers gather_weights attention dtype".split()
-        return RolloutConfig(**settings, **{name: getattr(self, name) for name in shared})
+        shared = "stop_ids pad_id segment_len unroll_layers gather_weights attention dtype weights"
+        return RolloutConfig(**settings, **{name: getattr(self, name) for name in shared.split()})

@@ -246,7 +246,8 @@ def first_token(
     if config.penalises:
         seen = prompt_tokens(prompts.ids, prompts.lengths, model.config.vocab_size)
         rows = dataclasses.replace(rows, seen=seen)
-    return next_token(rows, output_head(variables["params"], model.config), hidden_BD, config)
+    head = output_head(variables["params"], model.config, variables.get("scales"))
+    return next_token(rows, head, hidden_BD, config)
 
 
 def begin_rows(
@@ -287,7 +288,7 @@ def segment(
     Returns:
       The rows after it, and `Tokens` of [K, B]; rows that are done give masked padding.
     """
-    head = output_head(variables["params"], model.config)
+    head = output_head(variables["params"], model.config, variables.get("scales"))
     starts_B, slots = rows.lengths, jnp.arange(length)
     cache = cache_of(rows.cache, starts_B)
 

@@ -268,6 +268,7 @@ def test_all_rows_may_stop_at_once_or_never():
         ("segment_len", 0),
         ("unroll_layers", -1),
         ("dtype", "int4"),
+        ("weights", "int4"),
     ],
 )
 def test_bad_settings_name_themselves(field, value):

@@ -10,6 +10,7 @@ Qwen3-1.7B, or a checkpoint (--model). Compile time is stated and not part of an
 The cases of a batch size are timed in turns and medians compared, so that a busy machine slows all
 of them alike. --refill: stop ids that make lengths geometric with a mean of about --new / 8; with
 --samples=8 every prompt is asked so often, as an evaluation does, and slots read it once.
+--weights=int8: as rollout.weights, and the gap in log-probability to scoring, by sampled token.
 --floor: the time of a step over the time to read weights and cache once at the measured copy
 bandwidth, and the three largest costs of the profile.
 """
@@ -30,10 +31,13 @@ import numpy as np
 from flax.core import meta
 
 import opsd_jax
+from opsd_jax.head import output_head
+from opsd_jax.likelihood import token_logps
 from opsd_jax.model import Decoder, init_variables
 from opsd_jax.model_config import ModelConfig
 from opsd_jax.rollout_config import RolloutConfig
-from opsd_jax.rollouts import rollout
+from opsd_jax.rollouts import Context, rollout
+from opsd_jax.scoring import completion_hidden
 from opsd_jax.sharding import FULLY_SHARDED, MeshConfig, make_mesh, num_bytes
 from opsd_jax.slots import Sampler
 
@@ -66,6 +70,7 @@ def prompts(args, rows, vocab_size):
 def our_case(args, batch, model, variables):
     """(seconds to compile, function to time) of one jitted rollout."""
     config = RolloutConfig(args.new, temperature=args.temperature, unroll_layers=args.unroll_layers)
+    config = dataclasses.replace(config, weights=args.weights)
     ids = jnp.asarray(prompts(args, batch, model.config.vocab_size))
     lengths = jnp.full((batch,), args.prompt, jnp.int32)
     start = time.perf_counter()
@@ -73,6 +78,21 @@ def our_case(args, batch, model, variables):
     run = jitted.lower(variables, ids, lengths, jax.random.key(0)).compile()
     seconds = time.perf_counter() - start
     return seconds, lambda: jax.block_until_ready(run(variables, ids, lengths, jax.random.key(0)))
+
+
+def logp_gap(args, model, variables, completion):
+    """Mean and largest |log-probability while sampling - while scoring| of the sampled tokens."""
+    ids = jnp.asarray(prompts(args, len(completion.ids), model.config.vocab_size))
+    context = Context(ids, jnp.full((len(ids),), args.prompt, jnp.int32))
+
+    @jax.jit
+    def score(variables, completion):
+        hidden = completion_hidden(model, variables, context, completion)
+        head = output_head(variables["params"], model.config)
+        return token_logps(head, hidden, completion.ids, completion.mask, None)[0]
+
+    gap = np.abs(score(variables, completion) - completion.logps)[np.asarray(completion.mask)]
+    return dict(mean_logp_gap=float(f"{gap.mean():.2g}"), max_logp_gap=float(f"{gap.max():.2g}"))
 
 
 def torch_cases(args, batch, folder):
@@ -134,6 +154,7 @@ def against_transformers(args, batch):
         more = {}
         if name == "rollout":
             more = dict(compile_s=round(compile_s, 1))
+            more |= dict(weights=args.weights) | logp_gap(args, model, variables, ours())
             more |= {} if best is None else dict(over_transformers=round(best / seconds, 2))
         describe(args, name, batch, batch * args.new, seconds, **more)
 
@@ -241,6 +262,7 @@ def main():
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--unroll_layers", type=int, default=4, help="as rollout.unroll_layers")
+    parser.add_argument("--weights", choices=["int8"], help="as rollout.weights")
     parser.add_argument("--samples", type=int, default=1, help="--refill: of every prompt")
     parser.add_argument("--rounds", type=int, default=8, help="--refill: completions per row")
     parser.add_argument("--repeats", type=int, default=5)
