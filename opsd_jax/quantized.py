@@ -4,8 +4,8 @@
     W ~ scale · q,   x W ~ (x q) · scale
 
 The scale does not depend on what is summed over, so it is applied to the product: the compiler
-converts q where the product reads it, and a TPU holds no whole matrix in a wider type. (On a CPU XLA
-converts all of them once, ahead of the loop: the numbers are the same, memory is not saved.)
+converts q where the product reads it, and a TPU holds no whole matrix in a wider type. (On a CPU
+XLA converts all of them once, ahead of the loop: the same numbers, and no memory is saved.)
 """
 
 from __future__ import annotations
