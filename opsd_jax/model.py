@@ -251,7 +251,7 @@ class Decoder(nn.Module):
                 logical(nn.initializers.normal(c.embed_dim**-0.5), ("vocab", "embed")),
                 (c.vocab_size, c.embed_dim),
             )
-        scale_V1 = self.get_variable("scales", "embed")
+        scale_V1: jax.Array | None = self.get_variable("scales", "embed")
         x_BTD = embed[ids_BT].astype(c.dtype)
         x_BTD = c.embed_scale * scaled(x_BTD, None if scale_V1 is None else scale_V1[ids_BT])
         layers = self._scanned if c.scan_layers else self._unrolled
