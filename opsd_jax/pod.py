@@ -28,17 +28,18 @@ _ONE_DAY_MS = 24 * 3600 * 1000
 _count = itertools.count()
 
 
-def wait_for_all(what: str) -> None:
-    """Returns once every process has called this; all call in the same order."""
-    key = f"opsd_jax:{what}:{next(_count)}"  # a barrier serves once
-    multihost.get_barrier_sync_fn()(key=key, timeout_ms=_ONE_DAY_MS)
+def wait_for_all() -> None:
+    """Returns once every process has called this, as often as the others."""
+    # A barrier serves once. Its key is counted and not named: names can hold paths, and processes
+    # that were given other paths would wait for each other for ever instead of being refused.
+    multihost.get_barrier_sync_fn()(key=f"opsd_jax:{next(_count)}", timeout_ms=_ONE_DAY_MS)
 
 
 def connected_mesh(config: MeshConfig) -> Mesh:
     """`make_mesh`, whose groups of devices have found each other over all axes."""
     mesh = make_mesh(config)
     if jax.process_count() > 1:
-        wait_for_all("mesh")
+        wait_for_all()
         for axes in (mesh.axis_names, *mesh.axis_names):
             _sum_over(mesh, axes)
     return mesh
@@ -63,7 +64,7 @@ def refuse_together(refusal: UserError | None, what: str) -> None:
       refusal: of process 0; the others' is not looked at.
       what: cannot be had if process 0 refuses.
     """
-    wait_for_all(what)
+    wait_for_all()
     if jax.process_count() > 1:
         fine = multihost_utils.broadcast_one_to_all(np.asarray(refusal is None))
         if refusal is None and not fine:
@@ -87,6 +88,6 @@ def first_process_first(make: Callable[[], Made], what: str) -> Made:
     refuse_together(refusal, what)
     if jax.process_index() > 0:
         made = make()
-    wait_for_all(what)
+    wait_for_all()
     assert made is not None
     return made

@@ -76,7 +76,7 @@ def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict
         batches = training_batches(experiment, problems, base.tokenizer, say)
         evaluator = make_evaluator(experiment, parts, base.tokenizer, workdir, stack)
         tell_contamination(problems, evaluator, say)
-        wait_for_all("problems and prompts")
+        wait_for_all()
         folder, kept = workdir / "checkpoints", settings.keep_checkpoints
         checkpoints = stack.enter_context(Checkpoints(folder, kept, BEST_METRIC, say))
         state, tokens, start = start_or_resume(
