@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters as sampling reads them: made once (int8, cast, gathered, unstacked), read often."""
+"""Parameters as sampling reads them: made once (int8, cast, gathered, unstacked, turned)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from opsd_jax.model import Decoder, init_variables
 from opsd_jax.quantized import quantized
 from opsd_jax.rollout_config import RolloutConfig
 from opsd_jax.sharding import variable_shardings
+from opsd_jax.weights_first import turned
 
 
 def decoding_form(model: Decoder, variables: dict, config: RolloutConfig) -> tuple[Decoder, dict]:
@@ -27,7 +28,7 @@ def decoding_form(model: Decoder, variables: dict, config: RolloutConfig) -> tup
       config: says which of the forms below to take.
 
     Returns:
-      The model and {"params"[, "lora"][, "scales" of int8 matrices]}.
+      The model and {"params"[, "lora"][, "scales" of int8 matrices][, "turned" matrices]}.
 
     Raises:
       UserError: `rollout.weights` is set for a mixture of experts.
@@ -48,7 +49,8 @@ def decoding_form(model: Decoder, variables: dict, config: RolloutConfig) -> tup
     if gathers(config, jax.sharding.get_abstract_mesh()):
         variables = gathered(model, variables, config)
     if unrolls(model, config):
-        return unstacked(model, variables)
+        model, variables = unstacked(model, variables)
+        return model, turned(variables)
     return model, variables
 
 

@@ -5,7 +5,7 @@ Losses and samplers receive `(hidden, Head)` instead of logits, so that they cho
 rows of logits exist at a time. Alphabet: V vocab, D model width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -36,7 +36,14 @@ def soft_cap(logits: jax.Array, softcap: float | None) -> jax.Array:
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
-def head_logits(head: Head, hidden: jax.Array) -> jax.Array:
+def hidden_first(hidden: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+    """hidden @ kernelᵀ: [..., D] x [V, D] -> [..., V] in a dtype."""
+    return jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=dtype)
+
+
+def head_logits(
+    head: Head, hidden: jax.Array, product: Callable[..., jax.Array] = hidden_first
+) -> jax.Array:
     """Logits z = softcap(hidden @ kernel^T), accumulated in float32.
 
     The kernel is cast to the dtype of `hidden`, so that float32 masters multiply in bfloat16
@@ -45,13 +52,14 @@ def head_logits(head: Head, hidden: jax.Array) -> jax.Array:
     Args:
       head: the output head, kernel [V, D].
       hidden: [..., D], after the final norm; bfloat16 or float32.
+      product: another way to compute `hidden_first`.
 
     Returns:
       [..., V] float32.
     """
     kernel = head.kernel.astype(hidden.dtype)
     accumulator = jnp.promote_types(hidden.dtype, jnp.float32)
-    logits = jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=accumulator)
+    logits = product(hidden, kernel, dtype=accumulator)
     scale_V = None if head.scale is None else head.scale[:, 0]
     return soft_cap(scaled(logits, scale_V), head.softcap)
 

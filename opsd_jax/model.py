@@ -3,7 +3,8 @@
 
 One parameter tree serves both roles. `apply({"params": p, "lora": l}, ...)` is the student;
 leaving the collection out, `apply({"params": p}, ...)`, is the base model. For sampling alone,
-matrices may be int8 with their scales in a third collection (`quantized.py`).
+matrices may be int8 with their scales in a third collection (`quantized.py`), or lie in another
+order in a fourth (`weights_first.py`).
 
 The module never writes its `cache`. It attends to the tokens it is given and, if there is one, to
 that cache; with `return_kv=True` it hands back the new keys and values and the caller stores
@@ -264,7 +265,7 @@ class Decoder(nn.Module):
         block = nn.remat(Block, prevent_cse=False) if c.remat and not return_kv else Block
         layers = nn.scan(
             block,
-            variable_axes={"params": 0, "lora": 0, "scales": 0},
+            variable_axes={"params": 0, "lora": 0, "scales": 0, "turned": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, 0, 0, nn.broadcast),
             length=c.num_layers,

@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from opsd_jax.model_config import LoraConfig, ModelConfig
 from opsd_jax.quantized import scaled
+from opsd_jax.weights_first import weights_first
 
 
 def logical(init: Callable[..., jax.Array], axes: tuple[str | None, ...]) -> Callable[..., Any]:
@@ -24,7 +25,8 @@ class Projection(nn.Module):
     """A linear map over the trailing `in_shape` axes, with an optional bias and adapter.
 
     y = x W + bias + scale · (x A) B, where A and B live in the "lora" collection and B starts
-    at zero. An int8 W has its scale in the "scales" collection (`quantized.py`).
+    at zero. An int8 W has its scale in the "scales" collection (`quantized.py`). For sampling, W
+    may stand in the "turned" collection instead (`weights_first.py`).
     """
 
     in_shape: tuple[int, ...]
@@ -44,12 +46,13 @@ class Projection(nn.Module):
             in_axis=tuple(range(num_in)),
             out_axis=tuple(range(num_in, num_in + len(self.out_shape))),
         )
-        kernel = self.param(
-            "kernel",
-            logical(init, self.in_axes + self.out_axes),
-            self.in_shape + self.out_shape,
-        )
-        y = jnp.tensordot(x, kernel.astype(x.dtype), num_in)
+        turned: jax.Array | None = self.get_variable("turned", "kernel")
+        if turned is None:
+            axes, shape = self.in_axes + self.out_axes, self.in_shape + self.out_shape
+            kernel = self.param("kernel", logical(init, axes), shape)
+            y = jnp.tensordot(x, kernel.astype(x.dtype), num_in)
+        else:
+            y = weights_first(x, turned.astype(x.dtype), num_in)
         y = scaled(y, self.get_variable("scales", "kernel"))
         if self.use_bias:
             zeros = logical(nn.initializers.zeros, self.out_axes)

@@ -51,8 +51,9 @@ class RolloutConfig:
       pad_id: written after the stop token.
       segment_len: tokens between two looks at whether rows are done; also those that wait in the
         buffer of new keys and values.
-      unroll_layers: models of at most so many layers decode with unrolled layers: faster steps on
-        a CPU, for a second copy of the weights and a longer compilation.
+      unroll_layers: models of at most so many layers decode with unrolled layers and matrices
+        turned (`weights_first.py`): faster steps on a CPU, for a second copy of the weights and a
+        longer compilation.
       gather_weights: on a mesh, every device along `data` holds all weights while it samples (its
         part along `model`); False fetches them again at every token and spares the memory.
       attention: how a new token attends to what was said, "xla" or "pallas", a kernel for TPUs

@@ -36,6 +36,7 @@ from opsd_jax.kv_cache import (
 from opsd_jax.model import Decoder
 from opsd_jax.rollout_config import RolloutConfig
 from opsd_jax.sampling import filter_logits, log_prob, penalise, prompt_tokens, sample
+from opsd_jax.weights_first import weights_first
 
 
 @flax.struct.dataclass
@@ -313,7 +314,7 @@ def segment(
 
 def next_token(rows: Rows, head, hidden_BD: jax.Array, config: RolloutConfig):
     """(rows, Tokens) with one more token; a row that is done stays as it is."""
-    ids_B, logps_B, sampled_B = choose(head_logits(head, hidden_BD), rows, config)
+    ids_B, logps_B, sampled_B = choose(head_logits(head, hidden_BD, weights_first), rows, config)
     mask_B = ~rows.done
     ids_B = jnp.where(mask_B, ids_B, config.pad_id)
     counts_B = rows.counts + mask_B
