@@ -8,9 +8,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "opsd_jax"
 CORE = """errors model_config rope kv_cache decode_attention quantized weights_first projection
-    attention model head sharding sampling rollout_config decoding_form rollouts scoring divergence_config
-    divergence_support divergence_terms divergence_rows vocabulary divergence_fused
-    divergence token_weights targets reason_first teacher likelihood objective
+    attention model head sharding sampling rollout_config decoding_form rollouts scoring
+    divergence_config divergence_support divergence_terms divergence_rows vocabulary
+    divergence_fused divergence token_weights targets reason_first teacher likelihood objective
     policy_gradient completions optimizer train_step""".split()
 ALLOWED = {"jax", "flax", "optax", "numpy", "opsd_jax"}
 
