@@ -25,7 +25,7 @@ BOXED = "Reason step by step and put your final answer in \\boxed{}."
 TEMPLATES: dict[str, str] = {
     # The bare question: what a chat model is normally asked.
     "question": "{question}",
-    # The published student and evaluation prompts differ by the label (method notes, no. 8).
+    # The published student and evaluation prompts differ by the label.
     "boxed": "{question}\n\n" + BOXED,
     "problem_boxed": "Problem: {question}\n\n" + BOXED,
     # The privileged context of arXiv 2601.18734: the meaning of its newest wording, which asks

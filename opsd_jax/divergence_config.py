@@ -22,7 +22,7 @@ Target = Callable[[tuple[jax.Array, ...]], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class DivergenceConfig:
-    """The per-token loss, as one value per choice (method.md section 5, blocks 5 to 8).
+    """The per-token loss, as one value per choice.
 
     Args:
       name: "forward_kl" KL(teacher || student), "reverse_kl" KL(student || teacher),

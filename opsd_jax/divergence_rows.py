@@ -125,7 +125,7 @@ def logit_gradient(config: DivergenceConfig, vocabulary: Vocabulary, rows: Rows)
     With s_v = d objective / d log pS(v), the logs taken as free variables, and temperature h:
     (s_j - pS(j) sum_v s_v) / h. For the forward KL s = -pT, which gives (pS - pT) / h; under
     the entry clip s = -pT on A = {v: term < threshold}, which gives
-    (PT(A) pS - pT 1_A) / h (method.md section 2).
+    (PT(A) pS - pT 1_A) / h.
     """
     if rows.index is None:
         terms, pull = jax.vjp(lambda logps: entry_terms(config)(logps, rows.teacher), rows.student)

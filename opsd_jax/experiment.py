@@ -297,8 +297,7 @@ def assemble(
     if external is not None:
         external_model = model_of(dataclasses.replace(train, lora=None), external)
         check_attention(external_model.config, experiment.rollout, mesh)
-    stop_ids = tuple(dict.fromkeys((*tokenizer.stop_ids, *experiment.rollout.stop_ids)))
-    rollout = dataclasses.replace(experiment.rollout, stop_ids=stop_ids, pad_id=tokenizer.pad_id)
+    rollout = experiment.rollout.for_tokenizer(tokenizer.stop_ids, tokenizer.pad_id)
     reasoner = None
     if experiment.teacher.reasons:
         transition_ids = tokenizer.encode(experiment.contexts.transition)

@@ -38,6 +38,7 @@ def generate_command(
         contexts = run.experiment.contexts
         text = contexts.prompt(Problem("prompt", prompt, "", ""), "evaluation")
         ids = tokenizer.render(text, **contexts.switches("evaluation"))
+        settings = dataclasses.replace(settings, stop_ids=run.experiment.rollout.stop_ids)
     else:
         from opsd_jax.pretrained import load_pretrained
 
@@ -46,9 +47,7 @@ def generate_command(
             raise UserError(f"--model={model}: no tokenizer files there")
         decoder, tokenizer, variables = found.model, found.tokenizer, {"params": found.params}
         ids = tokenizer.render(prompt)
-    settings = dataclasses.replace(
-        settings, stop_ids=tuple(tokenizer.stop_ids), pad_id=tokenizer.pad_id
-    )
+    settings = settings.for_tokenizer(tokenizer.stop_ids, tokenizer.pad_id)
     lengths = jnp.array([len(ids)], jnp.int32)
     tokens = stream(
         decoder, variables, jnp.array([ids], jnp.int32), lengths, jax.random.key(seed), settings

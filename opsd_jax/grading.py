@@ -186,8 +186,8 @@ def find_grader(grader: str | Grader, setting: str = "grader") -> Grader:
             import math_verify  # noqa: F401
         except ImportError:
             raise UserError(
-                f"{setting} 'math_verify' needs the package math-verify; install "
-                "opsd_jax[math] or choose 'boxed'."
+                f"{setting} 'math_verify' needs the package math-verify: pip install '.[math]', or "
+                "choose 'boxed'."
             ) from None
     return GRADERS[grader]
 

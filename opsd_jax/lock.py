@@ -42,6 +42,8 @@ def only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     path = folder / ".lock"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, and must be a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a")

@@ -206,8 +206,9 @@ class Loop:
         ):
             raise UserError(
                 f"step {step.number}: loss {metrics['loss/objective']}, gradient norm "
-                f"{metrics['optim/grad_norm']}; the last checkpoint is untouched: resume from it "
-                "with a smaller train.learning_rate, or inspect samples/"
+                f"{metrics['optim/grad_norm']}; look at samples/, and start again in another "
+                "workdir with a smaller train.learning_rate; to go on from the last checkpoint, "
+                "which is untouched, take it there as train.model = @FinishedRun()"
             )
         tokens = int(metrics.pop("rollout/tokens"))
         self.tokens_total += tokens

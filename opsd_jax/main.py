@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `opsd train | eval | generate | export | tokens | report`.
 
-Exit status: 0 done; 2 a usage or input error, told in one sentence; 1 a bug, with a traceback.
+Exit status: 0 done; 2 a usage or input error, told in one sentence; 1 a bug, with a traceback; 130
+interrupted before there was anything to save.
 """
 
 from __future__ import annotations
@@ -140,7 +141,9 @@ def add_step(command: argparse.ArgumentParser) -> None:
 
 
 def number_or_best(text: str) -> int | str:
-    return text if text == "best" else int(text)
+    if text == "best" or text.isdecimal():
+        return text if text == "best" else int(text)
+    raise argparse.ArgumentTypeError(f"must be a number or 'best', not {text!r}")
 
 
 def add_distributed(command: argparse.ArgumentParser) -> None:
@@ -212,14 +215,12 @@ def run_generate(arguments: argparse.Namespace) -> None:
     from opsd_jax.generate import generate_command
     from opsd_jax.rollout_config import RolloutConfig, check_sampling
 
-    shared = "temperature top_k top_p min_p repetition_penalty".split()
+    shared = "temperature top_k top_p min_p repetition_penalty presence_penalty".split()
     chosen = {name: getattr(arguments, name) for name in shared}
     check_sampling(chosen, "--{}")
     check_sampling({"max_new_tokens": arguments.max_tokens}, "--max_tokens")
     require_seed("--seed", arguments.seed)
-    settings = RolloutConfig(
-        arguments.max_tokens, presence_penalty=arguments.presence_penalty, **chosen
-    )
+    settings = RolloutConfig(arguments.max_tokens, **chosen)
     generate_command(
         arguments.workdir,
         arguments.model,

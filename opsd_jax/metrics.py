@@ -185,7 +185,7 @@ def _import(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"{extra}=True needs the package {module}: pip install 'opsd_jax[{extra}]'"
+            f"{extra}=True needs the package {module}: pip install '.[{extra}]'"
         ) from error
 
 

@@ -185,7 +185,7 @@ def _create(name: str, params: dict[str, Any]) -> Any:
         from reasoning_gym.factory import DATASETS
     except ImportError:
         raise UserError(
-            "ReasoningGym needs the package reasoning-gym; install opsd_jax[reasoning]."
+            "ReasoningGym needs the package reasoning-gym: pip install '.[reasoning]'"
         ) from None
     if name not in DATASETS:
         raise UserError(

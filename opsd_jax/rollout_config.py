@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from opsd_jax.errors import UserError, require
 from opsd_jax.model_config import DECODE_ATTENTION, DTYPES
 
 SAMPLING_BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "max_new_tokens": (lambda x: x >= 1, ">= 1"),
+    "max_new_tokens": (lambda x: x >= 1 and isinstance(x, int), "an integer >= 1"),
     "temperature": (lambda x: x >= 0, ">= 0"),
-    "top_k": (lambda x: x >= 0, ">= 0 (0 keeps all)"),
+    "top_k": (lambda x: x >= 0 and isinstance(x, int), "an integer >= 0 (0 keeps all)"),
     "top_p": (lambda x: 0 < x <= 1, "in (0, 1]"),
     "min_p": (lambda x: 0 <= x <= 1, "in [0, 1]"),
     "repetition_penalty": (lambda x: x > 0, "positive (1 is off)"),
+    "presence_penalty": (math.isfinite, "finite (0 is off)"),
 }
 
 
@@ -45,7 +47,7 @@ class RolloutConfig:
       min_p: least share of the largest probability, 0 = all are kept.
       repetition_penalty: divides the logits of tokens in prompt or completion, 1 = off.
       presence_penalty: taken off the logits of tokens in the completion, 0 = off.
-      min_new_tokens: no stop id is sampled before so many tokens.
+      min_new_tokens: so many tokens come before a stop id, as in transformers.
       stop_ids: ids that end a completion, in a run besides the tokenizer's own; they are part of
         it.
       pad_id: written after the stop token.
@@ -83,13 +85,17 @@ class RolloutConfig:
     weights: str | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))  # Hashed by those who compile.
         check_sampling({name: getattr(self, name) for name in SAMPLING_BOUNDS}, "rollout.{}")
         checks = {
             "min_new_tokens": (
                 0 <= self.min_new_tokens <= self.max_new_tokens,
                 "between 0 and rollout.max_new_tokens",
             ),
-            "segment_len": (self.segment_len >= 1, ">= 1"),
+            "segment_len": (
+                isinstance(self.segment_len, int) and self.segment_len >= 1,
+                "an integer >= 1",
+            ),
             "unroll_layers": (self.unroll_layers >= 0, ">= 0"),
             "attention": (self.attention in DECODE_ATTENTION, f"one of {DECODE_ATTENTION}"),
             "dtype": (self.dtype in (None, *DTYPES), "None, 'float32', 'bfloat16'"),
@@ -105,6 +111,11 @@ class RolloutConfig:
     def is_plain(self) -> bool:
         """Whether the distribution that is sampled is the model's own."""
         return self == self.sampling(max_new_tokens=self.max_new_tokens)
+
+    def for_tokenizer(self, stop_ids: Iterable[int], pad_id: int) -> RolloutConfig:
+        """The same with a tokenizer's stop ids besides its own, and its padding."""
+        both = tuple(dict.fromkeys((*stop_ids, *self.stop_ids)))
+        return dataclasses.replace(self, stop_ids=both, pad_id=pad_id)
 
     def sampling(self, **settings: Any) -> RolloutConfig:
         """Another way to sample with the same stop ids and numerics; what is not named is off."""

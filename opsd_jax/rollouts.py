@@ -181,12 +181,17 @@ def split(config: RolloutConfig) -> tuple[int, int]:
     return number, -(-rest // max(number, 1))
 
 
+def least_stage(num_segments: int, length: int) -> int:
+    """Segments of the smallest stage: at most four stages, and none of fewer than 64 slots."""
+    return max(-(-num_segments // 4), -(-64 // max(length, 1)))
+
+
 def stages(prompt_len: int, num_segments: int, length: int) -> list[int]:
     """Numbers of segments at which the cache is full and grows, to about twice its size.
 
-    Every stage is compiled, so there are at most four, and none of fewer than 64 slots.
+    Every stage is compiled, so there are few (`least_stage`).
     """
-    least = max(-(-num_segments // 4), -(-64 // max(length, 1)))
+    least = least_stage(num_segments, length)
     ends: list[int] = []
     while (done := ends[-1] if ends else 0) < num_segments:
         twice = -(-(prompt_len + 2 * done * length) // length)
@@ -353,12 +358,15 @@ def choose(logits_BV: jax.Array, rows: Rows, config: RolloutConfig) -> tuple[jax
             config.presence_penalty,
         )
     if config.min_new_tokens and config.stop_ids:
-        early_B1 = (rows.counts + 1 < config.min_new_tokens)[:, None]
+        early_B1 = (rows.counts < config.min_new_tokens)[:, None]
         stops_V = jnp.isin(jnp.arange(logits_BV.shape[1]), jnp.array(config.stop_ids))
         logits_BV = jnp.where(early_B1 & stops_V, -jnp.inf, logits_BV)
     if config.temperature == 0:
         ids_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         return ids_B, log_prob(raw_BV, ids_B), jnp.zeros(ids_B.shape)
+    # The largest is 0 before it is divided: in a fused loop a scaled logit and the maximum of them
+    # are rounded apart, at a small temperature by more than its exponential can stand.
+    logits_BV -= jnp.max(logits_BV, axis=-1, keepdims=True)
     logits_BV = filter_logits(
         logits_BV, config.temperature, config.top_k, config.top_p, config.min_p
     )

@@ -37,6 +37,7 @@ from opsd_jax.rollouts import (
     Tokens,
     begin_rows,
     first_token,
+    least_stage,
     num_slots,
     prefill,
     segment,
@@ -148,6 +149,9 @@ class Slots:
     def free(self) -> list[int]:
         return [slot for slot, sample in enumerate(self.sample) if sample is None]
 
+    def idle(self) -> bool:
+        return len(self.free()) == len(self.sample)
+
     def begin(self, slot: int, sample: int, prompt_len: int) -> None:
         self.sample[slot], self.prompt_len[slot] = sample, prompt_len
         self.ids[slot], self.logps[slot] = [], []
@@ -197,7 +201,7 @@ class Sampler:
       model: the decoder.
       tokenizer: supplies the padding id.
       mesh, rules: where arrays live.
-      batch_size: the number of slots, a multiple of the mesh's `data`.
+      batch_size: the largest number of slots, a multiple of the mesh's `data`.
     """
 
     def __init__(
@@ -210,8 +214,6 @@ class Sampler:
             )
         self.model, self.tokenizer, self.mesh, self.rules = model, tokenizer, mesh, rules
         self.batch_size = batch_size
-        quarter = batch_size // 4
-        self.few = quarter if quarter and quarter % mesh.shape["data"] == 0 else batch_size
         self._programs: dict[tuple[RolloutConfig, int], Programs] = {}
 
     def __call__(
@@ -230,44 +232,57 @@ class Sampler:
             self._programs[config, width] = Programs(self, config, width)
         run = self._programs[config, width]
         variables, key_data = run.prepare(variables), np.asarray(jax.random.key_data(keys))
-        slots, rows = Slots(self.batch_size, config), None
-        chunks, ready = self._chunks(prompts), deque[tuple[int, int]]()
+        size = self._num_slots(len(prompts))
+        slots, rows, few = Slots(size, config), None, self._quarter(size)
+        chunks, ready = self._chunks(prompts, size), deque[tuple[int, int]]()
         while True:
             while (free := slots.free()) and (ready or chunks):
                 if not ready:
                     chunk = chunks.popleft()
-                    store = run.read(
-                        variables, *self._padded([prompts[i[0]] for i in chunk], width)
-                    )
+                    unique = [prompts[i[0]] for i in chunk]
+                    store = run.read(variables, *self._padded(unique, size, width))
                     ready.extend((row, i) for row, samples in enumerate(chunk) for i in samples)
                     rows = run.idle(store) if rows is None else rows
-                source = np.full(self.batch_size, -1, np.int32)
-                now = np.zeros((self.batch_size, *key_data.shape[1:]), key_data.dtype)
+                source = np.full(size, -1, np.int32)
+                now = np.zeros((size, *key_data.shape[1:]), key_data.dtype)
                 for slot in free[: len(ready)]:
                     source[slot], sample = ready.popleft()
                     now[slot] = key_data[sample]
                     slots.begin(slot, sample, len(prompts[sample]))
                 rows, first = run.place(variables, rows, store, source, now)
                 yield from slots.take(first)
-            if rows is None or not slots.in_cache():
+            if rows is None or slots.idle():
                 return
-            if not (ready or chunks) and (kept := slots.narrow(self.few)) is not None:
+            if not (ready or chunks) and (kept := slots.narrow(few)) is not None:
                 rows = run.pick(rows, kept)
             rows = run.fitted(rows, slots.in_cache())
             rows, tokens = run.segment(variables, rows)
             yield from slots.take(tokens)
 
-    def _chunks(self, prompts: Sequence[list[int]]) -> deque[list[list[int]]]:
+    def _num_slots(self, num_prompts: int) -> int:
+        """No more than `batch_size`, and for fewer prompts the next power of two of them."""
+        size = self.mesh.shape["data"]
+        while size < min(num_prompts, self.batch_size):
+            size *= 2
+        return min(size, self.batch_size)
+
+    def _quarter(self, size: int) -> int:
+        """Slots to move to when so few rows are left; all of them where devices forbid it."""
+        return size // 4 if size >= 4 and size // 4 % self.mesh.shape["data"] == 0 else size
+
+    def _chunks(self, prompts: Sequence[list[int]], size: int) -> deque[list[list[int]]]:
         """Samples by equal prompts, as many prompts together as there are slots."""
         same: dict[tuple[int, ...], list[int]] = {}
         for i, ids in enumerate(prompts):
             same.setdefault(tuple(ids), []).append(i)
-        groups, size = list(same.values()), self.batch_size
+        groups = list(same.values())
         return deque(groups[at : at + size] for at in range(0, len(groups), size))
 
-    def _padded(self, prompts: list[list[int]], width: int) -> tuple[jax.Array, jax.Array]:
+    def _padded(
+        self, prompts: list[list[int]], size: int, width: int
+    ) -> tuple[jax.Array, jax.Array]:
         """Global ids [R, P] and lengths [R]; copies of the first prompt fill what is missing."""
-        filled = prompts + prompts[:1] * (self.batch_size - len(prompts))
+        filled = prompts + prompts[:1] * (size - len(prompts))
         return shard_batch(pad(filled, width, self.tokenizer.pad_id), self.mesh)
 
 
@@ -279,7 +294,7 @@ class Programs:
         number, length = split(config)
         # Equal steps, where a rollout's stages double: the longest of many rows of all ages is
         # seldom the longest that there can be, and all pay for its slots.
-        step = max(-(-number // 4), -(-64 // max(length, 1)))
+        step = least_stage(number, length)
         ends = worthwhile([*range(step, number, step), number], config)
         self.sizes = [num_slots(width + end * length, config) for end in ends]
         self.length = length
@@ -300,7 +315,7 @@ class Programs:
             self.prepare = jitted(lambda v: decoding_form(sampler.model, v, config)[1])
         self.read = jitted(partial(read_prompts, model))
         self.idle = jitted(
-            lambda store: idle_rows(store, sampler.batch_size, self.sizes[0], vocab_size)
+            lambda store: idle_rows(store, len(store.hidden), self.sizes[0], vocab_size)
         )
         self.segment = jitted(
             lambda variables, rows: segment(model, variables, rows, length, config),

@@ -201,11 +201,14 @@ def token_rows(
     rows = []
     for b, mask in enumerate(np.asarray(completion.mask)):
         row = jax.tree.map(itemgetter(b), comparison)
-        rows.append(_row(tokenizer, row, np.asarray(completion.ids[b])[mask].tolist()))
+        ids = np.asarray(completion.ids[b])[mask].tolist()
+        rows.append(_row(tokenizer, row, ids, bool(completion.stopped[b])))
     return rows
 
 
-def _row(tokenizer: Tokenizer, found: TokenComparison, ids: list[int]) -> list[dict[str, Any]]:
+def _row(
+    tokenizer: Tokenizer, found: TokenComparison, ids: list[int], stopped: bool
+) -> list[dict[str, Any]]:
     names = "divergence student_logps teacher_logps student_entropy teacher_entropy".split()
     texts, spans = token_texts(tokenizer, ids), text_before(tokenizer, ids)
 
@@ -220,7 +223,7 @@ def _row(tokenizer: Tokenizer, found: TokenComparison, ids: list[int]) -> list[d
         {
             "id": token,
             "text": texts[t],
-            "stop": token in tokenizer.stop_ids,
+            "stop": stopped and t == len(ids) - 1,
             **{name: _number(getattr(found.terms, name)[t]) for name in names},
             "student_top": top(t, found.student_ids, found.student_probs),
             "teacher_top": top(t, found.teacher_ids, found.teacher_probs),
@@ -240,7 +243,12 @@ def analysis_texts(run: Restored, completion: Completion) -> list[str | None]:
         return [None] * len(completion.ids)
     written = completion_rows(completion.analysis)
     transition = run.experiment.contexts.transition
-    return [run.tokenizer.decode(ids) + transition for ids in written]
+    # Without the stop token, as `Reasoner.join` has it.
+    read = [
+        ids[:-1] if stopped else ids
+        for ids, stopped in zip(written, completion.analysis.stopped.tolist(), strict=True)
+    ]
+    return [run.tokenizer.decode(ids) + transition for ids in read]
 
 
 def tokens_command(workdir: str, step: int | str | None, num: int, seed: int) -> Path:

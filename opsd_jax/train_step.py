@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step of on-policy self-distillation, on one screen: `train_step`.
+"""One step of on-policy self-distillation: `train_step`.
 
 The step has two pure halves, `sample_completion` (context -> completion) and `update`
 (completion -> new state, metrics). Training jits their composition, so nothing leaves the device
@@ -226,6 +226,9 @@ def token_metrics(method: Method, completion: Completion) -> Metrics:
     """What was generated for the step; rollout/tokens counts the tokens of analyses, too."""
     metrics = rollout_metrics(completion, method.rollout)
     metrics["rows/tokens"] = jnp.sum(completion.mask, axis=1)
+    if not method.completions.on_policy:
+        # Their rows may have come from several rollouts, or from none.
+        metrics.pop("rollout/idle_fraction")
     if completion.analysis is not None:
         metrics |= analysis_metrics(completion.analysis)
         # Where completions are the data's, the count is of tokens that were read.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss of one token in float64 NumPy, entry by entry, with finite-difference gradients.
 
-Written from method.md, sharing no code with the package. `frozen` holds what the loss treats as
+Written from the formulas, sharing no code with the package. `frozen` holds what the loss treats as
 constant for differentiation (support, advantage, rescaling factor), taken at the base point.
 """
 

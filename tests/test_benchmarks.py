@@ -115,7 +115,7 @@ def test_what_is_wrong_is_told(tmp_path):
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_the_protocol_of_the_paper_over_any_run(name):
-    """method notes, section 7."""
+    """The protocol of the published evaluation."""
     path = EXPERIMENTS / "eval" / f"{name}.gin"
     assert f"opsd eval --workdir=runs/X --gin_file=experiments/eval/{name}.gin" in path.read_text()
     experiment, _ = load_experiment([str(EXPERIMENTS / "quickstart.gin"), str(path)])

@@ -115,7 +115,7 @@ def test_sampled_token_matches_the_oracle(temperature):
 
 
 def test_entry_clip_gradient_has_the_closed_form():
-    """(PT(A) pS - pT 1_A) / T with A = {v: term < tau}, method.md section 2."""
+    """(PT(A) pS - pT 1_A) / T with A = {v: term < tau}."""
     rng = np.random.default_rng(1)
     student, teacher = rng.normal(size=(2, 5, 11)).astype(np.float32)
     tau, temperature = 0.02, 1.1

@@ -48,7 +48,7 @@ def test_clip_directions():
         loose = by_clip[clip, 1.0 if clip == "none" else 1e3]
         assert loose["cosine"] == pytest.approx(1, abs=1e-5) and loose["clipped"] == 0
     assert by_clip["rescale", 1e-6]["token_cosine"] == pytest.approx(1, abs=1e-4)
-    # method.md section 2: at the non-thinking threshold the entry clip points away.
+    # At the non-thinking threshold the entry clip points away.
     assert by_clip["entry", 1e-6]["cosine"] < -0.2 and by_clip["entry", 1e-6]["negative"] == 1
     assert by_clip["token", 1e-6]["size"] == 0
     assert module.markdown(rows).count("\n") == len(rows) + 1

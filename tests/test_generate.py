@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
+from types import SimpleNamespace
+
 import pytest
+from conftest import VOCAB, WordTokenizer, tiny_config, tiny_variables
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opsd_jax import generate
 from opsd_jax.generate import texts
 from opsd_jax.main import main
+from opsd_jax.model import Decoder
+from opsd_jax.rollout_config import RolloutConfig
 
 
 class Bytes:
@@ -48,6 +54,30 @@ def test_nothing_that_may_begin_a_stop_is_shown_early():
 
 def test_half_a_character_at_the_end_is_shown_as_such():
     assert "".join(texts("é".encode()[:1], Bytes())) == "\ufffd"
+
+
+def test_a_run_ends_where_its_rollouts_ended(monkeypatch, capsys):
+    """At its own stop ids, too, and not at the tokenizer's alone."""
+
+    tokenizer = WordTokenizer()
+    monkeypatch.setattr(tokenizer, "render", lambda *_, **__: [4, 5, 6])
+    contexts = SimpleNamespace(prompt=lambda *_: "", switches=lambda _: {})
+
+    def answer(own_stop_ids):
+        run = SimpleNamespace(
+            parts=SimpleNamespace(model=Decoder(tiny_config())),
+            tokenizer=tokenizer,
+            student=tiny_variables(tiny_config()),
+            experiment=SimpleNamespace(
+                contexts=contexts, rollout=RolloutConfig(1, stop_ids=own_stop_ids)
+            ),
+        )
+        monkeypatch.setattr(generate, "restore_run", lambda *_, **__: run)
+        settings = RolloutConfig(12, temperature=0.0)
+        generate.generate_command("run", None, None, "say one", settings, seed=0)
+        return capsys.readouterr().out
+
+    assert len(answer(tuple(range(2, VOCAB))).split()) <= 1 < len(answer(()).split())
 
 
 @pytest.mark.parametrize("flag", ["--top_p=0", "--max_tokens=0", "--top_k=-1", "--temperature=-1"])

@@ -54,7 +54,7 @@ def qwen3(width, layers, heads, mlp, tied):
 
 @pytest.mark.parametrize("size", SHAPES)
 def test_the_recipe_is_the_official_one(size):
-    """method notes, section 1."""
+    """The recipe of the published scripts."""
     experiment, _ = load_experiment([str(PAPER / f"qwen3_{size}.gin")])
     train, rollout, divergence = experiment.train, experiment.rollout, experiment.divergence
     assert (train.batch_size, train.num_steps, train.learning_rate) == (32, 100, 5e-6)

@@ -30,6 +30,14 @@ def test_files_that_are_named_exist():
     assert not {name for name in modules if not (ROOT / "opsd_jax" / name).exists()}
 
 
+def test_the_map_has_every_file_of_the_package():
+    (table,) = re.findall(r"## The code in reading order\n(.*?)\n## ", README, re.S)
+    patterns = re.findall(r"`([\w*]+\.py)`", table)
+    found = {path.name for pattern in patterns for path in (ROOT / "opsd_jax").glob(pattern)}
+    apart = {"__init__.py", "__main__.py"}
+    assert {path.name for path in (ROOT / "opsd_jax").glob("*.py")} - apart == found
+
+
 def test_ci_runs_the_readmes_test_command():
     assert "pytest" in block("test") and "pip install" in block("test")
     assert "ci:test" in (ROOT / ".ci" / "run").read_text()

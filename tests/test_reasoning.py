@@ -130,4 +130,4 @@ def test_the_missing_package_is_named_and_tensorflow_is_not_imported():
     """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "UserError: ReasoningGym needs the package reasoning-gym; install" in result.stderr
-    assert "opsd_jax[reasoning]" in result.stderr
+    assert "pip install '.[reasoning]'" in result.stderr

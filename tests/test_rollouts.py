@@ -124,7 +124,7 @@ def test_penalties_and_a_least_length_act_at_every_step():
             for token in set(text):
                 z[token] = z[token] / 1.5 if z[token] > 0 else z[token] * 1.5
             z[sorted(set(said))] -= 2.0
-            if len(said) + 1 < config.min_new_tokens:
+            if len(said) < config.min_new_tokens:
                 z[list(config.stop_ids)] = -np.inf
             said.append(int(z.argmax()))
             text.append(said[-1])
@@ -132,6 +132,21 @@ def test_penalties_and_a_least_length_act_at_every_step():
                 break
         assert out.ids[row][out.mask[row]].tolist() == said
         assert len(said) >= 4
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-10, 1e-30])
+def test_a_small_temperature_is_nearly_greedy(temperature):
+    model, variables = Decoder(tiny_config()), tiny_variables(tiny_config())
+    prompts = tiny_batch(8).student
+
+    def run(temperature):
+        config = RolloutConfig(9, temperature=temperature, stop_ids=(3,))
+        sampled = jax.jit(partial(rollout, model, config=config))
+        return sampled(variables, prompts.ids, prompts.lengths, jax.random.key(0))
+
+    out = run(temperature)
+    assert out.ids.tolist() == run(0.0).ids.tolist()
+    np.testing.assert_allclose(out.sampled_logps, 0, atol=1e-5)
 
 
 def test_sampled_logps_are_those_of_the_filtered_distribution():
@@ -265,7 +280,11 @@ def test_all_rows_may_stop_at_once_or_never():
         ("min_p", 2.0),
         ("repetition_penalty", 0.0),
         ("min_new_tokens", 9),
+        ("max_new_tokens", 16.0),
+        ("top_k", 2.5),
+        ("presence_penalty", float("nan")),
         ("segment_len", 0),
+        ("segment_len", 4.0),
         ("unroll_layers", -1),
         ("dtype", "int4"),
         ("weights", "int4"),

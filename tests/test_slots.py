@@ -98,6 +98,16 @@ def row_steps(run, *asked):
     return found
 
 
+@pytest.mark.parametrize(("num", "rows"), [(1, 1), (3, 4), (21, 16)])
+def test_no_more_rows_are_computed_than_there_are_prompts(num, rows):
+    prompts, keys = questions()
+    config = dataclasses.replace(CONFIG, min_new_tokens=CONFIG.max_new_tokens)
+    asked = tiny_variables(tiny_config()), prompts[:num], config, keys[:num]
+    run = sampler(num_slots=16)
+    assert len(list(run(*asked))) == num
+    assert max(row_steps(run, *asked)) == rows
+
+
 def test_a_slot_does_not_wait_for_a_long_neighbour():
     """Lengths are uneven, so 21 samples on 4 slots take fewer steps than batches of 4 would."""
     prompts, keys = questions()
