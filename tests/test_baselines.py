@@ -140,6 +140,8 @@ def test_every_baseline_runs_two_steps(path, tmp_path):
         run = ["train", f"--gin_file={QUICKSTART}", f"--workdir={tmp_path}/teacher", *flags]
         assert main(run) == 0
         tiny.append(f"FinishedRun.workdir = '{tmp_path}/teacher'")
+    else:  # What else an evaluation compiles is no other for a baseline.
+        tiny += ["evaluate.greedy = False", "evaluate.roles = ('student',)"]
     flags = [f"--gin_bindings={b}" for b in [*tiny, "train.num_steps = 2"]]
     command = ["train", f"--gin_file={path}", f"--workdir={tmp_path}/run", *flags]
     assert main(command) == 0
