@@ -49,6 +49,17 @@ def test_the_matrix_stays_the_first_operand():
     assert products[4][1] == "48,4" and products[2 * MAX_ROWS][1] == f"{2 * MAX_ROWS},48"
 
 
+@pytest.mark.parametrize(("platform", "turns"), [("cpu", True), ("tpu", False), ("cuda", False)])
+def test_accelerators_get_the_plain_product(platform, turns):
+    x, kernel = jnp.ones((4, 64)), jnp.ones((48, 64))
+    traced = jax.jit(weights_first).trace(x, kernel)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("optimization_barrier" in text) == turns
+    assert re.findall(r"dot_general .*-> (\S+)", text) == [
+        f"tensor<{'48x4' if turns else '4x48'}xf32>"
+    ]
+
+
 @pytest.mark.parametrize("stacked", [True, False])
 def test_every_kernel_is_turned_and_nothing_else(stacked):
     config = tiny_config(lora=LoraConfig(rank=3, alpha=6.0), biases=("q_proj", "down_proj"))
