@@ -141,8 +141,10 @@ def add_step(command: argparse.ArgumentParser) -> None:
 
 
 def number_or_best(text: str) -> int | str:
-    if text == "best" or text.isdecimal():
-        return text if text == "best" else int(text)
+    if text == "best":
+        return text
+    if text.isdecimal():
+        return int(text)
     raise argparse.ArgumentTypeError(f"must be a number or 'best', not {text!r}")
 
 
