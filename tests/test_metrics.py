@@ -126,7 +126,7 @@ def test_a_full_disk_is_told_and_the_old_file_stands(tmp_path):
 @pytest.mark.parametrize("extra, module", [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
 def test_a_missing_extra_is_named_before_anything_is_touched(tmp_path, monkeypatch, extra, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"{module}: pip install 'opsd_jax\[{extra}\]'"):
+    with pytest.raises(UserError, match=rf"{module}: pip install '\.\[{extra}\]'"):
         MetricWriters(tmp_path, **{extra: True})
     assert os.listdir(tmp_path) == []
     MetricWriters(tmp_path).close()  # never imported where it is not asked for
