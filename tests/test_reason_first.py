@@ -201,7 +201,7 @@ def test_a_run_and_its_token_view(tmp_path):
         (["teacher.reasons = @ReasonFirst"], "teacher.reasons .*parentheses"),
         (["teacher.reasons = 512"], "teacher.reasons"),
         (["teacher.reasons = @ReasonFirst()", "ReasonFirst.max_new_tokens = 0"],
-         "^ReasonFirst.max_new_tokens must be >= 1"),
+         "^ReasonFirst.max_new_tokens must be an integer >= 1"),
         (["teacher.reasons = @ReasonFirst()", "ReasonFirst.top_p = 0.0"], "^ReasonFirst.top_p"),
         (["contexts.analysis = 'Why?'"], "contexts.analysis"),
         (["teacher.reasons = @ReasonFirst()", "train.objective = @Likelihood()"], "of no use"),
