@@ -265,7 +265,7 @@ class Decoder(nn.Module):
         block = nn.remat(Block, prevent_cse=False) if c.remat and not return_kv else Block
         layers = nn.scan(
             block,
-            variable_axes={"params": 0, "lora": 0, "scales": 0, "turned": 0},
+            variable_axes={"params": 0, "lora": 0, "scales": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, 0, 0, nn.broadcast),
             length=c.num_layers,
