@@ -137,7 +137,8 @@ def attend_cached(
     Args:
       config: says by which implementation.
       q_BKGTH: queries, already scaled; T = 1 for "pallas".
-      cache: keys and values of this layer, or of all layers for "pallas"; None: there is none.
+      cache: keys and values of this layer, or of all layers for "pallas", whole or in parts;
+        None: there is none.
       new: a source as in `attend`.
       layer: [] int32, the number of this layer.
       positions_BT: positions of the queries.
@@ -149,6 +150,8 @@ def attend_cached(
     softcap = config.attention_softcap
     if cache is None:
         return attend(q_BKGTH, (new,), positions_BT, window, softcap)
+    if isinstance(cache.kv, tuple):
+        return attend_parts(config, q_BKGTH, cache, new, layer, positions_BT, window)
     if config.decode_attention == "xla":
         sources = ((cache.kv.keys, cache.kv.values, cache.positions), new)
         return attend(q_BKGTH, sources, positions_BT, window, softcap)
@@ -167,6 +170,17 @@ def attend_cached(
         ("b", positions_BT),
         ("", window),
     )
+
+
+def attend_parts(config, q_BKGTH, cache, new, layer, positions_BT, window) -> jax.Array:
+    """`attend_cached` of every part of a cache, to its own rows."""
+    out, start = [], 0
+    for part in map(KVCache, cache.kv, cache.positions):
+        rows = slice(start, start + len(part.positions))
+        q, positions, ours = q_BKGTH[rows], positions_BT[rows], tuple(x[rows] for x in new)
+        out.append(attend_cached(config, q, part, ours, layer, positions, window))
+        start = rows.stop
+    return jnp.concatenate(out)
 
 
 def attend_text(

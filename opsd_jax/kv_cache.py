@@ -5,14 +5,15 @@ The store is compact: slot s of a row holds the token at position s of that row,
 completion without a gap, so which slots are filled follows from the length of the row alone
 (`cache_of`). Decoding reads it and never writes it. New keys and values go to a buffer of a few
 tokens, `Recent`, in which every row has the same slot, so that writing a token is one slice and
-never a scatter; `merge` moves a full buffer into the store, each row at its own length.
+never a scatter; `merge` moves a full buffer into the store, each row at its own length. A store
+may be in `Parts`, of rows with more slots and rows with fewer.
 
 Alphabet: L layers, B batch, K key/value heads, H head width, S slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax
@@ -38,14 +39,23 @@ LayersKV = Any
 
 
 @flax.struct.dataclass
+class Parts:
+    """A store in parts: of the first rows of the batch, of those after them, with slots of their
+    own number each, so that one long row does not make all of them long."""
+
+    stores: tuple[LayersKV, ...]
+
+
+@flax.struct.dataclass
 class KVCache:
     """What has been said so far.
 
     kv: keys and values; positions: [B, S] int32, `EMPTY_POSITION` in a slot that no query may see.
+    Of a store in parts both are tuples of that, kv one for every layer.
     """
 
     kv: LayersKV
-    positions: jax.Array
+    positions: Any
 
 
 @flax.struct.dataclass
@@ -67,22 +77,22 @@ def put(recent: Recent, kv: KV) -> KV:
     return KV(keys, write(old.values, kv.values.astype(old.values.dtype), slot, axis=2))
 
 
-def map_layers(function: Callable[..., KV], *stores: LayersKV) -> LayersKV:
+def map_layers(function: Callable[..., Any], *stores: LayersKV) -> LayersKV:
     """Applies `function` to the KV of all layers at once, or of each layer."""
     return jax.tree.map(function, *stores, is_leaf=lambda x: isinstance(x, KV))
 
 
-def empty(like: LayersKV, num_slots: int) -> LayersKV:
-    """Zeros for so many slots, otherwise shaped like what is given."""
+def empty(like: LayersKV | Parts, num_rows: int, num_slots: int) -> LayersKV:
+    """Zeros for so many rows and slots, otherwise shaped like what is given."""
 
     def zeros(kv: KV) -> KV:
-        k, v = kv.keys, kv.values
+        (*layers, _, K, H, _), dtype = kv.keys.shape, kv.keys.dtype
         return KV(
-            jnp.zeros((*k.shape[:-1], num_slots), k.dtype),
-            jnp.zeros((*v.shape[:-2], num_slots, v.shape[-1]), v.dtype),
+            jnp.zeros((*layers, num_rows, K, H, num_slots), dtype),
+            jnp.zeros((*layers, num_rows, K, num_slots, H), dtype),
         )
 
-    return map_layers(zeros, like)
+    return map_layers(zeros, parts(like)[0][0])
 
 
 def capacity(store: LayersKV) -> int:
@@ -90,10 +100,30 @@ def capacity(store: LayersKV) -> int:
     return jax.tree.leaves(store)[0].shape[-1]  # The first leaf holds keys, [..., S].
 
 
-def cache_of(store: LayersKV, lengths_B: jax.Array) -> KVCache:
+def parts(store: LayersKV | Parts) -> list[tuple[LayersKV, slice]]:
+    """The parts of a store, or the whole as one, each with the rows of the batch that it holds."""
+    found, start = [], 0
+    for part in store.stores if isinstance(store, Parts) else (store,):
+        rows = slice(start, start + jax.tree.leaves(part)[0].shape[-4])
+        found.append((part, rows))
+        start = rows.stop
+    return found
+
+
+def joined(stores: Sequence[LayersKV]) -> LayersKV | Parts:
+    """The store of which these are the `parts`."""
+    return Parts(tuple(stores)) if len(stores) > 1 else stores[0]
+
+
+def cache_of(store: LayersKV | Parts, lengths_B: jax.Array) -> KVCache:
     """A compact store of which the slots behind a row's length are empty."""
-    slots = jnp.arange(capacity(store))
-    return KVCache(store, jnp.where(slots < lengths_B[:, None], slots, EMPTY_POSITION))
+    found = []
+    for part, rows in parts(store):
+        slots = jnp.arange(capacity(part))
+        found.append(jnp.where(slots < lengths_B[rows, None], slots, EMPTY_POSITION))
+    if isinstance(store, Parts):
+        return KVCache(map_layers(lambda *kvs: kvs, *store.stores), tuple(found))
+    return KVCache(store, *found)
 
 
 def resized(store: LayersKV, num_slots: int) -> LayersKV:
@@ -112,14 +142,14 @@ def resized(store: LayersKV, num_slots: int) -> LayersKV:
     return map_layers(one, store)
 
 
-def merge(store: LayersKV, recent: LayersKV, starts_B: jax.Array) -> LayersKV:
+def merge(store: LayersKV | Parts, recent: LayersKV, starts_B: jax.Array) -> LayersKV | Parts:
     """The store with the slots of `recent` in its own, from slot `starts_B` of each row on.
 
     A row whose slots would reach beyond the end stays as it is: the caller must have left room
     for every row that goes on.
     """
 
-    def write(x, new, slot_axis):
+    def write(x, new, starts, slot_axis):
         slot, batch = x.ndim + slot_axis, x.ndim - 4
         # Not vmap of an update, which would transpose the whole store to bring B in front.
         numbers = jax.lax.ScatterDimensionNumbers(
@@ -129,15 +159,58 @@ def merge(store: LayersKV, recent: LayersKV, starts_B: jax.Array) -> LayersKV:
             operand_batching_dims=(batch,),
             scatter_indices_batching_dims=(0,),
         )
-        return jax.lax.scatter(x, starts_B[:, None], new, numbers, unique_indices=True, mode="drop")
+        return jax.lax.scatter(x, starts[:, None], new, numbers, unique_indices=True, mode="drop")
 
-    return map_layers(
-        lambda old, new: KV(write(old.keys, new.keys, -1), write(old.values, new.values, -2)),
-        store,
-        recent,
-    )
+    merged = []
+    for part, rows in parts(store):
+        new = jax.tree.map(lambda x, rows=rows: x[..., rows, :, :, :], recent)
+
+        def one(old: KV, new: KV, starts: jax.Array = starts_B[rows]) -> KV:
+            return KV(
+                write(old.keys, new.keys, starts, -1), write(old.values, new.values, starts, -2)
+            )
+
+        merged.append(map_layers(one, part, new))
+    return joined(merged)
 
 
-def pick_rows(store: LayersKV, rows: jax.Array) -> LayersKV:
-    """The store with row rows[b] in place of row b; rows: [B'] int32."""
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), store)
+def take_rows(store: LayersKV, rows: jax.Array) -> LayersKV:
+    """Row rows[n] of a whole store at n, the nearest row for a number that it has not."""
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4, mode="clip"), store)
+
+
+def pick_rows(store: LayersKV | Parts, rows: jax.Array) -> LayersKV:
+    """The store with row rows[b] in place of row b, with the slots of the first part for all.
+
+    Args:
+      store: its first part has at least as many slots as any other.
+      rows: [B'] int32.
+    """
+    (first, _), *others = parts(store)
+    picked = take_rows(first, rows)
+    for part, own in others:
+        theirs = (rows >= own.start)[:, None, None, None]
+        more = resized(take_rows(part, rows - own.start), capacity(first))
+        picked = jax.tree.map(lambda x, y, t=theirs: jnp.where(t, y, x), picked, more)
+    return picked
+
+
+def put_rows(store: LayersKV | Parts, new: LayersKV, rows: jax.Array) -> LayersKV | Parts:
+    """The store with row f of `new` in the first slots of row rows[f].
+
+    Args:
+      store: of B rows.
+      new: of F rows, with no more slots than any part has.
+      rows: [F] int32; B: that row of `new` goes nowhere.
+    """
+
+    def put(x: jax.Array, y: jax.Array, local: jax.Array) -> jax.Array:
+        m, n = y.shape[-2:]
+        return x.at[..., local, :, :m, :n].set(y, mode="drop")
+
+    found = []
+    for part, own in parts(store):
+        inside = (rows >= own.start) & (rows < own.stop)
+        local = jnp.where(inside, rows - own.start, own.stop - own.start)
+        found.append(jax.tree.map(lambda x, y, local=local: put(x, y, local), part, new))
+    return joined(found)

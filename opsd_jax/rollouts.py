@@ -27,6 +27,7 @@ from opsd_jax.kv_cache import (
     EMPTY_POSITION,
     KVCache,
     LayersKV,
+    Parts,
     Recent,
     cache_of,
     empty,
@@ -72,13 +73,13 @@ class Rows:
     """Where the rows of a batch stand between two segments.
 
     cache: keys and values of prompt and all sampled tokens but the last, compact (`kv_cache.py`),
-    None within a segment; lengths: [B] int32, tokens in the cache, so also the position of the last
-    token; ids: [B] int32, the last sampled token; counts: [B] int32, tokens sampled so far; done,
-    stopped: [B] bool, finished for any reason, by a stop id; keys: [B]; seen: None, or [B, V]
-    int32, 1 for tokens of the prompt, 2 of the completion.
+    whole or in parts, None within a segment; lengths: [B] int32, tokens in the cache, so also the
+    position of the last token; ids: [B] int32, the last sampled token; counts: [B] int32, tokens
+    sampled so far; done, stopped: [B] bool, finished for any reason, by a stop id; keys: [B];
+    seen: None, or [B, V] int32, 1 for tokens of the prompt, 2 of the completion.
     """
 
-    cache: LayersKV
+    cache: LayersKV | Parts
     lengths: jax.Array
     ids: jax.Array
     counts: jax.Array
@@ -312,7 +313,7 @@ def segment(
         rows, tokens = next_token(rows, head, hidden[:, 0], config)
         return (rows, kv), tokens
 
-    carry = (dataclasses.replace(rows, cache=None), empty(cache.kv, length))
+    carry = (dataclasses.replace(rows, cache=None), empty(rows.cache, len(starts_B), length))
     (after, kv), tokens = jax.lax.scan(step, carry, slots)
     return dataclasses.replace(after, cache=merge(rows.cache, kv, starts_B)), tokens
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import VOCAB, tiny_config, tiny_variables
 
-from opsd_jax.kv_cache import capacity
+from opsd_jax.kv_cache import capacity, parts
 from opsd_jax.model import Decoder
 from opsd_jax.rollout_config import RolloutConfig
 from opsd_jax.rollouts import rollout
@@ -47,6 +47,19 @@ def alone(prompts, keys, config):
         out = jitted(jnp.asarray(ids), jnp.asarray([len(prompt)]), key[None])
         mask = np.asarray(out.mask[0])
         yield out.ids[0][mask].tolist(), np.asarray(out.logps[0][mask]), bool(out.stopped[0])
+
+
+def together(prompts, keys, config):
+    """(ids, logps, stopped) of every prompt, by one rollout of all."""
+    variables = tiny_variables(tiny_config())
+    ids = np.zeros((len(prompts), 32), np.int32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
+    jitted = jax.jit(partial(rollout, Decoder(tiny_config()), variables, config=config))
+    out = jax.tree.map(np.asarray, jitted(jnp.asarray(ids), lengths, keys))
+    for ids, mask, logps, stopped in zip(out.ids, out.mask, out.logps, out.stopped, strict=True):
+        yield ids[mask].tolist(), logps[mask], bool(stopped)
 
 
 PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "min_new_tokens": 3, "top_k": 9}
@@ -157,22 +170,59 @@ def test_nothing_asked_nothing_said():
     assert list(sampler()(tiny_variables(tiny_config()), [], CONFIG, keys)) == []
 
 
+def recorded_caches(run, variables, prompts, config, keys):
+    """Completions; of every part, at every segment, (slots, slots that its rows need); how often
+    rows moved; the sizes that there are."""
+    list(run(variables, [max(prompts, key=len)], config, keys[:1]))
+    (programs,) = run._programs.values()
+    segment, exchange, found, moves = programs.segment, programs.exchange, [], []
+
+    def recorded(variables, rows):
+        needs = np.where(rows.done, 0, np.asarray(rows.lengths) + programs.length)
+        found.append([(capacity(part), needs[own].max()) for part, own in parts(rows.cache)])
+        return segment(variables, rows)
+
+    programs.segment = recorded
+    programs.exchange = lambda *rows: moves.append(rows) or exchange(*rows)
+    return list(run(variables, prompts, config, keys)), found, len(moves), programs.sizes
+
+
+@pytest.mark.parametrize(
+    "changes, model",
+    [
+        ({"stop_ids": (11,)}, 1),
+        ({"stop_ids": (7,), "presence_penalty": 0.3}, 1),
+        ({"stop_ids": (11,), "unroll_layers": 0}, 2),
+    ],
+)
+def test_a_long_row_does_not_make_all_caches_long(changes, model):
+    """Rows change places between the parts of the cache, and say what they say in a rollout."""
+    config = dataclasses.replace(CONFIG, max_new_tokens=140, **changes)
+    prompts, keys = questions(num=40, samples=2)
+    asked = tiny_variables(tiny_config()), prompts, config, keys
+    out, found, moves, sizes = recorded_caches(sampler(1, model, 8), *asked)
+    assert moves > 0
+    assert all(slots >= need for caches in found for slots, need in caches)
+    small = [c for c in found if len(c) == 2 and c[0][0] > c[1][0]]
+    assert small and all(caches[1][0] == sizes[0] for caches in small)
+    said = {s.prompt: s for s in out}
+    assert sorted(said) == list(range(len(prompts)))
+    assert max(len(s.ids) for s in out) > sizes[0] > np.median([len(s.ids) for s in out])
+    for i, (ids, logps, stopped) in enumerate(together(prompts, keys, config)):
+        assert (said[i].ids, said[i].stopped) == (ids, stopped)
+        np.testing.assert_allclose(said[i].logps, logps, atol=1e-5)
+
+
 def test_the_cache_is_as_large_as_the_longest_row_needs():
     """It grows as rows do, and shrinks again when the long ones have made room."""
     prompts, keys = questions(num=6, samples=1)
     config = dataclasses.replace(CONFIG, max_new_tokens=140, stop_ids=())
-    run, variables = sampler(), tiny_variables(tiny_config())
-    list(run(variables, prompts[:1], config, keys[:1]))
-    (programs,) = run._programs.values()
-    inner, found = programs.segment, []
-
-    def recorded(variables, rows):
-        longest = int(jnp.max(jnp.where(rows.done, 0, rows.lengths)))
-        found.append((longest + programs.length, capacity(rows.cache)))
-        return inner(variables, rows)
-
-    programs.segment = recorded
-    list(run(variables, prompts, config, keys))
-    assert all(size == min(s for s in programs.sizes if s >= need) for need, size in found)
-    assert [size for _, size in found] != sorted(size for _, size in found)
-    assert {size for _, size in found} == set(programs.sizes)
+    asked = tiny_variables(tiny_config()), prompts, config, keys
+    _, found, _, sizes = recorded_caches(sampler(), *asked)
+    least = [min(s for s in sizes if s >= max(need for _, need in caches)) for caches in found]
+    first = [caches[0][0] for caches in found]
+    assert first == least and first != sorted(first) and set(first) == set(sizes)
+    shapes = {tuple(slots for slots, _ in caches) for caches in found}
+    assert len([shape for shape in shapes if len(shape) == 2]) < 2 * len(sizes)
+    # Three of four rows are long at once, for which the first part has no room.
+    assert any(len(caches) == 2 and caches[1][0] > sizes[0] for caches in found)
