@@ -172,13 +172,22 @@ def attend_cached(
     )
 
 
-def attend_parts(config, q_BKGTH, cache, new, layer, positions_BT, window) -> jax.Array:
-    """`attend_cached` of every part of a cache, to its own rows."""
+def attend_parts(
+    config: ModelConfig,
+    q_BKGTH: jax.Array,
+    cache: KVCache,
+    new: tuple[jax.Array, jax.Array, jax.Array],
+    layer: jax.Array,
+    positions_BT: jax.Array,
+    window: jax.Array,
+) -> jax.Array:
+    """`attend_cached` of the rows of every part to that part."""
     out, start = [], 0
     for part in map(KVCache, cache.kv, cache.positions):
         rows = slice(start, start + len(part.positions))
-        q, positions, ours = q_BKGTH[rows], positions_BT[rows], tuple(x[rows] for x in new)
-        out.append(attend_cached(config, q, part, ours, layer, positions, window))
+        (keys, values, positions), now = new, positions_BT[rows]
+        ours = keys[rows], values[rows], positions[rows]
+        out.append(attend_cached(config, q_BKGTH[rows], part, ours, layer, now, window))
         start = rows.stop
     return jnp.concatenate(out)
 

@@ -40,8 +40,7 @@ LayersKV = Any
 
 @flax.struct.dataclass
 class Parts:
-    """A store in parts: of the first rows of the batch, of those after them, with slots of their
-    own number each, so that one long row does not make all of them long."""
+    """The first rows of a batch, those behind them, and so on, with as many slots as each needs."""
 
     stores: tuple[LayersKV, ...]
 
@@ -51,7 +50,7 @@ class KVCache:
     """What has been said so far.
 
     kv: keys and values; positions: [B, S] int32, `EMPTY_POSITION` in a slot that no query may see.
-    Of a store in parts both are tuples of that, kv one for every layer.
+    In parts: kv has a tuple of KV for every KV, and positions are a tuple.
     """
 
     kv: LayersKV
