@@ -16,6 +16,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from opsd_jax.decoding_form import changes_weights, decoding_form
@@ -46,7 +47,7 @@ from opsd_jax.rollouts import (
     split,
     worthwhile,
 )
-from opsd_jax.sharding import Rules, on_mesh, replicated
+from opsd_jax.sharding import Rules, on_mesh, replicated, variable_shardings
 
 
 @flax.struct.dataclass
@@ -152,6 +153,23 @@ def exchange(
     return dataclasses.replace(rest, cache=cache)
 
 
+def laid_out(mesh: Mesh, rules: Rules, rows: Rows) -> Rows:
+    """The rows over `data`, heads of their caches and vocabulary over `model`.
+
+    Left alone, XLA would hold a cache that is made of nothing whole on every device.
+    """
+
+    def boxed(x: jax.Array, *names: str | None) -> nn.Partitioned:
+        return nn.Partitioned(x, names=(*names, *[None] * (x.ndim - len(names))))
+
+    def of_cache(x: jax.Array) -> nn.Partitioned:
+        return boxed(x, *[None] * (x.ndim - 4), "batch", "kv_heads")
+
+    boxes = jax.tree.map(lambda x: boxed(x, *("batch", "vocab")[: x.ndim]), rows)
+    boxes = dataclasses.replace(boxes, cache=jax.tree.map(of_cache, rows.cache))
+    return jax.lax.with_sharding_constraint(rows, variable_shardings(boxes, mesh, rules))
+
+
 def resize(sizes: tuple[int, ...], rows: Rows) -> Rows:
     """The rows with so many slots in each part of their cache."""
     stores = [resized(part, size) for (part, _), size in zip(parts(rows.cache), sizes, strict=True)]
@@ -195,18 +213,20 @@ class Programs:
         if changes_weights(decoder, config, mesh):
             self.prepare = jitted(lambda v: decoding_form(decoder, v, config)[1])
         self.read = jitted(partial(read_prompts, model))
-        self.idle = jitted(
-            lambda store: idle_rows(
-                store, self.in_parts(len(store.hidden)), self.sizes[0], vocab_size
-            )
-        )
+        placed = partial(laid_out, mesh, rules)
+
+        def idle(store: Store) -> Rows:
+            num_rows = self.in_parts(len(store.hidden))
+            return placed(idle_rows(store, num_rows, self.sizes[0], vocab_size))
+
+        self.idle = jitted(idle)
         self.segment = jitted(
             lambda variables, rows: segment(model, variables, rows, length, config),
             1,
             (None, whole),
         )
         self.place = jitted(partial(place, model, config), 1, (None, whole))
-        self.pick = jitted(pick)
+        self.pick = jitted(lambda rows, source_B: placed(pick(rows, source_B)))
 
     def exchange(self, rows: Rows, first_N: np.ndarray, second_N: np.ndarray) -> Rows:
         """`exchange`, in two programs."""

@@ -170,6 +170,25 @@ def test_nothing_asked_nothing_said():
     assert list(sampler()(tiny_variables(tiny_config()), [], CONFIG, keys)) == []
 
 
+@pytest.mark.parametrize("unroll_layers", [0, 4])
+def test_no_device_holds_the_caches_of_all_rows(unroll_layers):
+    """Neither before the first prompt is placed nor when a quarter of the rows goes on."""
+    prompts, keys = questions()
+    config = dataclasses.replace(CONFIG, unroll_layers=unroll_layers)
+    run, variables = sampler(4, 2, 16), tiny_variables(tiny_config())
+    list(run(variables, prompts, config, keys))
+    (programs,) = run._programs.values()
+    ids = np.ones((16, 32), np.int32)
+    store = programs.read(programs.prepare(variables), ids, np.full(16, 3, np.int32))
+    rows = programs.idle(store)
+    few = programs.pick(rows, np.arange(4, dtype=np.int32))
+    for kept, num_rows in ((rows, 16), (few, 4)):
+        for x in jax.tree.leaves(kept.cache):
+            here = x.addressable_shards[0].data.shape
+            assert here[-4:-2] == (num_rows // 4, tiny_config().num_kv_heads // 2)
+            assert x.shape[-4:-2] == (num_rows, tiny_config().num_kv_heads)
+
+
 def recorded_caches(run, variables, prompts, config, keys):
     """Completions; of every part, at every segment, (slots, slots that its rows need); how often
     rows moved; the sizes that there are."""
