@@ -25,6 +25,7 @@ from opsd_jax.scoring import completion_hidden
 from opsd_jax.sharding import FULLY_SHARDED, MeshConfig, make_mesh
 from opsd_jax.slots import Sampler
 
+FAMILIES = sorted(CACHED | {"gemma"})
 NUM_SLOTS, NUM_PROMPTS, P = 3, 8, 20
 CONFIG = RolloutConfig(max_new_tokens=23, stop_ids=(3, 5, 7), segment_len=4, unroll_layers=0)
 
@@ -97,7 +98,7 @@ def gaps(model, variables, ids, mask, logps):
     return np.abs(scored - logps)[mask]
 
 
-@pytest.mark.parametrize("case", sorted(CACHED))
+@pytest.mark.parametrize("case", FAMILIES)
 def test_refilled_rows_have_the_logps_of_scoring(case):
     model, variables = decoder(case)
     assert gaps(model, variables, *through_slots(model, variables, CONFIG)).max() <= 1e-5
@@ -105,8 +106,7 @@ def test_refilled_rows_have_the_logps_of_scoring(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_logps_of_every_case_unrolled_and_in_bfloat16(case):
-    """The bound in bfloat16 is that of the README; a router may choose another expert there."""
+def test_a_rollout_with_unrolled_layers_has_the_logps_of_scoring(case):
     model, variables = decoder(case)
     prompts, config = questions()[1], dataclasses.replace(CONFIG, unroll_layers=4)
     jitted = jax.jit(partial(rollout, model, config=config))
@@ -115,6 +115,11 @@ def test_logps_of_every_case_unrolled_and_in_bfloat16(case):
     print(f"{case} float32: mean {gap.mean():.1e}, max {gap.max():.1e}")
     assert gap.max() <= 1e-5
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FAMILIES)
+def test_the_gap_in_bfloat16_is_bounded(case):
+    """By what the README says; a router may choose another expert there."""
     model, variables = decoder(case, "bfloat16")
     gap = gaps(model, variables, *through_slots(model, variables, CONFIG))
     print(f"{case} bfloat16: mean {gap.mean():.1e}, max {gap.max():.1e}")
