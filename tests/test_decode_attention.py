@@ -84,6 +84,7 @@ def test_rollouts_are_the_same_through_the_kernel(interpreted, changes, unroll_l
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(8))
     asked = [ids[:n].tolist() for ids, n in zip(prompts.ids, prompts.lengths, strict=True)]
     padding = dataclasses.make_dataclass("Padding", [("pad_id", int, 0)])()
-    sampler = Sampler(model, padding, make_mesh(MeshConfig(1, 1), jax.devices()[:1]), (), 4)
+    mesh = make_mesh(MeshConfig(1, 1), jax.devices()[:1])
+    sampler = Sampler(model, padding, mesh, FULLY_SHARDED, 4)
     for one in sampler(variables, asked, config, keys):
         assert one.ids == want.ids[one.prompt][want.mask[one.prompt]].tolist()
