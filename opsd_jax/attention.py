@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec
 
 from opsd_jax.decode_attention import UNSEEN, attend_store
 from opsd_jax.head import soft_cap
-from opsd_jax.kv_cache import EMPTY_POSITION, KV, KVCache
+from opsd_jax.kv_cache import EMPTY_POSITION, KV, KVCache, Parts, parts
 from opsd_jax.model_config import NO_WINDOW, ModelConfig
 
 QUERY_BLOCK = 512
@@ -150,7 +150,7 @@ def attend_cached(
     softcap = config.attention_softcap
     if cache is None:
         return attend(q_BKGTH, (new,), positions_BT, window, softcap)
-    if isinstance(cache.kv, tuple):
+    if isinstance(cache.kv, Parts):
         return attend_parts(config, q_BKGTH, cache, new, layer, positions_BT, window)
     if config.decode_attention == "xla":
         sources = ((cache.kv.keys, cache.kv.values, cache.positions), new)
@@ -182,13 +182,11 @@ def attend_parts(
     window: jax.Array,
 ) -> jax.Array:
     """`attend_cached` of the rows of every part to that part."""
-    out, start = [], 0
-    for part in map(KVCache, cache.kv, cache.positions):
-        rows = slice(start, start + len(part.positions))
-        (keys, values, positions), now = new, positions_BT[rows]
-        ours = keys[rows], values[rows], positions[rows]
+    out, (keys, values, positions) = [], new
+    for (kv, rows), filled in zip(parts(cache.kv), cache.positions, strict=True):
+        part, ours = KVCache(kv, filled), (keys[rows], values[rows], positions[rows])
+        now = positions_BT[rows]
         out.append(attend_cached(config, q_BKGTH[rows], part, ours, layer, now, window))
-        start = rows.stop
     return jnp.concatenate(out)
 
 

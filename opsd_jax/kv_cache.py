@@ -50,7 +50,7 @@ class KVCache:
     """What has been said so far.
 
     kv: keys and values; positions: [B, S] int32, `EMPTY_POSITION` in a slot that no query may see.
-    In parts: kv has a tuple of KV for every KV, and positions are a tuple.
+    In parts: kv has `Parts` in place of every KV, and positions are a tuple.
     """
 
     kv: LayersKV
@@ -121,7 +121,7 @@ def cache_of(store: LayersKV | Parts, lengths_B: jax.Array) -> KVCache:
         slots = jnp.arange(capacity(part))
         found.append(jnp.where(slots < lengths_B[rows, None], slots, EMPTY_POSITION))
     if isinstance(store, Parts):
-        return KVCache(map_layers(lambda *kvs: kvs, *store.stores), tuple(found))
+        return KVCache(map_layers(lambda *kvs: Parts(kvs), *store.stores), tuple(found))
     return KVCache(store, *found)
 
 

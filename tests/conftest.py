@@ -28,10 +28,13 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from flax import linen as nn  # noqa: E402
 
+from opsd_jax.head import output_head  # noqa: E402
+from opsd_jax.likelihood import token_logps  # noqa: E402
 from opsd_jax.model import Decoder, init_variables  # noqa: E402
 from opsd_jax.model_config import LoraConfig, ModelConfig  # noqa: E402
 from opsd_jax.objective import Batch  # noqa: E402
-from opsd_jax.rollouts import Context  # noqa: E402
+from opsd_jax.rollouts import Completion, Context  # noqa: E402
+from opsd_jax.scoring import completion_hidden  # noqa: E402
 
 VOCAB = 24
 
@@ -136,6 +139,18 @@ def text_hidden(config: ModelConfig):
         return run(variables, filled)[0, : len(ids)]
 
     return hidden
+
+
+def scored_logps(model: Decoder, variables: dict, context: Context, completion: Completion):
+    """Log-probability of every token of a completion, by a forward pass over the whole text."""
+
+    @jax.jit
+    def score(variables):
+        hidden = completion_hidden(model, variables, context, completion)
+        head = output_head(variables["params"], model.config)
+        return token_logps(head, hidden, completion.ids, completion.mask, None)[0]
+
+    return np.asarray(score(variables))
 
 
 @pytest.fixture(params=["full", "lora"])

@@ -12,26 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import scored_logps
 from flax import linen as nn
 from test_huggingface import CACHED, CASES, SHAPE
+from test_slots import Padding
 
-from opsd_jax.head import output_head
+from opsd_jax.contexts import pad
 from opsd_jax.huggingface import config_from_hf
-from opsd_jax.likelihood import token_logps
 from opsd_jax.model import Decoder, init_variables
 from opsd_jax.rollout_config import RolloutConfig
 from opsd_jax.rollouts import Completion, Context, rollout
-from opsd_jax.scoring import completion_hidden
 from opsd_jax.sharding import FULLY_SHARDED, MeshConfig, make_mesh
 from opsd_jax.slots import Sampler
 
 FAMILIES = sorted(CACHED | {"gemma"})
 NUM_SLOTS, NUM_PROMPTS, P = 3, 8, 20
 CONFIG = RolloutConfig(max_new_tokens=23, stop_ids=(3, 5, 7), segment_len=4, unroll_layers=0)
-
-
-class Padding:
-    pad_id = 0
 
 
 def decoder(case, dtype="float32"):
@@ -61,10 +57,7 @@ def questions():
     r = np.random.default_rng(0)
     lengths = r.integers(1, P + 1, NUM_PROMPTS)
     prompts = [r.integers(1, SHAPE["vocab_size"], n).tolist() for n in lengths]
-    ids = np.zeros((NUM_PROMPTS, P), np.int32)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt
-    return prompts, Context(jnp.asarray(ids), jnp.asarray(lengths, jnp.int32))
+    return prompts, Context(*map(jnp.asarray, pad(prompts, P, 0)))
 
 
 def through_slots(model, variables, config):
@@ -85,14 +78,7 @@ def through_slots(model, variables, config):
 def gaps(model, variables, ids, mask, logps):
     """|log-probability while sampling - while scoring| of the sampled tokens."""
     completion = Completion(jnp.asarray(ids), jnp.asarray(mask), jnp.asarray(logps), None)
-
-    @jax.jit
-    def score(variables):
-        hidden = completion_hidden(model, variables, questions()[1], completion)
-        head = output_head(variables["params"], model.config)
-        return token_logps(head, hidden, completion.ids, completion.mask, None)[0]
-
-    scored = np.asarray(score(variables))
+    scored = scored_logps(model, variables, questions()[1], completion)
     assert 0.3 < scored[mask].std() < 3, "logits of order 1, or the tolerance means nothing"
     assert mask.sum() > 4 * NUM_PROMPTS
     return np.abs(scored - logps)[mask]

