@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 REQUIRED = [
     "jax>=0.10.2,<0.13",
@@ -44,8 +44,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["opsd_jax"],
-    package_data={"opsd_jax": ["py.typed", "report_page.css", "report_page.js"]},
+    packages=find_packages(include=["opsd_jax", "opsd_jax.*"]),
+    package_data={
+        "opsd_jax": ["py.typed"],
+        "opsd_jax.evaluation": ["report_page.css", "report_page.js"],
+    },
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["opsd = opsd_jax.main:main"]},

@@ -22,20 +22,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from opsd_jax.config import load_experiment
 from opsd_jax.errors import UserError
-from opsd_jax.report import spread
-from opsd_jax.runs import (
-    ACCURACY,
-    TOKENS,
-    Group,
-    Reach,
-    Run,
-    band,
-    reach,
-    token_ratio,
-)
-from opsd_jax.train import train_whole
+from opsd_jax.evaluation.report import spread
+from opsd_jax.evaluation.runs import ACCURACY, TOKENS, Group, Reach, Run, band, reach, token_ratio
+from opsd_jax.run.config import load_experiment
+from opsd_jax.run.train import train_whole
 
 HERE = Path(__file__).parent
 

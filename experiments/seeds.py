@@ -13,11 +13,11 @@ from pathlib import Path
 
 import jax
 
-from opsd_jax.config import load_experiment
 from opsd_jax.errors import UserError
-from opsd_jax.report import spread
-from opsd_jax.runs import ACCURACY, Line
-from opsd_jax.train import train_whole
+from opsd_jax.evaluation.report import spread
+from opsd_jax.evaluation.runs import ACCURACY, Line
+from opsd_jax.run.config import load_experiment
+from opsd_jax.run.train import train_whole
 
 HERE = Path(__file__).parent
 COLUMNS = {

@@ -20,14 +20,14 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "load_model": "opsd_jax.interface",
-    "forward": "opsd_jax.interface",
-    "rollout": "opsd_jax.rollouts",
-    "RolloutConfig": "opsd_jax.rollouts",
-    "Completion": "opsd_jax.rollouts",
-    "DivergenceConfig": "opsd_jax.divergence",
-    "train_step": "opsd_jax.train_step",
-    "load_experiment": "opsd_jax.config",
+    "load_model": "opsd_jax.pretrained.interface",
+    "forward": "opsd_jax.pretrained.interface",
+    "rollout": "opsd_jax.sampling.rollout",
+    "RolloutConfig": "opsd_jax.sampling.config",
+    "Completion": "opsd_jax.sampling.prompts",
+    "DivergenceConfig": "opsd_jax.divergence.losses",
+    "train_step": "opsd_jax.method.train_step",
+    "load_experiment": "opsd_jax.run.config",
     "UserError": "opsd_jax.errors",
 }
 _MODULES = ("divergence",)

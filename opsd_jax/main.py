@@ -177,8 +177,8 @@ def refuse(arguments: argparse.Namespace, chosen: str, *flags: str) -> None:
 def run_train(arguments: argparse.Namespace) -> None:
     import jax
 
-    from opsd_jax.config import load_experiment
-    from opsd_jax.train import summary, train
+    from opsd_jax.run.config import load_experiment
+    from opsd_jax.run.train import summary, train
 
     join_pod(arguments)
     experiment, text = load_experiment(arguments.gin_file, arguments.gin_bindings)
@@ -190,7 +190,7 @@ def run_train(arguments: argparse.Namespace) -> None:
 def run_eval(arguments: argparse.Namespace) -> None:
     if arguments.compare:
         refuse(arguments, "compare", "step", "out", "gin_file", "gin_bindings", "distributed")
-        from opsd_jax import compare
+        from opsd_jax.evaluation import compare
 
         found = compare.compare(*arguments.compare)
         print(compare.table(found), file=sys.stderr)
@@ -198,7 +198,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
         return
     if arguments.model:
         refuse(arguments, "model", "step")
-    from opsd_jax.finished_run import evaluate_command
+    from opsd_jax.run.finished_run import evaluate_command
 
     join_pod(arguments)
     evaluate_command(
@@ -214,8 +214,8 @@ def run_eval(arguments: argparse.Namespace) -> None:
 def run_generate(arguments: argparse.Namespace) -> None:
     if arguments.model:
         refuse(arguments, "model", "step")
-    from opsd_jax.generate import generate_command
-    from opsd_jax.rollout_config import RolloutConfig, check_sampling
+    from opsd_jax.run.generate import generate_command
+    from opsd_jax.sampling.config import RolloutConfig, check_sampling
 
     shared = "temperature top_k top_p min_p repetition_penalty presence_penalty".split()
     chosen = {name: getattr(arguments, name) for name in shared}
@@ -235,20 +235,20 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    from opsd_jax.finished_run import export_command
+    from opsd_jax.run.finished_run import export_command
 
     export_command(arguments.workdir, arguments.step, arguments.out, arguments.format)
 
 
 def run_tokens(arguments: argparse.Namespace) -> None:
-    from opsd_jax.token_view import tokens_command
+    from opsd_jax.run.token_view import tokens_command
 
     require_seed("--seed", arguments.seed)
     tokens_command(arguments.workdir, arguments.step, arguments.num, arguments.seed)
 
 
 def run_report(arguments: argparse.Namespace) -> None:
-    from opsd_jax.report import report_command
+    from opsd_jax.evaluation.report import report_command
 
     report_command(arguments.workdir, arguments.out, arguments.name, arguments.levels)
 

@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight virtual devices for every test, and tiny models shared by several files."""
+"""Eight virtual devices for every test, and fixtures that several files share."""
 
 import atexit
-import contextlib
-import functools
 import os
-import resource
 import shutil
-import signal
 import tempfile
 
 # Before jax is imported: the device count cannot change afterwards.
@@ -23,69 +19,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-from flax import linen as nn  # noqa: E402
 
-from opsd_jax.head import output_head  # noqa: E402
-from opsd_jax.likelihood import token_logps  # noqa: E402
-from opsd_jax.model import Decoder, init_variables  # noqa: E402
-from opsd_jax.model_config import LoraConfig, ModelConfig  # noqa: E402
-from opsd_jax.objective import Batch  # noqa: E402
-from opsd_jax.rollouts import Completion, Context  # noqa: E402
-from opsd_jax.scoring import completion_hidden  # noqa: E402
-
-VOCAB = 24
-
-
-def tiny_config(**changes) -> ModelConfig:
-    shape = dict(
-        vocab_size=VOCAB,
-        num_layers=2,
-        embed_dim=16,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        mlp_dim=24,
-        rope_theta=100.0,
-        remat=False,
-    )
-    return ModelConfig(**(shape | changes))
-
-
-@functools.cache
-def tiny_variables(config: ModelConfig, seed: int = 0) -> dict:
-    """Random parameters, sharp enough that distributions differ; adapters are not zero.
-
-    Adapters are half as large, as they enter by their product: attention scores in the tens
-    would turn the last bits of float32 into errors above 1e-5 on some processors.
-    """
-    shapes = nn.meta.unbox(
-        jax.eval_shape(lambda key: init_variables(Decoder(config), key), jax.random.key(0))
-    )
-    rng = np.random.default_rng(seed)
-
-    def fill(path, leaf):
-        is_norm, is_adapter = path[-1].key == "scale", path[0].key == "lora"
-        spread = 0.2 if is_norm or is_adapter else 0.4
-        values = rng.normal(size=leaf.shape) * spread + is_norm
-        return jnp.asarray(values, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(fill, shapes)
-
-
-def tiny_batch(batch_size: int = 8, student_len: int = 6, teacher_len: int = 11, seed: int = 0):
-    """Ragged prompts of both roles, right-padded."""
-    rng = np.random.default_rng(seed)
-
-    def context(width):
-        lengths = rng.integers(1, width + 1, batch_size).astype(np.int32)
-        ids = rng.integers(1, VOCAB, (batch_size, width)).astype(np.int32)
-        ids[np.arange(width) >= lengths[:, None]] = 0
-        return Context(ids=jnp.asarray(ids), lengths=jnp.asarray(lengths))
-
-    return Batch(student=context(student_len), teacher=context(teacher_len))
+from opsd_jax.model.config import LoraConfig, ModelConfig  # noqa: E402
+from tests.tiny import tiny_config  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -93,64 +30,6 @@ def forget_compiled_programs():
     """Hundreds of compiled programs would otherwise stay in memory until the end."""
     yield
     jax.clear_caches()
-
-
-@contextlib.contextmanager
-def small_disk(num_bytes: int):
-    """No file may grow larger: writing fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
-
-
-class WordTokenizer:
-    """One id per word, for tests that need some tokenizer."""
-
-    vocab_size, pad_id, stop_ids = 100, 0, (1, 2)
-
-    def encode(self, text):
-        return [3 + sum(map(ord, word)) % 97 for word in text.split()]
-
-    def decode(self, ids):
-        return " ".join(str(int(i)) for i in ids if i > 2)
-
-    def render(self, prompt, **switches):
-        return self.encode(prompt)
-
-
-@functools.cache
-def text_hidden(config: ModelConfig):
-    """Jitted (variables, ids) -> hidden of one text, without cache, batch or prompt padding.
-
-    The text is filled up to 32 tokens on the right, which causal attention cannot see, so that
-    a slow loop over growing texts compiles once.
-    """
-    model = Decoder(config)
-    run = jax.jit(lambda v, ids: model.apply(v, ids, jnp.arange(32)[None])[0])
-
-    def hidden(variables, ids):
-        filled = np.zeros((1, 32), np.int32)
-        filled[0, : len(ids)] = ids
-        return run(variables, filled)[0, : len(ids)]
-
-    return hidden
-
-
-def scored_logps(model: Decoder, variables: dict, context: Context, completion: Completion):
-    """Log-probability of every token of a completion, by a forward pass over the whole text."""
-
-    @jax.jit
-    def score(variables):
-        hidden = completion_hidden(model, variables, context, completion)
-        head = output_head(variables["params"], model.config)
-        return token_logps(head, hidden, completion.ids, completion.mask, None)[0]
-
-    return np.asarray(score(variables))
 
 
 @pytest.fixture(params=["full", "lora"])

@@ -23,7 +23,7 @@ import json
 import jax
 import jax.numpy as jnp
 
-from opsd_jax.divergence import DivergenceConfig, logit_divergence
+from opsd_jax.divergence.losses import DivergenceConfig, logit_divergence
 
 THRESHOLDS = (1.0, 0.3, 0.1, 0.05, 0.01, 1e-3, 1e-6)
 
@@ -78,14 +78,15 @@ def _compare(true, gradient, tokens, mask):
 
 def testbed_logits(cache_dir, num_problems):
     """Student and teacher logits [B, C, V] and the mask of the base's own completions."""
-    from opsd_jax.head import head_logits, output_head
-    from opsd_jax.model import Decoder
-    from opsd_jax.rollout_config import RolloutConfig
-    from opsd_jax.rollouts import Context, rollout
-    from opsd_jax.scoring import completion_hidden
-    from opsd_jax.testbed import ChainTokenizer
-    from opsd_jax.testbed_builder import ChainArithmetic
-    from opsd_jax.warm_start import TESTBED_MODEL, WarmStartConfig, load_or_train
+    from opsd_jax.method.scoring import completion_hidden
+    from opsd_jax.model.decoder import Decoder
+    from opsd_jax.model.head import head_logits, output_head
+    from opsd_jax.sampling.config import RolloutConfig
+    from opsd_jax.sampling.prompts import Context
+    from opsd_jax.sampling.rollout import rollout
+    from opsd_jax.testbed.problems import ChainArithmetic
+    from opsd_jax.testbed.warm_start import TESTBED_MODEL, WarmStartConfig, load_or_train
+    from opsd_jax.testbed.world import ChainTokenizer
 
     variables = {"params": load_or_train(WarmStartConfig(), TESTBED_MODEL, cache_dir).params}
     model, tokenizer = Decoder(TESTBED_MODEL), ChainTokenizer()

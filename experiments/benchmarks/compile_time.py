@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from opsd_jax.divergence import DivergenceConfig
-from opsd_jax.model import Decoder, init_variables
-from opsd_jax.model_config import ModelConfig
-from opsd_jax.objective import Batch
-from opsd_jax.optimizer import OptimizerConfig, make_optimizer
-from opsd_jax.rollout_config import RolloutConfig
-from opsd_jax.rollouts import Context
-from opsd_jax.teacher import TeacherConfig
-from opsd_jax.train_step import Method, init_state, train_step
+from opsd_jax.divergence.losses import DivergenceConfig
+from opsd_jax.method.batch import Batch
+from opsd_jax.method.optimizer import OptimizerConfig, make_optimizer
+from opsd_jax.method.teacher import TeacherConfig
+from opsd_jax.method.train_step import Method, init_state, train_step
+from opsd_jax.model.config import ModelConfig
+from opsd_jax.model.decoder import Decoder, init_variables
+from opsd_jax.sampling.config import RolloutConfig
+from opsd_jax.sampling.prompts import Context
 
 
 def seconds_to_compile(num_layers, new, prompt=64, batch=8):

@@ -20,8 +20,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from opsd_jax.divergence import DivergenceConfig, token_divergence
-from opsd_jax.head import Head
+from opsd_jax.divergence.losses import DivergenceConfig, token_divergence
+from opsd_jax.model.head import Head
 
 
 def make_inputs(args):

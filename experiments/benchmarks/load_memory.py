@@ -72,7 +72,7 @@ def load(directory: str, dtype: str) -> dict:
     import jax
     from jax.sharding import AxisType
 
-    from opsd_jax.pretrained import load_pretrained
+    from opsd_jax.pretrained.load import load_pretrained
 
     count = jax.device_count()
     mesh = jax.make_mesh((count, 1), ("data", "model"), (AxisType.Auto,) * 2)

@@ -31,15 +31,16 @@ import numpy as np
 from flax.core import meta
 
 import opsd_jax
-from opsd_jax.head import output_head
-from opsd_jax.likelihood import token_logps
-from opsd_jax.model import Decoder, init_variables
-from opsd_jax.model_config import ModelConfig
-from opsd_jax.rollout_config import RolloutConfig
-from opsd_jax.rollouts import Context, rollout
-from opsd_jax.scoring import completion_hidden
-from opsd_jax.sharding import FULLY_SHARDED, MeshConfig, make_mesh, num_bytes
-from opsd_jax.slots import Sampler
+from opsd_jax.divergence.likelihood import token_logps
+from opsd_jax.method.scoring import completion_hidden
+from opsd_jax.model.config import ModelConfig
+from opsd_jax.model.decoder import Decoder, init_variables
+from opsd_jax.model.head import output_head
+from opsd_jax.model.sharding import FULLY_SHARDED, MeshConfig, make_mesh, num_bytes
+from opsd_jax.sampling.config import RolloutConfig
+from opsd_jax.sampling.prompts import Context
+from opsd_jax.sampling.rollout import rollout
+from opsd_jax.sampling.slots import Sampler
 
 SHAPES = {
     "small": ModelConfig(4096, 4, 256, 8, 4, 32, 768),
@@ -140,7 +141,7 @@ def describe(args, case, batch, tokens, seconds, **more):
 
 def against_transformers(args, batch):
     """Ratio over the faster of the two caches of generate."""
-    from opsd_jax.export import save_pretrained
+    from opsd_jax.pretrained.export import save_pretrained
 
     model, variables = load(args)
     with tempfile.TemporaryDirectory() as folder:
@@ -177,8 +178,7 @@ def refill(args, batch):
     jitted = jax.jit(functools.partial(rollout, model, config=config))
     lengths = jnp.full((batch,), args.prompt, jnp.int32)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    padding = dataclasses.make_dataclass("Padding", [("pad_id", int, 0)])()
-    sampler = Sampler(model, padding, mesh, FULLY_SHARDED, batch)
+    sampler = Sampler(model, 0, mesh, FULLY_SHARDED, batch)
     tokens = {}
 
     def plain():

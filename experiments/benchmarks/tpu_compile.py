@@ -25,14 +25,14 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from opsd_jax.config import load_experiment
 from opsd_jax.errors import UserError
-from opsd_jax.experiment import assemble
-from opsd_jax.huggingface import config_from_hf
-from opsd_jax.objective import Batch
-from opsd_jax.rollouts import Context
-from opsd_jax.sharding import batch_sharding, on_mesh
-from opsd_jax.train_step import jitted_step
+from opsd_jax.method.batch import Batch
+from opsd_jax.method.train_step import jitted_step
+from opsd_jax.model.sharding import batch_sharding, on_mesh
+from opsd_jax.pretrained.config import config_from_hf
+from opsd_jax.run.config import load_experiment
+from opsd_jax.run.experiment import assemble
+from opsd_jax.sampling.prompts import Context
 
 
 def slice_mesh(topology, model):

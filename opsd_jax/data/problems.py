@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Problems: what a record is, what a set of them can do, and how to read them from local files.
+
+A *problem set* is any object with `len`, integer indexing and `grade`; a *source* is a frozen
+dataclass whose `load(cache_dir)` gives one. Files are read as hostile data: nothing is unpickled
+or evaluated, and every row that does not fit stops the load with its file and row number.
+"""
+
+import dataclasses
+import glob
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Protocol, TypeGuard
+
+from opsd_jax.data import grading
+from opsd_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One record.
+
+    Attributes:
+      id: unique within its set.
+      question: what both roles see.
+      solution: worked reference for the teacher; "" where the source has none.
+      answer: what the grader compares with.
+    """
+
+    id: str
+    question: str
+    solution: str
+    answer: str
+
+
+class ProblemSet(Protocol):
+    """Indexed problems with their own grader."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Problem: ...
+
+    def grade(self, problem: Problem, completion: str, /) -> float:
+        """Grade of one completion, in [0, 1]; hostile text goes through a `GraderPool`.
+
+        A grade that is an object may also have `extract(completion) -> str | None`, the answer
+        that was given, and `same(answer, other) -> bool`: then answers can vote (maj@n).
+        """
+
+
+class ProblemSource(Protocol):
+    """Anything that config can name and the loop can load."""
+
+    def load(self, cache_dir: str | None) -> ProblemSet: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedProblems:
+    """A problem set in memory.
+
+    `grade` is a field and not a method so that a worker process receives the grader alone.
+    """
+
+    problems: tuple[Problem, ...]
+    grade: Callable[[Problem, str], float]
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    def __getitem__(self, index: int, /) -> Problem:
+        return self.problems[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerGrader:
+    """Grades against `problem.answer` with a function (answer, completion) -> float.
+
+    `extract` and `same` exist where the grader has them: a function of the user's may not.
+    """
+
+    grader: grading.Grader
+
+    def __call__(self, problem: Problem, completion: str) -> float:
+        return self.grader(problem.answer, completion)
+
+    @property
+    def extract(self) -> Callable[[str], str | None]:
+        return self.grader.extract  # type: ignore[attr-defined]
+
+    @property
+    def same(self) -> Callable[[str, str], bool]:
+        return self.grader.same  # type: ignore[attr-defined]
+
+    def warm_up(self) -> None:
+        """Has a parser of mathematics import and build what it builds on first use.
+
+        No other grader: a function of the user's need not stand an answer that is not the data's.
+        """
+        if getattr(self.grader, "same", None) is grading.same_mathematics:
+            self.grader(r"\frac{1}{2}", r"\boxed{0.5}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _TableProblems:
+    """Rows of local files with named columns.
+
+    Attributes:
+      path: a file, a directory (searched with its sub-directories) or a glob pattern; several
+        files are read in the order of their names.
+      question_column: text.
+      answer_column: text or a number; None says that there are no answers, so nothing is graded
+        (and nothing can be held out).
+      solution_column: text; None says that the source has no solutions.
+      id_column: a row without it is named `file:row`.
+      answer_from: how to read the answer out of its column: "text" takes all of it, "boxed",
+        "last_number", "hashes" (GSM8K's `#### 18`), "tagged" and "final" a part.
+      grader: "exact", "last_number", "boxed", "math_verify", or a function
+        (answer, completion) -> float.
+      start, stop: the slice of rows to take, to hold some of a single file out.
+    """
+
+    path: str
+    question_column: str = "question"
+    solution_column: str | None = "solution"
+    answer_column: str | None = "answer"
+    id_column: str = "id"
+    answer_from: str = "text"
+    grader: str | grading.Grader = "boxed"
+    start: int = 0
+    stop: int | None = None
+
+    suffix: ClassVar[str]
+
+    def __post_init__(self):
+        name = type(self).__name__
+        if self.answer_from not in grading.EXTRACTORS:
+            raise UserError(
+                f"{name}.answer_from is {self.answer_from!r}; choose one of "
+                f"{', '.join(grading.EXTRACTORS)}."
+            )
+        if self.start < 0 or (self.stop is not None and self.stop <= self.start):
+            raise UserError(
+                f"{name}.start and .stop must select rows from the front (0 <= start < stop), "
+                f"got {self.start} and {self.stop}."
+            )
+        grading.find_grader(self.grader, f"{name}.grader")
+
+    def load(self, cache_dir: str | None = None) -> LoadedProblems:
+        """Reads and checks every row.
+
+        Raises:
+          UserError: no file, not a file of this format, a row that lacks something, an id that
+            occurs twice, or no row at all.
+        """
+        del cache_dir
+        problems: dict[str, Problem] = {}
+        paths = self._paths()
+        root = os.path.commonpath([path.parent for path in paths])
+        for path in paths:
+            name, rows = path.relative_to(root), 0
+            for row_number, row in self._rows(path):
+                rows += 1
+                problem = self._problem(f"{path}:{row_number}", f"{name}:{row_number}", row)
+                if problem.id in problems:
+                    raise UserError(
+                        f"{path}:{row_number}: the id {problem.id!r} occurs a second time; make "
+                        f"the values of `{self.id_column}` unique."
+                    )
+                problems[problem.id] = problem
+            if not rows:
+                raise UserError(f"{path} has no rows; remove it or fill it.")
+        selected = tuple(problems.values())[self.start : self.stop]
+        if not selected:
+            raise UserError(
+                f"{self.path} has {len(problems)} rows, so the slice from {self.start} is empty."
+            )
+        return LoadedProblems(selected, AnswerGrader(grading.find_grader(self.grader)))
+
+    def _paths(self) -> list[pathlib.Path]:
+        path = pathlib.Path(self.path).expanduser()
+        if path.is_file():
+            return [path]
+        if path.is_dir():
+            found = sorted(path.rglob(f"*{self.suffix}"))
+        else:
+            found = sorted(map(pathlib.Path, glob.glob(str(path), recursive=True)))
+        if not found:
+            raise UserError(
+                f"{type(self).__name__}.path: {self.path} is no file, and no directory or "
+                f"pattern with {self.suffix} files in it."
+            )
+        return found
+
+    def _rows(self, path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Row numbers from 1 and the rows."""
+        raise NotImplementedError
+
+    def _problem(self, place: str, default_id: str, row: dict[str, Any]) -> Problem:
+        solution = ""
+        if self.solution_column is not None:
+            solution = self._text(place, row, "solution")
+        answer: str | None = ""
+        if self.answer_column is not None:
+            answer = grading.EXTRACTORS[self.answer_from](self._text(place, row, "answer"))
+            if not answer:
+                raise UserError(
+                    f"{place}: no answer of the kind {self.answer_from!r} in "
+                    f"`{self.answer_column}`; correct the row or set "
+                    f"{type(self).__name__}.answer_from."
+                )
+        has_id = row.get(self.id_column) is not None
+        return Problem(
+            id=self._text(place, row, "id") if has_id else default_id,
+            question=self._text(place, row, "question"),
+            solution=solution,
+            answer=answer or "",
+        )
+
+    def _text(self, place: str, row: dict[str, Any], field: str) -> str:
+        """The text of the column that stands for `field`; numbers only where they make sense."""
+        column = getattr(self, f"{field}_column")
+        value = row.get(column)
+        if field in ("answer", "id") and _is_number(value):
+            value = str(int(value) if value == int(value) else value)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            hint = f"set {type(self).__name__}.{field}_column to one of {', '.join(sorted(row))}"
+            if field == "solution":
+                hint += " or, where there are no solutions, to None"
+            is_there = column in row
+            fault = f"`{column}` is empty; fill" if is_there else f"the row has no `{column}`; add"
+            raise UserError(f"{place}: {fault} it, or {hint}.")
+        if not isinstance(value, str):
+            raise UserError(
+                f"{place}: `{column}` must be text, but is of type {type(value).__name__}."
+            )
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{place}: `{column}` is not valid Unicode ({error}).") from None
+        return value
+
+
+class JsonlProblems(_TableProblems):
+    """Local JSON lines: one object a line, UTF-8; blank lines are skipped."""
+
+    suffix = ".jsonl"
+
+    def _rows(self, path):
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line.decode("utf-8-sig"))
+                except (ValueError, RecursionError) as error:
+                    reason = str(error).splitlines()[0][:100]
+                    raise UserError(f"{path}:{number}: not a line of JSON ({reason}).") from None
+                if not isinstance(row, dict):
+                    raise UserError(
+                        f"{path}:{number}: a line must be a JSON object with named columns, "
+                        f"but this is of type {type(row).__name__}."
+                    )
+                yield number, row
+
+
+class ParquetProblems(_TableProblems):
+    """Local parquet files, as published on the Hugging Face Hub."""
+
+    suffix = ".parquet"
+
+    def _rows(self, path):
+        import pyarrow  # comes with tensorflow-datasets, and only this source needs it
+        import pyarrow.parquet
+
+        wanted = {self.question_column, self.solution_column, self.answer_column, self.id_column}
+        try:
+            with pyarrow.parquet.ParquetFile(path) as table:
+                columns = table.schema_arrow.names
+                missing = wanted - {None, self.id_column} - set(columns)
+                if missing:
+                    raise UserError(
+                        f"{path} has no column `{min(missing)}`, only {', '.join(columns)}; "
+                        f"set the column names of {type(self).__name__} (solution_column=None "
+                        "where there are no solutions)."
+                    )
+                number = 0
+                for batch in table.iter_batches(columns=[c for c in columns if c in wanted]):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield number, row
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0][:100]
+            raise UserError(f"{path}: not a readable parquet file ({reason}).") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherReferences:
+    """A control: every problem keeps its answer and gets the solution of the next problem.
+
+    A student that still improves learns from the form of the teacher's context, not from what
+    it says.
+    """
+
+    source: ProblemSource
+
+    def load(self, cache_dir: str | None = None) -> LoadedProblems:
+        """The problems of `source` with their solutions moved on by one."""
+        original = self.source.load(cache_dir)
+        problems = [original[i] for i in range(len(original))]
+        if len(problems) < 2:
+            raise UserError("OtherReferences needs a source of at least two problems.")
+        moved = zip(problems, problems[1:] + problems[:1], strict=True)
+        return LoadedProblems(
+            tuple(dataclasses.replace(p, solution=other.solution) for p, other in moved),
+            original.grade,
+        )
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    return is_int or (isinstance(value, float) and math.isfinite(value))

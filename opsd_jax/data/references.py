@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data's own completions as token rows: text, stop token, padding."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from opsd_jax.data.contexts import shown
+from opsd_jax.data.problems import Problem
+from opsd_jax.data.tokenizer import Tokenizer
+from opsd_jax.errors import UserError
+
+Render = Callable[[Problem], dict[str, np.ndarray] | None]
+
+
+class ReferenceRows:
+    """A problem's prompts with its reference completion beside them.
+
+    Args:
+      prompts: problem -> arrays of the two contexts, or None.
+      template: text with {solution} and {answer}, or a function (problem) -> text.
+      tokenizer: of the model.
+      max_tokens: C, stop token included.
+      too_long: "drop" counts a longer reference and leaves its problem out, "error" stops.
+    """
+
+    def __init__(
+        self,
+        prompts: Render,
+        template: str | Callable[[Problem], str],
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        too_long: str,
+    ):
+        if not tokenizer.stop_ids:
+            raise UserError("train.completions = @References() needs a tokenizer with a stop token")
+        self._prompts, self._template, self._tokenizer = prompts, template, tokenizer
+        self._end_id = getattr(tokenizer, "turn_end_id", tokenizer.stop_ids[0])
+        self._max_tokens, self._too_long = max_tokens, too_long
+        self.dropped: set[str] = set()
+
+    def __call__(self, problem: Problem) -> dict[str, np.ndarray] | None:
+        """The prompts' arrays with reference_ids [C] and reference_length [] int32."""
+        row = self._prompts(problem)
+        if row is None:
+            return None
+        tokenizer = self._tokenizer
+        ids = [*tokenizer.encode(reference_text(self._template, problem)), self._end_id]
+        if len(ids) > self._max_tokens:
+            if self._too_long == "error":
+                raise UserError(
+                    f"problem {problem.id!r}: its reference has {len(ids)} tokens with the stop "
+                    f"token, over rollout.max_new_tokens = {self._max_tokens}; raise it, or set "
+                    "contexts.too_long = 'drop'"
+                )
+            self.dropped.add(problem.id)
+            return None
+        filled = np.full(self._max_tokens, tokenizer.pad_id, np.int32)
+        filled[: len(ids)] = ids
+        length = np.array(len(ids), np.int32)
+        return row | {"reference_ids": filled, "reference_length": length}
+
+
+def reference_text(template: str | Callable[[Problem], str], problem: Problem) -> str:
+    """The completion that a problem teaches, without its stop token.
+
+    Placeholders are filled in a single pass, so that a solution may contain braces.
+    """
+    if callable(template):
+        text = template(problem)
+    else:
+        fields = {"solution": problem.solution, "answer": problem.answer}
+        text = re.sub(
+            r"\{(solution|answer)\}", lambda m: shown(fields, m.group(1), problem), template
+        )
+    if not text:
+        raise UserError(f"problem {problem.id!r} has no reference completion to learn from")
+    return text

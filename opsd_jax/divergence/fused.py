@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-token divergences from hidden states and heads, one block of logits at a time.
+
+Peak memory is a few [n, V] blocks, whatever the number of tokens. The forward pass already
+has each block's logits, so it also computes their gradient in closed form and pulls it back to
+the hidden states and the head on the spot: four head matmuls in all (three when the head is
+frozen), none recomputed in the backward pass. That works because the backward pass only has to
+scale: each token's hidden gradient by that token's cotangent, and the head gradient by the
+cotangent that all tokens share under a mean. When the cotangents differ from token to token,
+the head gradient is recomputed block by block, so the result is exact for any use.
+
+On a mesh, tokens stay on their `data` shard and each device multiplies with its own slice of
+the vocabulary; only per-token numbers and hidden gradients cross devices.
+
+Alphabet: N tokens of a device, n tokens of a block, U vocabulary rows of a device, D width.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
+from jax.sharding import PartitionSpec
+
+from opsd_jax.divergence.config import DivergenceConfig
+from opsd_jax.divergence.rows import TokenDivergence, logit_gradient, prepare_rows, row_divergence
+from opsd_jax.divergence.vocabulary import Vocabulary
+from opsd_jax.model.head import Head, head_logits
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabularyMesh:
+    """Where the fused divergence runs: which mesh axes split the batch and the vocabulary.
+
+    Args:
+      mesh: a concrete or abstract mesh with Auto axes, or None for one device.
+      batch_axis: axis that splits the rows, or None.
+      vocab_axis: axis that splits the head's vocabulary, or None.
+    """
+
+    mesh: Any = None
+    batch_axis: str | None = None
+    vocab_axis: str | None = None
+
+    def size(self, axis: str | None) -> int:
+        return 1 if axis is None else self.mesh.shape[axis]
+
+
+def vocabulary_mesh(
+    mesh: Any, batch_size: int, batch_axis: str = "data", vocab_axis: str = "model"
+) -> VocabularyMesh:
+    """The layout on `mesh`, or on the mesh of `jax.set_mesh` when `mesh` is None.
+
+    Axes that are absent, or that some outer `shard_map` already took, are left alone; rows that
+    do not divide over the batch axis are computed on every device of it.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    auto = {
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types or (), strict=True)
+        if kind == jax.sharding.AxisType.Auto and mesh.shape[name] > 1
+    }
+    if not auto & {batch_axis, vocab_axis}:
+        return VocabularyMesh()
+    rows_divide = batch_axis in auto and batch_size % mesh.shape[batch_axis] == 0
+    return VocabularyMesh(
+        mesh, batch_axis if rows_divide else None, vocab_axis if vocab_axis in auto else None
+    )
+
+
+class Operands(NamedTuple):
+    """The arrays of one call: [B, C, ...] over all devices, or a device's part of them.
+
+    teachers: tuple of (hidden [B, C, D'], kernel [V, D']); ids, mask: [B, C].
+    """
+
+    hidden: jax.Array
+    kernel: jax.Array
+    teachers: tuple[tuple[jax.Array, jax.Array], ...]
+    ids: jax.Array
+    mask: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Everything static about one call."""
+
+    config: DivergenceConfig
+    softcaps: tuple[float | None, ...]  # of the student, then of each teacher
+    vocab_size: int
+    place: VocabularyMesh
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.vocab_size, self.place.vocab_axis)
+
+    @property
+    def token_block(self) -> int:
+        default = 64 if jax.default_backend() == "cpu" else 1024
+        return self.config.token_block or default
+
+    @property
+    def equal_cotangents(self) -> bool:
+        """Whether to bet on a plain mean: then the head gradient is made in the forward."""
+        return not self.config.weights
+
+
+def fused_divergence(
+    config: DivergenceConfig,
+    student_hidden: jax.Array,
+    student_head: Head,
+    teacher_hidden: tuple[jax.Array, ...],
+    teacher_head: tuple[Head, ...],
+    completion_ids: jax.Array,
+    completion_mask: jax.Array,
+    place: VocabularyMesh,
+) -> TokenDivergence:
+    """`token_divergence` without weights, in blocks; see there for the arguments."""
+    heads = (student_head, *teacher_head)
+    plan = _Plan(config, tuple(h.softcap for h in heads), student_head.kernel.shape[0], place)
+    teachers = tuple((h, head.kernel) for h, head in zip(teacher_hidden, teacher_head, strict=True))
+    operands = Operands(
+        student_hidden,
+        student_head.kernel,
+        jax.lax.stop_gradient(teachers),
+        completion_ids,
+        completion_mask,
+    )
+    tokens = _fused(plan, *operands)
+    return jax.lax.stop_gradient(tokens).replace(objective=tokens.objective)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(plan, *operands):
+    return _on_mesh(plan, _forward, False, False)(Operands(*operands))[0]
+
+
+def _fused_fwd(plan, *operands):
+    perturbed = [any(x.perturbed for x in jax.tree.leaves(op)) for op in operands[:2]]
+    operands = Operands(*custom_vjp_primal_tree_values(operands))
+    head_gradient = perturbed[1] and plan.equal_cotangents
+    tokens, hidden_gradient, kernel_gradient = _on_mesh(
+        plan, _forward, perturbed[0], head_gradient
+    )(operands)
+    needed_again = operands if perturbed[1] else None
+    dtype = jnp.zeros((), operands.hidden.dtype)
+    return tokens, (hidden_gradient, kernel_gradient, needed_again, dtype)
+
+
+def _fused_bwd(plan, residuals, cotangents):
+    hidden_gradient, kernel_gradient, operands, dtype = residuals
+    cotangent = cotangents.objective
+    if isinstance(cotangent, SymbolicZero):
+        return None, None, None, None, None
+    if hidden_gradient is not None:
+        hidden_gradient = (cotangent[..., None] * hidden_gradient).astype(dtype.dtype)
+    if operands is not None:
+        partial = _on_mesh(plan, _head_gradient)(operands, cotangent, kernel_gradient)
+        # One summand per batch shard; the compiler picks all-reduce or reduce-scatter.
+        kernel_gradient = jnp.sum(partial, axis=0)[: plan.vocab_size]
+        kernel_gradient = kernel_gradient.astype(operands.kernel.dtype)
+    return hidden_gradient, kernel_gradient, None, None, None
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)
+
+
+def _on_mesh(plan, function, *static):
+    """`function(plan, *static, ...)` on every device's part, heads padded to divide."""
+    place = plan.place
+    local = functools.partial(function, plan, *static)
+    if place.mesh is None:
+        return local
+    rows = PartitionSpec(place.batch_axis)
+    kernel = PartitionSpec(place.vocab_axis)
+    partial = PartitionSpec(place.batch_axis, place.vocab_axis)
+    teachers = ((rows, kernel),) * (len(plan.softcaps) - 1)
+    operands = Operands(rows, kernel, teachers, rows, rows)
+    forward = function is _forward
+    mapped = jax.shard_map(
+        local,
+        mesh=place.mesh,
+        in_specs=(operands,) if forward else (operands, rows, partial),
+        out_specs=(rows, rows, partial) if forward else partial,
+        # Every output is summed over the vocabulary axis by hand; the check would ask for
+        # casts on all loop carries to learn the same.
+        check_vma=False,
+    )
+
+    def padded(operands, *rest):
+        pad = -plan.vocab_size % place.size(place.vocab_axis)
+
+        def widen(kernel):
+            return jnp.pad(kernel, ((0, pad), (0, 0))) if pad else kernel
+
+        return mapped(
+            operands._replace(
+                kernel=widen(operands.kernel),
+                teachers=tuple((h, widen(k)) for h, k in operands.teachers),
+            ),
+            *rest,
+        )
+
+    return padded
+
+
+# ---------------------------------------------------------------- on one device
+
+
+class _Packed(NamedTuple):
+    """A device's tokens with those that count first, cut into blocks.
+
+    order: [M] places in the flat batch, M = num_blocks * n >= N; num_active: [] blocks that
+    hold tokens that count, so that padding costs nothing; operands: rows [M, ...], zeroed where
+    they do not count; block: n.
+    """
+
+    operands: Operands
+    order: jax.Array
+    num_active: jax.Array
+    block: int
+
+    def slice(self, i) -> Operands:
+        def cut(x):
+            return jax.lax.dynamic_slice_in_dim(x, i * self.block, self.block)
+
+        operands = self.operands
+        return Operands(
+            cut(operands.hidden),
+            operands.kernel,
+            tuple((cut(hidden), kernel) for hidden, kernel in operands.teachers),
+            cut(operands.ids),
+            cut(operands.mask),
+        )
+
+    def unpack(self, values: jax.Array, like: jax.Array) -> jax.Array:
+        """[M, ...] in block order -> [B, C, ...] in batch order."""
+        flat = jnp.zeros((like.size, *values.shape[1:]), values.dtype)
+        flat = flat.at[self.order].set(values, mode="drop", unique_indices=True)
+        return flat.reshape(*like.shape, *values.shape[1:])
+
+
+def _pack(plan, operands: Operands) -> _Packed:
+    N = operands.mask.size
+    num_blocks = -(-N // plan.token_block)
+    block = -(-N // num_blocks)
+    mask = jnp.pad(operands.mask.reshape(-1), (0, num_blocks * block - N))
+    order = jnp.argsort(~mask, stable=True)
+    mask = mask[order]
+
+    def rows(x):
+        flat = jnp.take(x.reshape(N, *x.shape[2:]), order, axis=0, mode="clip")
+        return jnp.where(mask.reshape(-1, *[1] * (flat.ndim - 1)), flat, 0)
+
+    packed = Operands(
+        rows(operands.hidden),
+        operands.kernel.astype(operands.hidden.dtype),
+        tuple((rows(h), kernel.astype(h.dtype)) for h, kernel in operands.teachers),
+        rows(operands.ids),
+        mask,
+    )
+    num_active = -(-jnp.sum(mask, dtype=jnp.int32) // block)
+    return _Packed(packed, order, num_active, block)
+
+
+def _block_rows(plan, part: Operands):
+    """A block's prepared rows, and the derivative of the student's soft cap or None."""
+
+    def logits(hidden, kernel, softcap):
+        return head_logits(Head(kernel, softcap), hidden)
+
+    student = logits(part.hidden, part.kernel, plan.softcaps[0])
+    cap = plan.softcaps[0]
+    cap_slope = None if cap is None else 1 - jnp.square(student / cap)
+    teachers = tuple(
+        plan.vocabulary.without_padding(logits(*teacher, cap))
+        for teacher, cap in zip(part.teachers, plan.softcaps[1:], strict=True)
+    )
+    student = plan.vocabulary.without_padding(student)
+    rows = prepare_rows(plan.config, plan.vocabulary, student, teachers, part.ids)
+    return rows, cap_slope
+
+
+def _block_gradient(plan, part: Operands, rows, cap_slope):
+    """d objective / d (hidden @ kernel^T), [n, U]; 0 in rows that do not count."""
+    gradient = logit_gradient(plan.config, plan.vocabulary, rows)
+    if cap_slope is not None:
+        gradient = gradient * cap_slope
+    return jnp.where(part.mask[:, None], gradient, 0)
+
+
+def _forward(plan, want_hidden: bool, want_kernel: bool, operands: Operands):
+    """TokenDivergence [B, C], d/d hidden [B, C, D] float32, d/d kernel [1, U, D] float32.
+
+    The gradients are those of the sum of the objective over the tokens that count.
+    """
+    packed = _pack(plan, operands)
+    M, (U, D) = packed.order.size, operands.kernel.shape
+    real = jnp.promote_types(operands.hidden.dtype, jnp.float32)
+
+    def body(i, carry):
+        tokens, hidden_gradient, kernel_gradient = carry
+        part = packed.slice(i)
+        rows, cap_slope = _block_rows(plan, part)
+        new = row_divergence(plan.config, plan.vocabulary, rows, part.ids)
+        new = jax.tree.map(lambda x: jnp.where(part.mask, x.astype(real), 0), new)
+        tokens = jax.tree.map(functools.partial(_write, i), tokens, new)
+        if want_hidden or want_kernel:
+            gradient = _block_gradient(plan, part, rows, cap_slope)
+        if want_hidden:
+            pulled = _pull_to_hidden(plan, gradient, part.kernel, real)
+            hidden_gradient = _write(i, hidden_gradient, pulled)
+        if want_kernel:
+            kernel_gradient = _add_to_kernel(plan, kernel_gradient, gradient, part.hidden)
+        return tokens, hidden_gradient, kernel_gradient
+
+    tokens, hidden_gradient, kernel_gradient = jax.lax.fori_loop(
+        0,
+        packed.num_active,
+        body,
+        (
+            TokenDivergence(*[jnp.zeros(M, real)] * len(dataclasses.fields(TokenDivergence))),
+            jnp.zeros((M, D), real) if want_hidden else None,
+            jnp.zeros((U, D), real) if want_kernel else None,
+        ),
+    )
+    tokens, hidden_gradient = jax.tree.map(
+        lambda x: packed.unpack(x, operands.mask), (tokens, hidden_gradient)
+    )
+    return tokens, hidden_gradient, jax.tree.map(lambda x: x[None], kernel_gradient)
+
+
+def _head_gradient(plan, operands: Operands, cotangent, unit_gradient):
+    """d/d kernel [1, U, D] of sum(cotangent * objective), over this device's tokens.
+
+    `unit_gradient` is the one for cotangents 1, or None. If all tokens that count share one
+    cotangent it is only scaled, and the loop below runs zero times.
+    """
+    packed = _pack(plan, operands)
+    weights = jnp.pad(cotangent.reshape(-1), (0, packed.order.size - cotangent.size))
+    weights = weights[packed.order]
+    total, num_blocks = jnp.zeros(operands.kernel.shape, weights.dtype), packed.num_active
+    if unit_gradient is not None:
+        shared = jnp.where(operands.mask.any(), weights[0], 0)
+        equal = jnp.all(~packed.operands.mask | (weights == shared))
+        total = unit_gradient[0] * jnp.where(equal, shared, 0)
+        num_blocks = jnp.where(equal, 0, num_blocks)
+
+    def body(i, total):
+        part = packed.slice(i)
+        gradient = _block_gradient(plan, part, *_block_rows(plan, part))
+        weight = jax.lax.dynamic_slice_in_dim(weights, i * packed.block, packed.block)
+        return _add_to_kernel(plan, total, gradient * weight[:, None], part.hidden)
+
+    return jax.lax.fori_loop(0, num_blocks, body, total)[None]
+
+
+def _pull_to_hidden(plan, gradient, kernel, real):
+    gradient = gradient.astype(kernel.dtype)
+    pulled = jnp.einsum("nv,vd->nd", gradient, kernel, preferred_element_type=real)
+    axis = plan.place.vocab_axis
+    return pulled if axis is None else jax.lax.psum(pulled, axis)
+
+
+def _add_to_kernel(plan, total, gradient, hidden):
+    """total [U, D] + gradient^T hidden, some vocabulary rows at a time.
+
+    In one go the product would be a second array of the head's size.
+    """
+    U, step = total.shape[0], min(plan.config.vocab_block, total.shape[0])
+
+    def add(start, size, total):
+        part = jax.lax.dynamic_slice_in_dim(gradient, start, size, axis=1)
+        product = jnp.einsum(
+            "nv,nd->vd", part.astype(hidden.dtype), hidden, preferred_element_type=total.dtype
+        )
+        old = jax.lax.dynamic_slice_in_dim(total, start, size)
+        return jax.lax.dynamic_update_slice_in_dim(total, old + product, start, axis=0)
+
+    whole = U // step
+    total = jax.lax.fori_loop(0, whole, lambda j, t: add(j * step, step, t), total)
+    return add(whole * step, U % step, total) if U % step else total
+
+
+def _write(i, array, block):
+    return jax.lax.dynamic_update_slice_in_dim(array, block, i * block.shape[0], axis=0)

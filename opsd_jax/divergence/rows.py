@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of logits to divergences, diagnostics, and the closed-form gradient.
+
+Both implementations meet here. Dense: `row_divergence` on all rows at once, differentiated by
+JAX. Fused: `row_divergence` and `logit_gradient` on one block of rows at a time, where the
+vocabulary may be split over devices. Alphabet: U local vocabulary entries, K support entries.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from opsd_jax.divergence.config import DivergenceConfig
+from opsd_jax.divergence.support import (
+    complete,
+    has_tail,
+    outside_support,
+    support_index,
+    support_logps,
+)
+from opsd_jax.divergence.terms import clip_terms, entry_terms
+from opsd_jax.divergence.vocabulary import Vocabulary
+
+
+@flax.struct.dataclass
+class TokenDivergence:
+    """What one pass over the logits says about each token; every field [B, C] float32.
+
+    Masked tokens are exactly 0 in every field. Only `objective` carries a gradient.
+
+    Attributes:
+      objective: the clipped and weighted loss term, to be averaged over the tokens of the
+        global batch.
+      divergence: the named divergence in nats, unclipped, unweighted and over the full
+        vocabulary (KL(student || teacher) for "sampled_token"), at the loss temperature.
+      clipped: 1 where the clip acted, else 0.
+      kept_teacher_mass: teacher probability on the entries of the completed support whose
+        pull the clip left in place.
+      student_entropy: nats, at temperature 1 like all the fields below.
+      teacher_entropy: nats.
+      student_logps: log-probability of the sampled ids under the student.
+      teacher_logps: log-probability of the sampled ids under the teacher.
+      argmax_agreement: 1 where some token is the most probable one on both sides, else 0.
+    """
+
+    objective: jax.Array
+    divergence: jax.Array
+    clipped: jax.Array
+    kept_teacher_mass: jax.Array
+    student_entropy: jax.Array
+    teacher_entropy: jax.Array
+    student_logps: jax.Array
+    teacher_logps: jax.Array
+    argmax_agreement: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Log-probabilities of both sides on the same rows, at the loss temperature and at 1.
+
+    Args:
+      student: [..., U] log pS at the loss temperature.
+      teacher: [..., U] log pT at the loss temperature, after the target transform.
+      plain: (log pS, log pT) at temperature 1.
+      index: [..., K] entries of the support, None for all.
+    """
+
+    student: jax.Array
+    teacher: jax.Array
+    plain: tuple[jax.Array, jax.Array]
+    index: jax.Array | None
+
+
+def prepare_rows(
+    config: DivergenceConfig,
+    vocabulary: Vocabulary,
+    student_logits: jax.Array,
+    teacher_logits: tuple[jax.Array, ...],
+    ids: jax.Array,
+) -> Rows:
+    """Normalises logits [..., U] and chooses the support; nothing flows back to the teachers."""
+    teacher_logits = jax.lax.stop_gradient(teacher_logits)
+
+    def log_probs(temperature):
+        student = vocabulary.log_softmax(student_logits, temperature)
+        teachers = tuple(vocabulary.log_softmax(z, temperature) for z in teacher_logits)
+        if config.target is None:
+            (teacher,) = teachers
+        else:
+            # What a target makes of padding's -inf may be NaN: barycentre's 0 · -inf is.
+            made = vocabulary.without_padding(config.target(teachers))
+            teacher = vocabulary.log_softmax(made)
+        return student, teacher
+
+    student, teacher = log_probs(config.temperature)
+    plain = (student, teacher) if config.temperature == 1 else log_probs(1.0)
+    index = support_index(config, vocabulary, student, teacher, ids)
+    return Rows(student, teacher, plain, index)
+
+
+def row_divergence(
+    config: DivergenceConfig, vocabulary: Vocabulary, rows: Rows, ids: jax.Array
+) -> TokenDivergence:
+    """Every field for rows [..., U]; `objective` is differentiable where U = V."""
+    student, teacher, over = rows.student, rows.teacher, vocabulary
+    if rows.index is not None:
+        student = complete(config, support_logps(config, vocabulary, student, rows.index))
+        teacher = complete(config, support_logps(config, vocabulary, teacher, rows.index))
+        over = Vocabulary(student.shape[-1])
+    clip = clip_terms(config, over, entry_terms(config)(student, teacher))
+    return TokenDivergence(
+        objective=clip.objective,
+        divergence=_whole_divergence(config, vocabulary, rows),
+        clipped=clip.clipped,
+        kept_teacher_mass=_kept_mass(config, over, rows, clip, teacher),
+        **_diagnostics(vocabulary, *rows.plain, ids),
+    )
+
+
+def logit_gradient(config: DivergenceConfig, vocabulary: Vocabulary, rows: Rows) -> jax.Array:
+    """d objective / d student logits, [..., U], in closed form.
+
+    With s_v = d objective / d log pS(v), the logs taken as free variables, and temperature h:
+    (s_j - pS(j) sum_v s_v) / h. For the forward KL s = -pT, which gives (pS - pT) / h; under
+    the entry clip s = -pT on A = {v: term < threshold}, which gives
+    (PT(A) pS - pT 1_A) / h.
+    """
+    if rows.index is None:
+        terms, pull = jax.vjp(lambda logps: entry_terms(config)(logps, rows.teacher), rows.student)
+        (slope,) = pull(clip_terms(config, vocabulary, terms).slope(terms))
+        total = vocabulary.sum(slope)
+    else:
+        slope, total = _support_slope(config, vocabulary, rows)
+    gradient = slope - jnp.exp(rows.student) * total[..., None]
+    return gradient if config.temperature == 1 else gradient / config.temperature
+
+
+def _support_slope(config, vocabulary, rows):
+    """The slope s [..., U] and its sum over the vocabulary, for a truncated support."""
+    student = support_logps(config, vocabulary, rows.student, rows.index)
+    teacher = complete(config, support_logps(config, vocabulary, rows.teacher, rows.index))
+
+    def objective(logps):
+        terms = entry_terms(config)(complete(config, logps), teacher)
+        return jnp.sum(clip_terms(config, Vocabulary(terms.shape[-1]), terms).objective)
+
+    chosen_slope = jax.grad(objective)(student)
+    K = rows.index.shape[-1]
+    slope = vocabulary.put(chosen_slope[..., :K], rows.index, rows.student)
+    if has_tail(config):
+        # A logit outside moves the tail by its share p / p_tail of it.
+        outside = outside_support(vocabulary, rows.student, rows.index)
+        share = jnp.exp(jnp.where(outside, rows.student - student[..., K:], -jnp.inf))
+        slope = slope + share * chosen_slope[..., K:]
+    return slope, jnp.sum(chosen_slope, axis=-1)
+
+
+def _kept_mass(config, over, rows, clip, teacher):
+    """Teacher mass on the entries that still pull; exactly 1 where that is known."""
+    partial = rows.index is not None and config.completion == "truncate"
+    if clip.kept is not None:
+        mass = over.sum(jnp.where(clip.kept, jnp.exp(teacher), 0))
+    elif partial and config.name != "sampled_token":
+        mass = over.sum(jnp.exp(teacher))
+    else:
+        mass = jnp.ones_like(clip.objective)
+    return jnp.where(clip.clipped, 0, mass) if config.clip == "token" else mass
+
+
+def _whole_divergence(config, vocabulary, rows):
+    if config.name == "sampled_token":
+        config = dataclasses.replace(config, name="reverse_kl")
+    return vocabulary.sum(entry_terms(config)(rows.student, rows.teacher))
+
+
+def _diagnostics(vocabulary, student_logps, teacher_logps, ids):
+    def entropy(logps):
+        possible = logps > -jnp.inf
+        return -vocabulary.sum(jnp.exp(logps) * jnp.where(possible, logps, 0))
+
+    def at_ids(logps):
+        return vocabulary.take(logps, ids[..., None])[..., 0]
+
+    # Zero only where both are at their maximum; an argmax pass costs several times as much.
+    student_gap = student_logps - vocabulary.max(student_logps)[..., None]
+    teacher_gap = teacher_logps - vocabulary.max(teacher_logps)[..., None]
+    return dict(
+        student_entropy=entropy(student_logps),
+        teacher_entropy=entropy(teacher_logps),
+        student_logps=at_ids(student_logps),
+        teacher_logps=at_ids(teacher_logps),
+        argmax_agreement=vocabulary.max(student_gap + teacher_gap) == 0,
+    )

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One writer per folder: two runs in one workdir would each destroy what the other has written."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from opsd_jax.errors import UserError
+from opsd_jax.host.pod import refuse_together
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Keeps every other command from writing to a folder until the context ends.
+
+    Process 0 holds the lock for its pod, and all processes must call. However a process ends,
+    kill -9 included, the system takes its lock back; the file stays, which means nothing.
+
+    Args:
+      folder: made if missing.
+      say: told where the file system knows no locks: there, nothing is kept out.
+
+    Raises:
+      UserError: another command is writing to it, or nobody can; on all processes of a pod.
+    """
+    with contextlib.ExitStack() as stack:
+        refusal: UserError | None = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(_locked(folder, say))
+            except UserError as error:
+                refusal = error
+        refuse_together(refusal, str(folder))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    path = folder / ".lock"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, and must be a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another command is writing to {folder}; wait for its end, or name another folder"
+            ) from None
+        except OSError as error:
+            say(
+                f"{path} cannot be locked ({error.strerror}): make sure that no second command "
+                f"writes to {folder}"
+            )
+        yield

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a run's numbers go: metrics.jsonl, sample texts, TensorBoard, W&B.
+
+`metrics.jsonl` holds one json object per logged step, steps strictly increasing, whatever
+happened to the run: a resumed run drops the lines after the step it goes on from, and the texts
+of later steps with them. Names are flat `area/name`; plots and users' scripts read them.
+
+Only process 0 writes; on the others every call here does nothing.
+"""
+
+import importlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from opsd_jax.errors import UserError
+from opsd_jax.host.files import read_json_lines, write_json_lines, write_whole
+
+Scalars = Mapping[str, Any]
+
+
+class _Sink(Protocol):
+    def write(self, step: int, scalars: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricWriters:
+    """Writes the metrics of each logged step everywhere they are wanted.
+
+        with MetricWriters(workdir, tensorboard=True, resumed_step=checkpoint_step) as writers:
+            writers.write(step, {"loss/divergence": 0.12, "rollout/tokens_total": 4096})
+            writers.write_samples(step, [{"id": "7", "completion": "..."}])
+
+    A line survives kill -9 once `write` has returned. Write the line of a step before saving
+    its checkpoint, or a run killed between the two resumes without that line.
+
+    Args:
+      workdir: a folder on a file system; made if missing.
+      tensorboard: also write event files to workdir/tensorboard (extra `tensorboard`).
+      wandb: also log to Weights & Biases (extra `wandb`); WANDB_MODE=offline is respected and a
+        resumed workdir goes on in the same W&B run.
+      resumed_step: the step of the restored checkpoint; None starts the files anew.
+      wandb_project: the W&B project.
+      config: the text of the configuration, shown by W&B.
+
+    Raises:
+      UserError: an extra is not installed, or the workdir cannot be written.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        tensorboard: bool = False,
+        wandb: bool = False,
+        *,
+        resumed_step: int | None = None,
+        wandb_project: str = "opsd_jax",
+        config: str = "",
+    ):
+        self._workdir = Path(workdir)
+        self._sinks: list[_Sink] = []
+        self._last_step: int | None = resumed_step
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        # Missing packages are told before any file is touched.
+        board = _import("tensorboardX", "tensorboard") if tensorboard else None
+        wandb_module = _import("wandb", "wandb") if wandb else None
+        self._sinks.append(_JsonLines(self._workdir / "metrics.jsonl", resumed_step))
+        self._drop_texts(-1 if resumed_step is None else resumed_step)
+        if board is not None:
+            self._sinks.append(_TensorBoard(board, self._workdir / "tensorboard", resumed_step))
+        if wandb_module is not None:
+            fresh = resumed_step is None
+            self._sinks.append(_WandB(wandb_module, self._workdir, wandb_project, config, fresh))
+
+    def write(self, step: int, metrics: Scalars) -> None:
+        """Logs one step; once per step, in increasing order.
+
+        Args:
+          step: the number of finished updates.
+          metrics: `area/name` to number, NumPy or JAX scalar. NaN and infinities become null in
+            metrics.jsonl and are left out elsewhere. `wall_s` (seconds of running time, going
+            on over resumes) is added if it is not there.
+        """
+        if not self._active:
+            return
+        if self._last_step is not None and step <= self._last_step:
+            raise ValueError(f"metrics of step {step} come after those of {self._last_step}")
+        self._last_step = step
+        scalars = {name: plain(value) for name, value in metrics.items() if name != "step"}
+        for sink in self._sinks:
+            sink.write(step, scalars)
+
+    def write_samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes samples/step_XXXXXX.jsonl, whole or not at all."""
+        if self._active:
+            path = self._workdir / "samples" / f"step_{step:06d}.jsonl"
+            write_json_lines(path, (plain(row) for row in rows))
+
+    def _drop_texts(self, last_step: int) -> None:
+        """Removes texts of later steps, which the report would show as this run's newest."""
+        for folder in ("samples", "tokens"):
+            for path in (self._workdir / folder).glob("step_*.jsonl"):
+                step = path.stem.removeprefix("step_")
+                if step.isdecimal() and int(step) > last_step:
+                    path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
+        self._active = False
+
+    def __enter__(self) -> "MetricWriters":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+class _JsonLines:
+    def __init__(self, path: Path, resumed_step: int | None):
+        kept = [] if resumed_step is None else read_json_lines(path, "step")
+        kept = [line for line in kept if line["step"] <= (resumed_step or 0)]
+        write_json_lines(path, kept)
+        before_s = (kept[-1].get("wall_s") if kept else None) or 0.0
+        self._start_s = time.monotonic() - before_s
+        self._path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, scalars: dict[str, Any]) -> None:
+        wall_s = round(time.monotonic() - self._start_s, 3)
+        line = json.dumps({"step": step, "wall_s": wall_s} | scalars, allow_nan=False)
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror}") from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _TensorBoard:
+    def __init__(self, module: Any, folder: Path, resumed_step: int | None):
+        purge_step = 0 if resumed_step is None else resumed_step + 1  # hides what is redone
+        self._writer = module.SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
+
+    def write(self, step: int, scalars: dict[str, Any]) -> None:
+        for name, value in scalars.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    def __init__(self, module: Any, workdir: Path, project: str, config: str, fresh: bool):
+        id_file = workdir / "wandb" / "run_id.txt"
+        run_id = None if fresh or not id_file.exists() else id_file.read_text().strip()
+        self._run = module.init(
+            project=project, dir=str(workdir), id=run_id, resume="allow", config={"gin": config}
+        )
+        write_whole(id_file, self._run.id)
+
+    def write(self, step: int, scalars: dict[str, Any]) -> None:
+        self._run.log({k: v for k, v in scalars.items() if v is not None}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _import(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{extra}=True needs the package {module}: pip install '.[{extra}]'"
+        ) from error
+
+
+def plain(value: Any) -> Any:
+    """What json can hold: Python numbers and text, null for NaN and infinities."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        return plain(np.asarray(value).tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the processes of a pod wait for each other while they still work on the host.
+
+On CPU the first collective of a group of devices fails when one process comes to it 30 seconds
+after another, which compiling on a busy machine is enough for; later ones wait half an hour. So
+processes wait through JAX's coordination service, and connect all groups before long work.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import multihost
+
+from opsd_jax.errors import UserError
+from opsd_jax.model.sharding import MeshConfig, make_mesh
+
+Made = TypeVar("Made")
+
+# Longer than any work: the coordination service ends the wait for a process that has died.
+_ONE_DAY_MS = 24 * 3600 * 1000
+_count = itertools.count()
+
+
+def wait_for_all() -> None:
+    """Returns once every process has called this, as often as the others."""
+    # A barrier serves once. Its key is counted and not named: names can hold paths, and processes
+    # that were given other paths would wait for each other for ever instead of being refused.
+    multihost.get_barrier_sync_fn()(key=f"opsd_jax:{next(_count)}", timeout_ms=_ONE_DAY_MS)
+
+
+def connected_mesh(config: MeshConfig) -> Mesh:
+    """`make_mesh`, whose groups of devices have found each other over all axes."""
+    mesh = make_mesh(config)
+    if jax.process_count() > 1:
+        wait_for_all()
+        for axes in (mesh.axis_names, *mesh.axis_names):
+            _sum_over(mesh, axes)
+    return mesh
+
+
+def _sum_over(mesh: Mesh, axes: str | tuple[str, ...]) -> None:
+    split, zeros = PartitionSpec(mesh.axis_names), np.zeros(mesh.size, np.float32)
+    # Not made inside the program: the sum of a constant would be one, without a collective.
+    x = jax.make_array_from_callback(
+        zeros.shape, NamedSharding(mesh, split), lambda index: zeros[index]
+    )
+    total = jax.shard_map(
+        lambda x: jax.lax.psum(x, axes), mesh=mesh, in_specs=split, out_specs=split
+    )
+    jax.block_until_ready(jax.jit(total)(x))
+
+
+def refuse_together(refusal: UserError | None, what: str) -> None:
+    """Waits for process 0 and raises what it refuses, on the others as well.
+
+    Args:
+      refusal: of process 0; the others' is not looked at.
+      what: cannot be had if process 0 refuses.
+    """
+    wait_for_all()
+    if jax.process_count() > 1:
+        fine = multihost_utils.broadcast_one_to_all(np.asarray(refusal is None))
+        if refusal is None and not fine:
+            refusal = UserError(f"{what} cannot be used; process 0 tells why")
+    if refusal is not None:
+        raise refusal
+
+
+def first_process_first(make: Callable[[], Made], what: str) -> Made:
+    """`make()`, on the other processes only after process 0 has made it and left it on disk.
+
+    Raises:
+      UserError: that of process 0, on all processes.
+    """
+    made, refusal = None, None
+    if jax.process_index() == 0:
+        try:
+            made = make()
+        except UserError as error:
+            refusal = error
+    refuse_together(refusal, what)
+    if jax.process_index() > 0:
+        made = make()
+    wait_for_all()
+    assert made is not None
+    return made

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same completion under any context: the hidden states that predict each of its tokens.
+
+Layout: a row is `[prompt | completion | pad]` without a gap, so positions are an arange, causal
+attention needs no padding mask, and flash kernels may skip the tail. The rows that predict the
+completion start at the last prompt token, at each context's own offset `length - 1`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from opsd_jax.model.decoder import Decoder
+from opsd_jax.sampling.prompts import Completion, Context
+
+
+def join(context: Context, completion_ids: jax.Array) -> jax.Array:
+    """Rows `[prompt | completion | pad]`, [B, P + C]; what follows the completion is arbitrary.
+
+    Args:
+      context: prompts [B, P] with lengths [B].
+      completion_ids: [B, C] int32.
+    """
+    P, C = context.ids.shape[1], completion_ids.shape[1]
+    t = jnp.arange(P + C)
+    length = context.lengths[:, None]
+    source = jnp.where(t < length, t, jnp.minimum(t - length + P, P + C - 1))
+    both = jnp.concatenate([context.ids, completion_ids], axis=1)
+    return jnp.take_along_axis(both, source, axis=1)
+
+
+def completion_hidden(
+    model: Decoder,
+    variables: dict,
+    context: Context,
+    completion: Completion,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Hidden states whose logits predict the completion: row t predicts completion.ids[:, t].
+
+    Args:
+      model: the decoder.
+      variables: {"params"[, "lora"]} of the role that reads.
+      context: that role's prompts.
+      completion: [B, C] ids, the same for every role.
+      dropout_key: for the adapters' dropout; None turns it off.
+
+    Returns:
+      [B, C, D] in the compute dtype.
+    """
+    ids = join(context, completion.ids)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    hidden, _ = model.apply(variables, ids, positions, rngs=rngs)
+    rows = context.lengths[:, None] - 1 + jnp.arange(completion.ids.shape[1])
+    return jnp.take_along_axis(hidden, rows[:, :, None], axis=1)

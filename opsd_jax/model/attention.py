@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Softmax attention: token by token over stores, and over whole texts.
+
+Decoding reads stores through `attend` or, on a TPU, through a kernel (`decode_attention.py`).
+Whole texts, in prefill and in the loss, go through one of three (`train.attention`):
+
+    "xla"     anywhere; in blocks of queries, so that memory grows with T and not with its square
+    "splash"  TPU: the splash attention kernel of jax.experimental.pallas
+    "cudnn"   NVIDIA GPU: cuDNN's flash attention, in bfloat16
+
+The two kernels never hold scores; they take a text's positions to be 0, 1, 2, …
+
+Alphabet: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from opsd_jax.model.config import NO_WINDOW, ModelConfig
+from opsd_jax.model.decode_attention import UNSEEN, attend_store
+from opsd_jax.model.head import soft_cap
+from opsd_jax.model.kv_cache import EMPTY_POSITION, KV, KVCache, Parts, parts
+
+QUERY_BLOCK = 512
+
+
+def attend(
+    q_BKGTH: jax.Array,
+    sources: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
+    positions_BT: jax.Array,
+    window: jax.Array,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Softmax attention over several stores of keys and values as if they were one.
+
+    Args:
+      q_BKGTH: queries, already scaled; every group of G query heads shares a key head.
+      sources: (keys [B, K, H, S], values [B, K, S, H], positions [B, S]) each; a query sees
+        the keys whose positions are its own or up to `window` - 1 before it.
+      positions_BT: positions of the queries.
+      window: [] int32.
+      softcap: c > 0 replaces a score s by c · tanh(s / c).
+
+    Returns:
+      [B, K, G, T, H] in the dtype of the queries; softmax in float32.
+    """
+    scores = [
+        scores_of(q_BKGTH, keys_BKHS, positions_BS, positions_BT, window, softcap)
+        for keys_BKHS, _, positions_BS in sources
+    ]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    out, start = jnp.zeros_like(q_BKGTH), 0
+    for _, values_BKSH, positions_BS in sources:
+        stop = start + positions_BS.shape[1]
+        w = weights[..., start:stop].astype(q_BKGTH.dtype)
+        out = out + jnp.einsum("bkgts,bksh->bkgth", w, values_BKSH.astype(q_BKGTH.dtype))
+        start = stop
+    return out
+
+
+def scores_of(
+    q_BKGTH: jax.Array,
+    keys_BKHS: jax.Array,
+    positions_BS: jax.Array,
+    positions_BT: jax.Array,
+    window: jax.Array,
+    softcap: float | None,
+) -> jax.Array:
+    """[B, K, G, T, S] float32 scores of one source, about -1e30 where a query sees nothing."""
+    s = jnp.einsum("bkgth,bkhs->bkgts", q_BKGTH, keys_BKHS, preferred_element_type=jnp.float32)
+    distance_BTS = positions_BT[:, :, None] - positions_BS[:, None, :]
+    seen_BTS = (distance_BTS >= 0) & (distance_BTS < window)
+    # Finite, so that a padded query that sees nothing averages instead of giving NaN.
+    return jnp.where(seen_BTS[:, None, None], soft_cap(s, softcap), jnp.float32(UNSEEN))
+
+
+def attend_both(
+    store: KV,
+    filled_BS: jax.Array,
+    q_BKGTH: jax.Array,
+    keys_BKHS: jax.Array,
+    values_BKSH: jax.Array,
+    positions_BS: jax.Array,
+    layer: jax.Array,
+    positions_BT: jax.Array,
+    window: jax.Array,
+    softcap: float | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """`attend` of one query per row to a compact store, by the kernel, and to a buffer, as one.
+
+    Args:
+      store: keys [L, B, K, H, S] and values [L, B, K, S, H].
+      filled_BS: positions of its slots.
+      q_BKGTH: T = 1, already scaled.
+      keys_BKHS, values_BKSH, positions_BS: of the buffer of newer tokens.
+      layer: [] int32, which of the store's layers.
+      positions_BT: of the queries.
+      window: [] int32, positions seen.
+      softcap, interpret: see `attend_store`.
+
+    Returns:
+      [B, K, G, 1, H] in the dtype of the queries.
+    """
+    starts_B = positions_BT[:, 0] - window + 1
+    stops_B = jnp.sum(filled_BS != EMPTY_POSITION, axis=1, dtype=jnp.int32)
+    older_BKGH, logsum_BKG = attend_store(
+        q_BKGTH[..., 0, :], store, layer, starts_B, stops_B, softcap, interpret
+    )
+    s = scores_of(q_BKGTH, keys_BKHS, positions_BS, positions_BT, window, softcap)[..., 0, :]
+    weights = jax.nn.softmax(s, axis=-1)
+    newer_BKGH = jnp.einsum("bkgs,bksh->bkgh", weights, values_BKSH.astype(jnp.float32))
+    share = jax.nn.sigmoid(logsum_BKG - jax.nn.logsumexp(s, axis=-1))[..., None]
+    out_BKGH = share * older_BKGH + (1 - share) * newer_BKGH
+    return out_BKGH.astype(q_BKGTH.dtype)[..., None, :]
+
+
+def attend_cached(
+    config: ModelConfig,
+    q_BKGTH: jax.Array,
+    cache: KVCache | None,
+    new: tuple[jax.Array, jax.Array, jax.Array],
+    layer: jax.Array,
+    positions_BT: jax.Array,
+    window: jax.Array,
+) -> jax.Array:
+    """Attention to what was said before, and to new tokens.
+
+    Args:
+      config: says by which implementation.
+      q_BKGTH: queries, already scaled; T = 1 for "pallas".
+      cache: keys and values of this layer, or of all layers for "pallas", whole or in parts;
+        None: there is none.
+      new: a source as in `attend`.
+      layer: [] int32, the number of this layer.
+      positions_BT: positions of the queries.
+      window: [] int32.
+
+    Returns:
+      [B, K, G, T, H] in the dtype of the queries.
+    """
+    softcap = config.attention_softcap
+    if cache is None:
+        return attend(q_BKGTH, (new,), positions_BT, window, softcap)
+    if isinstance(cache.kv, Parts):
+        return attend_parts(config, q_BKGTH, cache, new, layer, positions_BT, window)
+    if config.decode_attention == "xla":
+        sources = ((cache.kv.keys, cache.kv.values, cache.positions), new)
+        return attend(q_BKGTH, sources, positions_BT, window, softcap)
+    kv = cache.kv
+    if kv.keys.ndim == 4:  # of this layer alone
+        kv, layer = KV(kv.keys[None], kv.values[None]), jnp.zeros_like(layer)
+    kernel: Callable[..., jax.Array] = partial(attend_both, softcap=softcap)
+    return on_each_device(
+        lambda keys, values, *rest: kernel(KV(keys, values), *rest),
+        ("lbk", kv.keys),
+        ("lbk", kv.values),
+        ("b", cache.positions),
+        ("bk", q_BKGTH),
+        *zip(("bk", "bk", "b"), new, strict=True),
+        ("", layer),
+        ("b", positions_BT),
+        ("", window),
+    )
+
+
+def attend_parts(
+    config: ModelConfig,
+    q_BKGTH: jax.Array,
+    cache: KVCache,
+    new: tuple[jax.Array, jax.Array, jax.Array],
+    layer: jax.Array,
+    positions_BT: jax.Array,
+    window: jax.Array,
+) -> jax.Array:
+    """`attend_cached` of the rows of every part to that part."""
+    out, (keys, values, positions) = [], new
+    for (kv, rows), filled in zip(parts(cache.kv), cache.positions, strict=True):
+        part, ours = KVCache(kv, filled), (keys[rows], values[rows], positions[rows])
+        now = positions_BT[rows]
+        out.append(attend_cached(config, q_BKGTH[rows], part, ours, layer, now, window))
+    return jnp.concatenate(out)
+
+
+def attend_text(
+    config: ModelConfig, q_BKGTH: jax.Array, kv: KV, positions_BT: jax.Array, window: jax.Array
+) -> jax.Array:
+    """Causal attention of whole texts to themselves.
+
+    Args:
+      config: says by which implementation.
+      q_BKGTH: queries, already scaled.
+      kv: keys [B, K, H, T] and values [B, K, T, H] of the same tokens.
+      positions_BT: 0, 1, 2, … in every row, unless the implementation is "xla".
+      window: [] int32, positions that a query of this layer sees.
+
+    Returns:
+      [B, K, G, T, H] in the dtype of the queries.
+    """
+    if config.attention == "xla":
+        return attend_in_blocks(q_BKGTH, kv, positions_BT, window, config.attention_softcap)
+    kernel: Callable[..., jax.Array] = splash if config.attention == "splash" else flash
+
+    def run(width: int | None) -> Callable[..., jax.Array]:
+        return partial(kernel, window=width, softcap=config.attention_softcap)
+
+    # A kernel is compiled for a window, and layers are scanned: where they differ, it has both.
+    local = [config.windows(layer) for layer in range(config.num_layers)]
+    operands = [("bk", x) for x in (q_BKGTH, kv.keys.swapaxes(2, 3), kv.values)]
+    if any(local) == all(local):
+        return on_each_device(run(config.window if all(local) else None), *operands)
+    return on_each_device(
+        lambda *x: jax.lax.cond(x[-1] < NO_WINDOW, run(config.window), run(None), *x[:-1]),
+        *operands,
+        ("", window),
+    )
+
+
+def attend_in_blocks(
+    q_BKGTH: jax.Array, kv: KV, positions_BT: jax.Array, window: jax.Array, softcap: float | None
+) -> jax.Array:
+    """`attend` of texts to themselves, a long one in blocks of queries, recomputed backwards."""
+    source, T = (kv.keys, kv.values, positions_BT), q_BKGTH.shape[3]
+    if T <= 2 * QUERY_BLOCK:
+        return attend(q_BKGTH, (source,), positions_BT, window, softcap)
+
+    def blocks(x: jax.Array, axis: int) -> jax.Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, -T % QUERY_BLOCK)
+        shape = (*x.shape[:axis], -1, QUERY_BLOCK, *x.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(x, widths).reshape(shape), axis, 0)
+
+    @jax.checkpoint
+    def one(block):
+        return attend(block[0], (source,), block[1], window, softcap)
+
+    out = jnp.moveaxis(jax.lax.map(one, (blocks(q_BKGTH, 3), blocks(positions_BT, 1))), 0, 3)
+    return out.reshape(*q_BKGTH.shape[:3], -1, out.shape[-1])[:, :, :, :T]
+
+
+def splash(
+    q_BKGTH: jax.Array,
+    keys_BKTH: jax.Array,
+    values_BKTH: jax.Array,
+    window: int | None,
+    softcap: float | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """The TPU kernel on one device's rows and heads; blocks nobody sees are skipped."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as lib
+
+    B, K, G, T, H = q_BKGTH.shape
+    size = min(512, -(-T // 128) * 128)
+    padded = -(-T // size) * size
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, padded - T), (0, 0)])
+
+    shape = (padded, padded)
+    seen = lib.CausalMask(shape) if window is None else lib.LocalMask(shape, (window - 1, 0), 0)
+    blocks = lib.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_kv_compute=size,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_kv_dkv_compute=size,
+        block_q_dq=size,
+        block_kv_dq=size,
+    )
+    kernel = lib.make_splash_mha(
+        lib.MultiHeadMask([seen] * (K * G)),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
+    )
+    q_BNTH = pad(q_BKGTH.reshape(B, K * G, T, H))
+    out_BNTH = jax.vmap(kernel)(q_BNTH, pad(keys_BKTH), pad(values_BKTH))
+    return out_BNTH[:, :, :T].reshape(q_BKGTH.shape)
+
+
+def flash(
+    q_BKGTH: jax.Array,
+    keys_BKTH: jax.Array,
+    values_BKTH: jax.Array,
+    window: int | None,
+    softcap: float | None,
+    implementation: Literal["xla", "cudnn"] = "cudnn",
+) -> jax.Array:
+    """jax.nn.dot_product_attention on one device's rows and heads."""
+    assert softcap is None, "refused by experiment.check_attention"
+    B, K, G, T, H = q_BKGTH.shape
+    out_BTNH = jax.nn.dot_product_attention(
+        q_BKGTH.reshape(B, K * G, T, H).swapaxes(1, 2),
+        keys_BKTH.swapaxes(1, 2),
+        values_BKTH.swapaxes(1, 2),
+        scale=1.0,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
+    )
+    return out_BTNH.swapaxes(1, 2).reshape(q_BKGTH.shape)
+
+
+def on_each_device(
+    function: Callable[..., jax.Array], *operands: tuple[str, jax.Array]
+) -> jax.Array:
+    """A function of whole arrays, on a mesh computed by every device on its own rows and heads.
+
+    The compiler cannot split a kernel: left alone, it would compute the whole batch everywhere.
+
+    Args:
+      function: gives [B, K, …].
+      operands: ("bk", array) for an array [B, K, …], "lbk" for [L, B, K, …], "" for a number.
+    """
+    arrays = [array for _, array in operands]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*arrays)
+    B, K = next(array.shape[:2] for axes, array in operands if axes == "bk")
+    batch, heads = nn.logical_to_mesh_axes(("batch", "kv_heads")) or (None, None)
+    place = {
+        "l": None,
+        "b": batch if batch and B % mesh.shape[batch] == 0 else None,
+        "k": heads if heads and K % mesh.shape[heads] == 0 else None,
+    }
+
+    def spec(axes: str) -> PartitionSpec:
+        return PartitionSpec(*(place[axis] for axis in axes))
+
+    return jax.shard_map(
+        function,
+        in_specs=tuple(spec(axes) for axes, _ in operands),
+        out_specs=spec("bk"),
+        check_vma=False,
+    )(*arrays)

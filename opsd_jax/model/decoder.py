@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder: token ids in, hidden states out. It neither samples nor computes losses.
+
+One parameter tree serves both roles. `apply({"params": p, "lora": l}, ...)` is the student;
+leaving the collection out, `apply({"params": p}, ...)`, is the base model. For sampling alone,
+matrices may be int8 with their scales in a third collection (`quantized.py`), or lie in another
+order in a fourth (`weights_first.py`).
+
+The module never writes its `cache`. It attends to the tokens it is given and, if there is one, to
+that cache; with `return_kv=True` it hands back the new keys and values and the caller stores
+them. Decoding token by token, it gets a small `Recent` buffer besides, puts the new keys and values
+there before it reads them, and hands the buffer back. Which slots a query sees is decided by
+positions alone: an empty slot carries `EMPTY_POSITION`, which no query ever reaches.
+
+Model families differ in the switches of `ModelConfig` only. What differs from layer to layer is
+a number (the window, the rotary frequencies, the query scale) and is scanned with the layers: no
+window is a very wide one, and no rotation is frequency zero.
+
+Alphabet: B batch, T queries, S keys, D model width, F MLP width, L layers, N query heads,
+K key/value heads, G = N / K, H head width, R LoRA rank, V vocabulary, E experts, M = B · T.
+"""
+
+from __future__ import annotations
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from opsd_jax.model.attention import attend_cached, attend_text
+from opsd_jax.model.config import ModelConfig, layer_numbers
+from opsd_jax.model.kv_cache import KV, KVCache, LayersKV, Recent, put
+from opsd_jax.model.projection import logical, project
+from opsd_jax.model.quantized import scaled
+
+
+@flax.struct.dataclass
+class LayerNumbers:
+    """Where layers differ; leading L when stacked, none inside a layer.
+
+    rope: [H/2] radians per position; query_scale: []; window: [] int32, positions seen; layer: []
+    int32, its number.
+    """
+
+    rope: jax.Array
+    query_scale: jax.Array
+    window: jax.Array
+    layer: jax.Array
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · (offset + scale), computed in float32 (arXiv 1910.07467)."""
+
+    eps: float
+    offset: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.constant(1.0 - self.offset)
+        scale = self.param("scale", logical(init, (None,)), x.shape[-1:])
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        gain = self.offset + scale.astype(jnp.float32)
+        return (x32 * jnp.expand_dims(gain, tuple(range(x.ndim - 1)))).astype(x.dtype)
+
+
+def rotate(
+    x_BTxH: jax.Array, positions_BT: jax.Array, rope_H: jax.Array, scale: jax.Array | float = 1.0
+) -> jax.Array:
+    """scale · (x1, x2) turned by position · rope, the rotary embedding on halves.
+
+    Source: arXiv 2104.09864 in the half-split layout of the Hugging Face Llama models.
+
+    Args:
+      x_BTxH: [B, T, heads, H].
+      positions_BT: [B, T] int32.
+      rope_H: [H/2] radians per position.
+      scale: scalar factor, applied before rounding to the dtype of x.
+    """
+    angle = positions_BT[:, :, None, None].astype(jnp.float32) * rope_H[None, None, None]
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    x1, x2 = jnp.split(x_BTxH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    return (turned * scale).astype(x_BTxH.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query causal self-attention with rotary positions."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        numbers: LayerNumbers,
+        cache: KVCache | None,
+        recent: Recent | None,
+    ) -> tuple[jax.Array, KV]:
+        c = self.config
+        B, T, D = x_BTD.shape
+        q_shape, kv_shape = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
+        q_axes, kv_axes = ("heads", "head_dim"), ("kv_heads", "head_dim")
+        q = project(c, "q_proj", (D,), q_shape, ("embed",), q_axes)(x_BTD)
+        k = project(c, "k_proj", (D,), kv_shape, ("embed",), kv_axes)(x_BTD)
+        v = project(c, "v_proj", (D,), kv_shape, ("embed",), kv_axes)(x_BTD)
+        if c.qk_norm:
+            q, k = self._norm(q, "q_norm"), self._norm(k, "k_norm")
+        q = rotate(q, positions_BT, numbers.rope, numbers.query_scale)
+        k = rotate(k, positions_BT, numbers.rope)
+        q_BKGTH = q.reshape(B, T, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
+        kv = KV(keys=k.transpose(0, 2, 3, 1), values=v.transpose(0, 2, 1, 3))
+        if cache is None and recent is None:
+            out = attend_text(c, q_BKGTH, kv, positions_BT, numbers.window)
+        else:
+            # Written before it is read: the other way round XLA would copy the buffer every step.
+            positions_BS = positions_BT
+            if recent is not None:
+                kv, positions_BS = put(recent, kv), recent.cache.positions
+            new = (kv.keys, kv.values, positions_BS)
+            out = attend_cached(c, q_BKGTH, cache, new, numbers.layer, positions_BT, numbers.window)
+        out_BTNH = out.transpose(0, 3, 1, 2, 4).reshape(B, T, c.num_heads, c.head_dim)
+        return project(c, "o_proj", q_shape, (D,), q_axes, ("embed",))(out_BTNH), kv
+
+    def _norm(self, x_BTxH: jax.Array, name: str) -> jax.Array:
+        norm = RMSNorm(self.config.norm_eps, self.config.norm_offset, name=name)
+        if self.config.qk_norm_over_heads:
+            return norm(x_BTxH.reshape(*x_BTxH.shape[:2], -1)).reshape(x_BTxH.shape)
+        return norm(x_BTxH)
+
+
+def activate(config: ModelConfig, x: jax.Array) -> jax.Array:
+    return nn.gelu(x, approximate=True) if config.activation == "gelu" else nn.silu(x)
+
+
+class MLP(nn.Module):
+    """Gated MLP: down(activation(gate(x)) · up(x))."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        c, D, F = self.config, (self.config.embed_dim,), (self.config.mlp_dim,)
+        gate = project(c, "gate_proj", D, F, ("embed",), ("mlp",))(x_BTD)
+        up = project(c, "up_proj", D, F, ("embed",), ("mlp",))(x_BTD)
+        return project(c, "down_proj", F, D, ("mlp",), ("embed",))(activate(c, gate) * up)
+
+
+class Experts(nn.Module):
+    """A router picks a few gated MLPs per token; only those are computed (arXiv 1701.06538).
+
+    y = Σ_e p_e(x) · down_e(activation(gate_e(x)) · up_e(x)) over the tokens' top experts, p the
+    softmax over all experts. Tokens are sorted by expert for a grouped matmul.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        c = self.config
+        D, F, E, k = c.embed_dim, c.mlp_dim, c.num_experts, c.experts_per_token
+        x_MD = x_BTD.reshape(-1, D)
+
+        def weight(name, shape, axes):
+            init = nn.initializers.lecun_normal(batch_axis=(0,) if len(shape) == 3 else ())
+            param = self.param(name, logical(init, axes), shape)
+            return param.astype(x_BTD.dtype)
+
+        router = weight("router", (D, E), ("embed", "experts"))
+        gate = weight("gate_proj", (E, D, F), ("experts", "embed", "mlp"))
+        up = weight("up_proj", (E, D, F), ("experts", "embed", "mlp"))
+        down = weight("down_proj", (E, F, D), ("experts", "mlp", "embed"))
+
+        scores_ME = jnp.matmul(x_MD, router, preferred_element_type=jnp.float32)
+        share_Mk, expert_Mk = jax.lax.top_k(jax.nn.softmax(scores_ME), k)
+        if c.norm_topk_prob:
+            share_Mk = share_Mk / share_Mk.sum(axis=-1, keepdims=True)
+        by_expert = jnp.argsort(expert_Mk.reshape(-1))
+        sizes_E = jnp.bincount(expert_Mk.reshape(-1), length=E).astype(jnp.int32)
+        x = x_MD[by_expert // k]
+        hidden = activate(c, jax.lax.ragged_dot(x, gate, sizes_E))
+        hidden = hidden * jax.lax.ragged_dot(x, up, sizes_E)
+        y = jax.lax.ragged_dot(hidden, down, sizes_E)
+        y_MkD = y[jnp.argsort(by_expert)].reshape(-1, k, D)
+        return (y_MkD * share_Mk[:, :, None]).sum(axis=1).astype(x_BTD.dtype).reshape(x_BTD.shape)
+
+
+class Block(nn.Module):
+    """One transformer layer, in the (carry, scanned) form that `nn.scan` wants."""
+
+    config: ModelConfig
+    return_kv: bool
+
+    @nn.compact
+    def __call__(self, x_BTD, positions_BT, numbers, kvs, rest):
+        c = self.config
+        (kv, recent_kv), (all_kv, positions_BS, recent_positions_BS, slot) = kvs, rest
+        kv = all_kv or kv
+        cache = kv and KVCache(kv, positions_BS)
+        recent = recent_kv and Recent(KVCache(recent_kv, recent_positions_BS), slot)
+
+        def norm(x, name, wanted):
+            return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x) if wanted else x
+
+        y = norm(x_BTD, "attention_norm", c.pre_norm)
+        y, new_kv = Attention(c, name="attention")(y, positions_BT, numbers, cache, recent)
+        x_BTD = x_BTD + c.residual_scale * norm(y, "attention_post_norm", c.post_norm)
+        y = norm(x_BTD, "mlp_norm", c.pre_norm)
+        y = Experts(c, name="experts")(y) if c.num_experts else MLP(c, name="mlp")(y)
+        x_BTD = x_BTD + c.residual_scale * norm(y, "mlp_post_norm", c.post_norm)
+        x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", None))
+        return x_BTD, (new_kv if self.return_kv else None)
+
+
+class Decoder(nn.Module):
+    """Decoder-only transformer up to and including the final norm; `head.py` has the rest."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: KVCache | None = None,
+        recent: Recent | None = None,
+        return_kv: bool = False,
+    ) -> tuple[jax.Array, LayersKV | None]:
+        """Runs the layers over T tokens that may also look at a cache.
+
+        Args:
+          ids_BT: [B, T] int32 token ids.
+          positions_BT: [B, T] int32 positions; they alone decide what is causal.
+          cache: keys and values of earlier tokens, read only.
+          recent: a buffer to be filled and read, for T = 1.
+          return_kv: also return the new keys and values: those of the T tokens, or the buffer.
+
+        Returns:
+          hidden [B, T, D] after the final norm, and the new keys and values (None unless asked
+          for), in the form that `KVCache.kv` has.
+        """
+        c = self.config
+        embed = self.param(
+            "embed",
+            logical(nn.initializers.normal(0.02), ("vocab", "embed")),
+            (c.vocab_size, c.embed_dim),
+        )
+        if not c.tie_embeddings:  # Declared here so that init creates it; read by `head.py`.
+            self.param(
+                "lm_head",
+                logical(nn.initializers.normal(c.embed_dim**-0.5), ("vocab", "embed")),
+                (c.vocab_size, c.embed_dim),
+            )
+        scale_V1: jax.Array | None = self.get_variable("scales", "embed")
+        x_BTD = embed[ids_BT].astype(c.dtype)
+        x_BTD = c.embed_scale * scaled(x_BTD, None if scale_V1 is None else scale_V1[ids_BT])
+        layers = self._scanned if c.scan_layers else self._unrolled
+        x_BTD, new_kv = layers(x_BTD, positions_BT, cache, recent, return_kv)
+        x_BTD = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x_BTD)
+        return c.output_scale * x_BTD, new_kv
+
+    def _scanned(self, x_BTD, positions_BT, cache, recent, return_kv):
+        c = self.config
+        block = nn.remat(Block, prevent_cse=False) if c.remat and not return_kv else Block
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0, "scales": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, 0, 0, nn.broadcast),
+            length=c.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, return_kv, name="layers")
+        numbers = LayerNumbers(**{k: jnp.asarray(v) for k, v in layer_numbers(c).items()})
+        # A layer's slice would be copied for the kernel, which picks it from the whole itself.
+        apart = _apart(cache, recent, whole=c.decode_attention == "pallas")
+        return layers(x_BTD, positions_BT, numbers, *apart)
+
+    def _unrolled(self, x_BTD, positions_BT, cache, recent, return_kv):
+        """One `layers_<i>` after the other: the form that `unstacked` makes."""
+        (kv, recent_kv), rest = _apart(cache, recent)
+        new_kvs = []
+        for i in range(self.config.num_layers):
+            numbers = {k: jnp.asarray(v[i]) for k, v in layer_numbers(self.config).items()}
+            block = Block(self.config, return_kv, name=f"layers_{i}")
+            x_BTD, new_kv = block(
+                x_BTD,
+                positions_BT,
+                LayerNumbers(**numbers),
+                (kv and kv[i], recent_kv and recent_kv[i]),
+                rest,
+            )
+            new_kvs.append(new_kv)
+        return x_BTD, tuple(new_kvs) if return_kv else None
+
+
+def _apart(cache: KVCache | None, recent: Recent | None, whole: bool = False):
+    """Of both, keys and values, which differ from layer to layer, and the rest, which does not.
+
+    `whole` leaves the cache of all layers together, with the rest.
+    """
+    kv, recent_kv = cache and cache.kv, recent and recent.cache.kv
+    positions = (cache and cache.positions, recent and recent.cache.positions)
+    rest = (*positions, recent and recent.slot)
+    return ((None, recent_kv), (kv, *rest)) if whole else ((kv, recent_kv), (None, *rest))
+
+
+def init_variables(model: Decoder, key: jax.Array) -> dict:
+    """Random {"params", "lora" if configured}, still boxed with their logical axes."""
+    ids = jnp.zeros((1, 2), jnp.int32)
+    return dict(model.init(key, ids, ids))

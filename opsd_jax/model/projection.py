@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear maps of the decoder, with their optional biases and adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from opsd_jax.model.config import LoraConfig, ModelConfig
+from opsd_jax.model.quantized import scaled
+from opsd_jax.model.weights_first import weights_first
+
+
+def logical(init: Callable[..., jax.Array], axes: tuple[str | None, ...]) -> Callable[..., Any]:
+    """The initializer, with the logical names of the axes it fills."""
+    return nn.with_logical_partitioning(init, axes)
+
+
+class Projection(nn.Module):
+    """A linear map over the trailing `in_shape` axes, with an optional bias and adapter.
+
+    y = x W + bias + scale · (x A) B, where A and B live in the "lora" collection and B starts
+    at zero. An int8 W has its scale in the "scales" collection (`quantized.py`). For sampling, W
+    may stand in the "turned" collection instead (`weights_first.py`).
+    """
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    in_axes: tuple[str, ...]
+    out_axes: tuple[str, ...]
+    use_bias: bool = False
+    lora: LoraConfig | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        num_in = len(self.in_shape)
+        init = nn.initializers.variance_scaling(
+            1.0,
+            "fan_in",
+            "truncated_normal",
+            in_axis=tuple(range(num_in)),
+            out_axis=tuple(range(num_in, num_in + len(self.out_shape))),
+        )
+        turned: jax.Array | None = self.get_variable("turned", "kernel")
+        if turned is None:
+            axes, shape = self.in_axes + self.out_axes, self.in_shape + self.out_shape
+            kernel = self.param("kernel", logical(init, axes), shape)
+            y = jnp.tensordot(x, kernel.astype(x.dtype), num_in)
+        else:
+            y = weights_first(x, turned.astype(x.dtype), num_in)
+        y = scaled(y, self.get_variable("scales", "kernel"))
+        if self.use_bias:
+            zeros = logical(nn.initializers.zeros, self.out_axes)
+            bias = self.param("bias", zeros, self.out_shape).astype(x.dtype)
+            y = y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
+        # Absent collection = base model; during init the collection is mutable and is created.
+        if self.lora and (self.has_variable("lora", "a") or self.is_mutable_collection("lora")):
+            y = y + self._adapter(x, num_in, self.lora)
+        return y
+
+    def _adapter(self, x: jax.Array, num_in: int, lora: LoraConfig) -> jax.Array:
+        fan_in = math.prod(self.in_shape)
+
+        def init_a():
+            init = nn.initializers.normal(fan_in**-0.5)
+            axes = self.in_axes + ("lora_rank",)
+            shape = self.in_shape + (lora.rank,)
+            return logical(init, axes)(self.make_rng("params"), shape)
+
+        def init_b():
+            axes = ("lora_rank",) + self.out_axes
+            shape = (lora.rank,) + self.out_shape
+            return logical(nn.initializers.zeros, axes)(None, shape)
+
+        a = self.variable("lora", "a", init_a).value
+        b = self.variable("lora", "b", init_b).value
+        if lora.dropout and self.has_rng("dropout"):
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - lora.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - lora.dropout), 0)
+        x_R = jnp.tensordot(x, a.astype(x.dtype), num_in)
+        return jnp.tensordot(x_R, b.astype(x.dtype), 1) * lora.scale
+
+
+def project(config: ModelConfig, name: str, in_shape, out_shape, in_axes, out_axes):
+    """The named projection with the bias and the adapter that the config gives it."""
+    lora = config.lora if config.lora and config.lora.covers(name) else None
+    return Projection(
+        in_shape, out_shape, in_axes, out_axes, name in config.biases, lora, name=name
+    )

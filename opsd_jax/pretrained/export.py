@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters out again: a Hugging Face directory (adapters merged) or a PEFT adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opsd_jax.data.tokenizer import HFTokenizer
+from opsd_jax.errors import UserError
+from opsd_jax.host.files import scratch_folder
+from opsd_jax.model.config import LORA_TARGETS, ModelConfig
+from opsd_jax.pretrained.config import config_to_hf
+from opsd_jax.pretrained.tensor_names import Leaf, file_shapes, leaves, to_file
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+# What this module writes beside config.json, whatever the number of shards.
+_WEIGHT_FILES = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|adapter_model\.safetensors|adapter_config\.json"
+)
+
+
+def merge_lora(config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a model without adapters that computes the same: W + scale · A B.
+
+    The sum is taken in float32 and rounded once to the dtype of W.
+
+    Args:
+      config: its `lora` gives the scale.
+      variables: {"params"} or {"params", "lora"}.
+    """
+    lora = variables.get("lora")
+    if not lora:
+        return dict(variables["params"])
+    if config.lora is None:
+        raise UserError("these weights have adapters, but model.lora is not configured")
+    scale = config.lora.scale
+
+    def merged(params: Any, adapters: Any) -> Any:
+        if not isinstance(params, Mapping):
+            return params
+        out = {name: merged(value, adapters.get(name, {})) for name, value in params.items()}
+        if "a" in adapters:
+            kernel = params["kernel"]
+            a, b = adapters["a"].astype(jnp.float32), adapters["b"].astype(jnp.float32)
+            num_layers, rank = a.shape[0], a.shape[-1]
+            product = jnp.matmul(
+                a.reshape(num_layers, -1, rank),
+                b.reshape(num_layers, rank, -1),
+                precision=jax.lax.Precision.HIGHEST,
+            )
+            total = kernel.astype(jnp.float32) + scale * product.reshape(kernel.shape)
+            out["kernel"] = total.astype(kernel.dtype)
+        return out
+
+    return merged(variables["params"], lora)
+
+
+def save_pretrained(
+    out_dir: str,
+    config: ModelConfig,
+    variables: Mapping[str, Any],
+    tokenizer: Any = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a directory that `transformers`, vLLM and `load_pretrained` read.
+
+    config.json, generation_config.json, the tokenizer and model.safetensors, or shards with an
+    index; float32 and bfloat16 parameters come back bit for bit. Every process must call it;
+    process 0 writes.
+
+    Args:
+      out_dir: made if missing; the weights and adapters of an older export are removed first,
+        so that no reader ever finds two models, and other files of the same names are replaced.
+      config: the model's.
+      variables: {"params", "lora"?}; adapters are merged.
+      tokenizer: an `HFTokenizer`; any other kind has no Hugging Face form and is left out.
+      max_shard_bytes: a larger model is split.
+
+    Raises:
+      UserError: a full disk, say; nothing in `out_dir` has changed.
+    """
+    raw = config_to_hf(config)
+    params = merge_lora(config, variables)
+    plan = leaves(config, params)
+    dtype = str(params["embed"].dtype)
+    raw["torch_dtype"] = dtype
+    ids = _token_ids(tokenizer)
+    itemsize = np.dtype(jnp.dtype(dtype)).itemsize
+    shards = _shards(
+        {n: int(np.prod(s)) * itemsize for n, s in file_shapes(plan).items()}, max_shard_bytes
+    )
+    tensors = to_file(plan, jax.tree.map(_on_host, params))
+    with _written_whole(out_dir) as scratch:
+        if scratch:
+            _write_json(scratch, "config.json", raw | ids)
+            known = {key: value for key, value in ids.items() if value is not None}
+            _write_json(scratch, "generation_config.json", known)
+            if isinstance(tokenizer, HFTokenizer):
+                tokenizer.save(scratch)
+        weight_map, total = {}, 0
+        for i, names in enumerate(shards):
+            name = "model.safetensors"
+            if len(shards) > 1:
+                name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+            shard = {}
+            for _ in names:  # `_shards` keeps the order in which `to_file` gives them
+                key, value = next(tensors)
+                shard[key] = value
+                weight_map[key] = name
+                total += value.nbytes
+            if scratch:
+                _save_file(os.path.join(scratch, name), shard)
+        if len(shards) > 1 and scratch:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _write_json(scratch, "model.safetensors.index.json", index)
+        if scratch:  # Only now: the new weights are whole.
+            _remove_weights(out_dir)
+
+
+def save_adapter(
+    out_dir: str, config: ModelConfig, variables: Mapping[str, Any], base: str = ""
+) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors, which `peft` loads on the base.
+
+    Args:
+      out_dir: made if missing.
+      config: the model's, with `lora`.
+      variables: {"params", "lora"}.
+      base: name or path of the base model, kept in adapter_config.json.
+
+    Raises:
+      UserError: no adapters, or a family whose file merges the adapted projections.
+    """
+    if config.lora is None or not variables.get("lora"):
+        raise UserError("--format=peft: this model has no adapters; export with --format=hf")
+    plan = leaves(config, variables["params"])
+    tensors = dict(_adapter_tensors(plan, variables["lora"]))
+    lora = config.lora
+    adapted = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in tensors}
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.rank_stabilized,
+        "target_modules": [name for name in LORA_TARGETS if name in adapted],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    with _written_whole(out_dir) as scratch:
+        if scratch:
+            _write_json(scratch, "adapter_config.json", settings)
+            _save_file(os.path.join(scratch, "adapter_model.safetensors"), tensors)
+
+
+def _adapter_tensors(plan: list[Leaf], lora: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    for leaf in plan:
+        module: Any = lora
+        for key in leaf.path.split("/")[:-1]:
+            module = module.get(key, {})
+        if not leaf.path.endswith("/kernel") or "a" not in module:
+            continue
+        a, b = _on_host(module["a"]), _on_host(module["b"])
+        rank = a.shape[-1]
+        for (layer,), (name, _) in leaf.tensors.items():
+            if name.endswith(("qkv_proj.weight", "gate_up_proj.weight")):
+                raise UserError(
+                    "--format=peft: this family stores q, k, v (gate, up) as one matrix, which "
+                    "cannot carry separate adapters; export with --format=hf"
+                )
+            module_name = "base_model.model." + name.removesuffix(".weight")
+            yield f"{module_name}.lora_A.weight", _rows(a[layer].reshape(-1, rank))
+            yield f"{module_name}.lora_B.weight", _rows(b[layer].reshape(rank, -1))
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    # safetensors writes the bytes of a view in the wrong order: make the transpose real.
+    return np.ascontiguousarray(x.T)
+
+
+def _token_ids(tokenizer: Any) -> dict[str, Any]:
+    """Explicit even where unknown: an absent id means the family's, maybe beyond the vocabulary."""
+    stop_ids = list(tokenizer.stop_ids) if tokenizer else []
+    return {
+        "bos_token_id": getattr(getattr(tokenizer, "inner", None), "bos_token_id", None),
+        "eos_token_id": stop_ids if len(stop_ids) > 1 else next(iter(stop_ids), None),
+        "pad_token_id": tokenizer.pad_id if tokenizer else None,
+    }
+
+
+def _on_host(x: Any) -> np.ndarray:
+    """All of an array as NumPy, also where this process holds only a part of it."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    room = limit
+    for name, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _remove_weights(directory: str) -> None:
+    """The index goes first: without it no reader takes the shards for a model."""
+    names = sorted(os.listdir(directory), key=lambda name: not name.endswith(".index.json"))
+    for name in filter(_WEIGHT_FILES.fullmatch, names):
+        os.remove(os.path.join(directory, name))
+
+
+@contextlib.contextmanager
+def _written_whole(out_dir: str) -> Iterator[str | None]:
+    """A folder whose files move into `out_dir` once all are there; None where process 0 writes."""
+    if jax.process_index() != 0:
+        yield None
+        return
+    with scratch_folder(Path(out_dir), ".export_") as scratch:
+        yield str(scratch)
+        for path in [path for path in scratch.rglob("*") if path.is_file()]:
+            target = Path(out_dir) / path.relative_to(scratch)
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
+
+
+def _save_file(path: str, tensors: Mapping[str, np.ndarray]) -> None:
+    from safetensors.numpy import save_file
+
+    # transformers refuses a file that does not say which framework's layout it has.
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+
+
+def _write_json(directory: str, name: str, content: Mapping[str, Any]) -> None:
+    with open(os.path.join(directory, name), "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")

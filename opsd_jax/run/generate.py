@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`opsd generate`: one answer, as it is being said."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from opsd_jax.data.problems import Problem
+from opsd_jax.data.tokenizer import Tokenizer
+from opsd_jax.errors import UserError
+from opsd_jax.run.finished_run import restore_run
+from opsd_jax.sampling.config import RolloutConfig
+from opsd_jax.sampling.rollout import stream
+
+
+def generate_command(
+    workdir: str | None,
+    model: str | None,
+    step: int | str | None,
+    prompt: str,
+    settings: RolloutConfig,
+    seed: int,
+    stop: Sequence[str] = (),
+) -> None:
+    """`opsd generate`: streams the answer to the terminal, up to the first of some strings.
+
+    A run answers in its evaluation context, a model in the chat template's.
+    """
+    if "" in stop:
+        raise UserError("--stop must not be empty")
+    if workdir:
+        run = restore_run(workdir, step, with_teacher=False)
+        decoder, tokenizer, variables = run.parts.model, run.tokenizer, run.student
+        contexts = run.experiment.contexts
+        text = contexts.prompt(Problem("prompt", prompt, "", ""), "evaluation")
+        ids = tokenizer.render(text, **contexts.switches("evaluation"))
+        settings = dataclasses.replace(settings, stop_ids=run.experiment.rollout.stop_ids)
+    else:
+        from opsd_jax.pretrained.load import load_pretrained
+
+        found = load_pretrained(str(model))
+        if found.tokenizer is None:
+            raise UserError(f"--model={model}: no tokenizer files there")
+        decoder, tokenizer, variables = found.model, found.tokenizer, {"params": found.params}
+        ids = tokenizer.render(prompt)
+    settings = settings.for_tokenizer(tokenizer.stop_ids, tokenizer.pad_id)
+    lengths = jnp.array([len(ids)], jnp.int32)
+    tokens = stream(
+        decoder, variables, jnp.array([ids], jnp.int32), lengths, jax.random.key(seed), settings
+    )
+    for text in texts(tokens, tokenizer, stop):
+        print(text, end="", flush=True)
+    print()
+
+
+def texts(tokens: Iterable[int], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[str]:
+    """The pieces of a text as its tokens come, up to the first of the `stop` strings.
+
+    Held back as long as needed: half of a character, and what may be the beginning of a stop.
+    """
+    said: list[int] = []
+    text, shown = "", 0
+    for token in tokens:
+        said.append(token)
+        text = tokenizer.decode(said)
+        found = [at for at in map(text.find, stop) if at >= 0]
+        if found:
+            yield text[shown : min(found)]
+            return
+        sure = len(text) if not text.endswith("\ufffd") else shown
+        for end in stop:
+            parts = (n for n in range(len(end) - 1, 0, -1) if text.endswith(end[:n]))
+            sure = min(sure, len(text) - next(parts, 0))
+        if sure > shown:
+            yield text[shown:sure]
+            shown = sure
+    yield text[shown:]

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run: its parts are loaded, restored if there is something to restore, and put in the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from opsd_jax.data.contexts import TrainingPrompts
+from opsd_jax.data.grader_pool import GraderPool
+from opsd_jax.data.pipeline import make_batches
+from opsd_jax.data.problems import ProblemSet
+from opsd_jax.data.references import ReferenceRows
+from opsd_jax.data.tokenizer import Tokenizer
+from opsd_jax.errors import UserError
+from opsd_jax.evaluation.evaluate import Evaluator
+from opsd_jax.evaluation.runs import Run, read_run
+from opsd_jax.host.checkpoint import Checkpoints
+from opsd_jax.host.config_text import first_difference
+from opsd_jax.host.files import read_json_lines, write_whole
+from opsd_jax.host.guard import Guard
+from opsd_jax.host.lock import only_writer
+from opsd_jax.host.metrics import MetricWriters
+from opsd_jax.host.pod import connected_mesh, wait_for_all
+from opsd_jax.host.preemption import Preemption
+from opsd_jax.host.progress import ProgressLine
+from opsd_jax.method.completions import References
+from opsd_jax.method.train_step import TrainState
+from opsd_jax.model.sharding import num_bytes
+from opsd_jax.run.experiment import (
+    Assembly,
+    Base,
+    Experiment,
+    assemble,
+    external_variables,
+    frozen_variables,
+    initial_state,
+    load_teacher,
+)
+from opsd_jax.run.loop import BEST_METRIC, Loop, saved
+from opsd_jax.run.stepping import GradeAll, check_answers
+from opsd_jax.sampling.slots import Sampler
+
+
+def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict[str, float]:
+    """Runs or resumes an experiment in `workdir`; returns the last evaluation's metrics.
+
+    Args:
+      experiment: what to run.
+      config_text: its operative config, kept as workdir/config.gin.
+      workdir: made if missing; if it holds a checkpoint of the same config, the run goes on.
+
+    Raises:
+      UserError: another command or another config in the workdir, data or model that do not
+        fit, a full disk, or a loss that is not finite.
+    """
+    workdir = Path(workdir)
+    settings = experiment.train
+    mesh = connected_mesh(experiment.mesh)
+    with ExitStack() as stack:
+        progress = stack.enter_context(ProgressLine(settings.num_steps))
+        say, bases = progress.note, str(workdir / "base")
+        stack.enter_context(only_writer(workdir, say))
+        check_config(workdir, config_text)
+        base = settings.model.load(mesh, experiment.mesh.rules, bases, say)
+        external = load_teacher(experiment, base.tokenizer, mesh, bases, say)
+        parts = assemble(
+            experiment, base.config, base.tokenizer, mesh, external and external.config
+        )
+        problems = settings.problems.load(str(workdir / "problems"))
+        batches = training_batches(experiment, problems, base.tokenizer, say)
+        evaluator = make_evaluator(experiment, parts, base.tokenizer, workdir, stack)
+        tell_contamination(problems, evaluator, say)
+        wait_for_all()
+        folder, kept = workdir / "checkpoints", settings.keep_checkpoints
+        checkpoints = stack.enter_context(Checkpoints(folder, kept, BEST_METRIC, say))
+        state, tokens, start = start_or_resume(
+            checkpoints, parts, batches, base, external, settings.seed
+        )
+        base = base._replace(params={})  # a bfloat16 base has been copied to be trained
+        write_config(workdir, config_text)
+        say(
+            f"{num_bytes(state.trainable) // 4:,} trainable parameters, {len(problems):,} "
+            f"problems, mesh {dict(mesh.shape)}, from step {start}"
+        )
+        loop = Loop(
+            experiment,
+            workdir,
+            parts,
+            base.tokenizer,
+            problems,
+            grading(problems, settings.grader_workers, stack),
+            evaluator,
+            make_writers(experiment, workdir, start, config_text, stack),
+            checkpoints,
+            progress,
+            guard_of(experiment, workdir, start),
+            tokens_total=tokens,
+            meta={"config": config_text},
+        )
+        return loop.run(state, batches, start, stack.enter_context(Preemption()))
+
+
+def train_whole(experiment: Experiment, config_text: str, workdir: Path) -> Run:
+    """`train` for scripts of many runs: the finished run, read back.
+
+    Raises:
+      UserError: also when the run was stopped before its last step, so that no script goes on.
+    """
+    train(experiment, config_text, workdir)
+    run = read_run(workdir)
+    if run.last_step < experiment.train.num_steps:
+        raise UserError(
+            f"{workdir} was stopped after step {run.last_step}; the same command goes on from there"
+        )
+    return run
+
+
+def check_config(workdir: Path, config_text: str) -> None:
+    """Raises a UserError if the workdir holds checkpoints or metrics of another experiment."""
+    path = workdir / "config.gin"
+    metrics = read_json_lines(workdir / "metrics.jsonl", "step")
+    if not path.exists() or not (metrics or Checkpoints(workdir / "checkpoints").steps()):
+        return
+    difference = first_difference(path.read_text(errors="replace"), config_text)
+    if difference is not None:
+        raise UserError(
+            f"{path} belongs to another experiment: {difference}; use another --workdir, or "
+            "the old setting"
+        )
+
+
+def write_config(workdir: Path, config_text: str) -> None:
+    """Writes config.gin; only now, when all that can be wrong with the input has been seen."""
+    if jax.process_index() == 0:
+        write_whole(workdir / "config.gin", config_text)
+
+
+def training_batches(
+    experiment: Experiment,
+    problems: ProblemSet,
+    tokenizer: Tokenizer,
+    say: Callable[[str], None],
+) -> Any:
+    """Global batches as a Grain iterator whose position can be saved.
+
+    Raises:
+      UserError: too few problems fit, or one cannot be graded where grades are needed.
+    """
+    settings, contexts = experiment.train, experiment.training_contexts
+    if settings.objective.needs_rewards:
+        check_answers(problems)
+    prompts = TrainingPrompts(contexts, tokenizer, problems)
+    render: Any = prompts
+    if isinstance(settings.completions, References):
+        template, limit = settings.completions.template, experiment.rollout.max_new_tokens
+        render = ReferenceRows(prompts, template, tokenizer, limit, contexts.too_long)
+    num_problems = settings.batch_size // settings.group_size
+    batches = make_batches(problems, render, num_problems, settings.seed, prompts.narrow)
+    dropped = getattr(render, "dropped", ())
+    if dropped:
+        say(f"{len(dropped):,} problems left out: their reference exceeds rollout.max_new_tokens")
+    return iter(batches)
+
+
+def grading(problems: ProblemSet, num_workers: int, stack: ExitStack) -> GradeAll:
+    """(problems, completions) -> grades, in worker processes that `stack` will end."""
+    return stack.enter_context(GraderPool(problems.grade, num_workers=num_workers)).grade
+
+
+def make_evaluator(
+    experiment: Experiment,
+    parts: Assembly,
+    tokenizer: Tokenizer,
+    workdir: Path,
+    stack: ExitStack,
+) -> Evaluator | None:
+    """The evaluator of an experiment, None without held-out problems."""
+    settings = experiment.train
+    if settings.heldout is None:
+        return None
+    problems = settings.heldout.load(str(workdir / "problems"))
+    sampler = Sampler(
+        parts.model, tokenizer.pad_id, parts.mesh, parts.rules, experiment.evaluate.batch_size
+    )
+    return Evaluator(
+        experiment.evaluate,
+        experiment.contexts,
+        parts.method.rollout,
+        sampler,
+        tokenizer,
+        problems,
+        stack.enter_context(GraderPool(problems.grade, num_workers=settings.grader_workers)),
+    )
+
+
+def tell_contamination(
+    problems: ProblemSet, evaluator: Evaluator | None, say: Callable[[str], None]
+) -> None:
+    """Says how many held-out problems have a question that is trained on too, if any has."""
+    if evaluator is None:
+        return
+    trained = {" ".join(problems[i].question.split()) for i in range(len(problems))}
+    asked = {p.problem.id: p.problem for prompts in evaluator.prompts.values() for p in prompts}
+    shared = sum(" ".join(problem.question.split()) in trained for problem in asked.values())
+    if shared:
+        say(
+            f"{shared:,} of {len(asked):,} held-out problems are trained on too (the same "
+            "question): held-out accuracy is in part recall"
+        )
+
+
+def make_writers(
+    experiment: Experiment, workdir: Path, start: int, config_text: str, stack: ExitStack
+) -> MetricWriters:
+    """Where the metrics go; what lies behind the step that a run resumes from is dropped."""
+    settings = experiment.train
+    return stack.enter_context(
+        MetricWriters(
+            workdir,
+            settings.tensorboard,
+            settings.wandb,
+            resumed_step=start or None,
+            config=config_text,
+        )
+    )
+
+
+def guard_of(experiment: Experiment, workdir: Path, start: int) -> Guard:
+    """The guard of a run, which has seen what a resumed run wrote up to its step.
+
+    Process 0 drops the later lines, maybe after another process has read them here.
+    """
+    guard = Guard(experiment.guard)
+    for line in read_json_lines(workdir / "metrics.jsonl", "step") if start else []:
+        if line["step"] <= start:
+            guard.see(line)
+    return guard
+
+
+def start_or_resume(
+    checkpoints: Checkpoints,
+    parts: Assembly,
+    batches: Any,
+    base: Base,
+    external: Base | None,
+    seed: int,
+) -> tuple[TrainState, int, int]:
+    """(state, tokens generated so far, finished steps); `batches` is set to its position."""
+    teacher_params = external and external.params
+    if not checkpoints.steps():
+        return initial_state(parts, base.params, seed, teacher_params), 0, 0
+    step, state, meta = checkpoints.restore(saved(parts.abstract), batches)
+    frozen = frozen_variables(parts, base.params)
+    teacher = external_variables(parts, teacher_params)
+    state = dataclasses.replace(state, frozen=frozen, external=teacher)
+    return state, meta["tokens_total"], step
+
+
+def summary(workdir: str | Path) -> str:
+    """Before and after, from the first and the last evaluation in metrics.jsonl."""
+    run = read_run(Path(workdir))
+    found = [line for line in run.history if BEST_METRIC in line]
+    if not found:
+        return "no evaluation was made (train.heldout or train.eval_every_steps is unset)"
+    first, last = found[0], found[-1]
+    rows = [f"{'':34}{'step ' + str(first['step']):>14}{'step ' + str(last['step']):>14}"]
+    hidden = ("_se", "/num_problems", "/num_dropped", "/ungraded_fraction")
+    for name in (n for n in first if n.startswith(("eval/", "probe/")) and not n.endswith(hidden)):
+        cells = []
+        for line in (first, last):
+            error = line.get(f"{name}_se")
+            value = line.get(name)
+            text = "-" if value is None else f"{value:.3f}"
+            cells.append(text + (f" ±{error:.3f}" if error is not None else ""))
+        rows.append(f"{name:34}{cells[0]:>14}{cells[1]:>14}")
+    tokens = "generated tokens" if run.generates else "target tokens"
+    rows.append(f"{tokens:34}{0:>14,}{last['rollout/tokens_total']:>14,}")
+    return "\n".join(rows)

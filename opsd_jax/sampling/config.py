@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How completions are sampled, as numbers: `RolloutConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from opsd_jax.errors import UserError, require
+from opsd_jax.model.config import DECODE_ATTENTION, DTYPES
+
+SAMPLING_BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "max_new_tokens": (lambda x: x >= 1 and isinstance(x, int), "an integer >= 1"),
+    "temperature": (lambda x: x >= 0, ">= 0"),
+    "top_k": (lambda x: x >= 0 and isinstance(x, int), "an integer >= 0 (0 keeps all)"),
+    "top_p": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "min_p": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "repetition_penalty": (lambda x: x > 0, "positive (1 is off)"),
+    "presence_penalty": (math.isfinite, "finite (0 is off)"),
+}
+
+
+def check_sampling(values: Mapping[str, Any], shown: str) -> None:
+    """Raises a UserError for the first value out of its bounds.
+
+    Args:
+      values: by names of `RolloutConfig`.
+      shown: what the user calls them, with {} for the name: "rollout.{}".
+    """
+    for name, value in values.items():
+        fine, wanted = SAMPLING_BOUNDS[name]
+        if not isinstance(value, int | float) or not fine(value):
+            raise UserError(f"{shown.format(name)} must be {wanted}, not {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled.
+
+    Args:
+      max_new_tokens: C.
+      temperature: 0 is greedy.
+      top_k: entries kept, 0 = all.
+      top_p: probability mass kept, 1 = all.
+      min_p: least share of the largest probability, 0 = all are kept.
+      repetition_penalty: divides the logits of tokens in prompt or completion, 1 = off.
+      presence_penalty: taken off the logits of tokens in the completion, 0 = off.
+      min_new_tokens: so many tokens come before a stop id, as in transformers.
+      stop_ids: ids that end a completion, in a run besides the tokenizer's own; they are part of
+        it.
+      pad_id: written after the stop token.
+      segment_len: tokens between two looks at whether rows are done; also those that wait in the
+        buffer of new keys and values.
+      unroll_layers: models of at most so many layers decode with unrolled layers and matrices
+        turned (`weights_first.py`): faster steps on a CPU, for a second copy of the weights and a
+        longer compilation.
+      gather_weights: on a mesh, every device along `data` holds all weights while it samples (its
+        part along `model`); False fetches them again at every token and spares the memory.
+      attention: how a new token attends to what was said, "xla" or "pallas", a kernel for TPUs
+        that reads of each row what is there (`decode_attention.py`).
+      dtype: of weights and computation while sampling, None = the model's; "bfloat16" under a
+        float32 model makes rollout/logp_gap the price of speed.
+      weights: None as they are, or "int8": while sampling, prompts included, every matrix is 8-bit
+        with a scale per output (`quantized.py`), for a quarter of the bytes of float32; the loss
+        never sees it, and rollout/logp_gap is its price. Not for a mixture of experts.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    min_new_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+    segment_len: int = 8
+    unroll_layers: int = 4
+    gather_weights: bool = True
+    attention: str = "xla"
+    dtype: str | None = None
+    weights: str | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))  # Hashed by those who compile.
+        check_sampling({name: getattr(self, name) for name in SAMPLING_BOUNDS}, "rollout.{}")
+        checks = {
+            "min_new_tokens": (
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+                "between 0 and rollout.max_new_tokens",
+            ),
+            "segment_len": (
+                isinstance(self.segment_len, int) and self.segment_len >= 1,
+                "an integer >= 1",
+            ),
+            "unroll_layers": (self.unroll_layers >= 0, ">= 0"),
+            "attention": (self.attention in DECODE_ATTENTION, f"one of {DECODE_ATTENTION}"),
+            "dtype": (self.dtype in (None, *DTYPES), "None, 'float32', 'bfloat16'"),
+            "weights": (self.weights in (None, "int8"), "None or 'int8'"),
+        }
+        require("rollout", self, checks)
+
+    @property
+    def penalises(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the distribution that is sampled is the model's own."""
+        return self == self.sampling(max_new_tokens=self.max_new_tokens)
+
+    def for_tokenizer(self, stop_ids: Iterable[int], pad_id: int) -> RolloutConfig:
+        """The same with a tokenizer's stop ids besides its own, and its padding."""
+        both = tuple(dict.fromkeys((*stop_ids, *self.stop_ids)))
+        return dataclasses.replace(self, stop_ids=both, pad_id=pad_id)
+
+    def sampling(self, **settings: Any) -> RolloutConfig:
+        """Another way to sample with the same stop ids and numerics; what is not named is off."""
+        shared = "stop_ids pad_id segment_len unroll_layers gather_weights attention dtype weights"
+        return RolloutConfig(**settings, **{name: getattr(self, name) for name in shared.split()})

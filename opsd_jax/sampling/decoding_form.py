@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters as sampling reads them: made once (int8, cast, gathered, unstacked, turned)."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import AbstractMesh, Mesh
+
+from opsd_jax.errors import UserError
+from opsd_jax.model.decoder import Decoder, init_variables
+from opsd_jax.model.quantized import quantized
+from opsd_jax.model.sharding import variable_shardings
+from opsd_jax.model.weights_first import turned
+from opsd_jax.sampling.config import RolloutConfig
+
+
+def decoding_form(model: Decoder, variables: dict, config: RolloutConfig) -> tuple[Decoder, dict]:
+    """Model and constant variables as sampling reads them, made once per rollout.
+
+    Args:
+      model: the decoder.
+      variables: {"params"[, "lora"]}; no gradient flows through what is returned.
+      config: says which of the forms below to take.
+
+    Returns:
+      The model and {"params"[, "lora"][, "scales" of int8 matrices][, "turned" matrices]}.
+
+    Raises:
+      UserError: `rollout.weights` is set for a mixture of experts.
+    """
+    variables = jax.lax.stop_gradient(variables)
+    if config.weights is not None:
+        if model.config.num_experts:
+            raise UserError(
+                f"rollout.weights = {config.weights!r} is not for a mixture of experts, whose "
+                "grouped product would first make a wide copy of all of them; set it to None"
+            )
+        variables = quantized(variables)
+    if config.dtype is not None:
+        variables = cast(variables, config.dtype)
+        model = Decoder(dataclasses.replace(model.config, dtype=config.dtype))
+    if config.attention != "xla":
+        model = Decoder(dataclasses.replace(model.config, decode_attention=config.attention))
+    if gathers(config, jax.sharding.get_abstract_mesh()):
+        variables = gathered(model, variables, config)
+    if unrolls(model, config):
+        model, variables = unstacked(model, variables)
+        return model, turned(variables)
+    return model, variables
+
+
+def changes_weights(model: Decoder, config: RolloutConfig, mesh: Mesh) -> bool:
+    """Whether `decoding_form` makes other arrays there than those that it is given."""
+    other_numbers = config.dtype is not None or config.weights is not None
+    return other_numbers or gathers(config, mesh) or unrolls(model, config)
+
+
+def gathers(config: RolloutConfig, mesh: Mesh | AbstractMesh) -> bool:
+    return config.gather_weights and not mesh.empty and mesh.shape["data"] > 1
+
+
+def unrolls(model: Decoder, config: RolloutConfig) -> bool:
+    return model.config.scan_layers and model.config.num_layers <= config.unroll_layers
+
+
+def cast(variables: dict, dtype: str) -> dict:
+    """The variables in another dtype; int8 values and their scales as they are."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        return x if x.dtype == jnp.int8 else x.astype(dtype)
+
+    return {
+        name: tree if name == "scales" else jax.tree.map(leaf, tree)
+        for name, tree in variables.items()
+    }
+
+
+def gathered(model: Decoder, variables: dict, config: RolloutConfig) -> dict:
+    """The variables whole on every device along `data`, split along `model` as they were.
+
+    A fully sharded matrix is fetched from all devices where it is used: once per layer and pass in
+    the loss, but once per token in decoding, which then waits for the network and for nothing else.
+    """
+    boxed = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
+    if config.weights is not None:
+        boxed = jax.eval_shape(quantized, boxed)
+    split = nn.get_logical_axis_rules()
+    whole = tuple((name, None if axis == "data" else axis) for name, axis in split)
+    # Split first: XLA would else gather the rounded floats, and make them int8 afterwards.
+    for rules in (split, whole):
+        wanted = variable_shardings(boxed, jax.sharding.get_abstract_mesh(), rules)
+        place = jax.lax.with_sharding_constraint
+        variables = {name: place(tree, wanted[name]) for name, tree in variables.items()}
+    return variables
+
+
+def unstacked(model: Decoder, variables: dict) -> tuple[Decoder, dict]:
+    """The same model with a parameter array of its own for every layer.
+
+    For decoding small models: a scan over layers reads each layer's weights and cache through a
+    slice, which on a CPU is a copy, at every token. The arrays exist twice for that time.
+    """
+
+    def per_layer(collection: dict) -> dict:
+        rest = {name: tree for name, tree in collection.items() if name != "layers"}
+        layers = {
+            f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], collection["layers"])
+            for i in range(model.config.num_layers)
+        }
+        return rest | layers
+
+    config = dataclasses.replace(model.config, scan_layers=False)
+    return Decoder(config), {name: per_layer(tree) for name, tree in variables.items()}

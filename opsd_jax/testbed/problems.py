@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The testbed's problems as a source: procedural, seeded, split by the problems' own hash."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+
+from opsd_jax.data.builder import ProblemBuilder, generated_problems
+from opsd_jax.data.grading import AnswerForm, same_text
+from opsd_jax.data.problems import AnswerGrader, LoadedProblems, Problem
+from opsd_jax.errors import UserError, require_seed
+from opsd_jax.testbed.world import ChainTask, extract_answer
+
+SPLITS = ("train", "heldout")
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainArithmetic:
+    """Source of testbed problems (testbed.py).
+
+    Attributes:
+      split: "train", nine problems in ten, or "heldout"; the two never share a problem.
+      num_problems: how many to draw, without repetition.
+      num_ops: steps of a problem.
+      seed: chooses which problems of the split are drawn, and their order.
+    """
+
+    split: str = "train"
+    num_problems: int = 8192
+    num_ops: int = 3
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.split not in SPLITS:
+            raise UserError(
+                f"ChainArithmetic.split must be one of {', '.join(SPLITS)}, got {self.split!r}."
+            )
+        if not 1 <= self.num_problems <= len(self._members):
+            raise UserError(
+                f"ChainArithmetic.num_problems must be 1 to {len(self._members)} for the "
+                f"{self.split} split with num_ops = {self.num_ops}, got {self.num_problems}."
+            )
+        require_seed("ChainArithmetic.seed", self.seed)
+
+    def load(self, cache_dir: str | None = None) -> LoadedProblems:
+        """The problems, built once below `cache_dir` (None: anew each time)."""
+        problems = generated_problems(
+            ChainArithmeticBuilder,
+            name=f"ops{self.num_ops}_{self.split}",
+            key=repr(self),
+            problem_type=Problem,
+            generate=self._generate,
+            cache_dir=cache_dir,
+        )
+        return LoadedProblems(problems, AnswerGrader(AnswerForm(extract_answer, same_text)))
+
+    @functools.cached_property
+    def _members(self) -> np.ndarray:
+        """Numbers of the problems of the split (`ChainTask.record`)."""
+        heldout = ChainTask(num_ops=self.num_ops).heldout
+        return np.flatnonzero(heldout if self.split == "heldout" else ~heldout)
+
+    def _generate(self) -> Iterator[Problem]:
+        task = ChainTask(num_ops=self.num_ops)
+        # RandomState, not Generator: NumPy promises that its stream never changes.
+        order = np.random.RandomState(self.seed).permutation(self._members)
+        for index in order[: self.num_problems]:
+            yield task.record(int(index))
+
+
+class ChainArithmeticBuilder(ProblemBuilder):
+    """Testbed problems on disk; the name of the data set below the cache directory."""
+
+    name = "chain_arithmetic"
+    skip_registration = True

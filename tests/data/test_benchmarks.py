@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows in the published columns, made here; nothing is downloaded."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from opsd_jax.data.benchmarks import BENCHMARKS, Benchmark
+from opsd_jax.errors import UserError
+from opsd_jax.run.config import load_experiment
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+# name -> (a file of the published layout, one row, question, answer, solution, id)
+ROWS = {
+    "aime24": (
+        "data/train-00000-of-00001.parquet",
+        dict(id=60, problem="Q", solution="S", answer="204", url="u", year="2024"),
+        ("Q", "204", "S", "60"),
+    ),
+    "aime25": (
+        "data/train-00000-of-00001-243207c6c994e1bd.parquet",
+        dict(id=0, problem="Q", answer="70", year="2025"),
+        ("Q", "70", "", "0"),
+    ),
+    "hmmt25": (
+        "data/train-00000-of-00001.parquet",
+        dict(problem_idx=1, problem="Q", answer=r"\frac{1}{21}", problem_type=["Algebra"]),
+        ("Q", r"\frac{1}{21}", "", "1"),
+    ),
+    "math500": (
+        "test.jsonl",
+        dict(problem="Q", solution="S", answer=r"\left( 3, \frac{\pi}{2} \right)", subject="P")
+        | dict(level=2, unique_id="test/precalculus/807.json"),
+        ("Q", r"\left( 3, \frac{\pi}{2} \right)", "S", "test/precalculus/807.json"),
+    ),
+    "gsm8k": (
+        "main/test-00000-of-00001.parquet",
+        dict(question="Q", answer="2 * 900 = <<2*900=1800>>1800\n#### 1,800"),
+        ("Q", "1800", "2 * 900 = <<2*900=1800>>1800\n#### 1,800", None),
+    ),
+    "amc23": (
+        "test-00000-of-00001.parquet",
+        dict(id=0, question="Q", answer=27.0, url="u"),
+        ("Q", "27", "", "0"),
+    ),
+}
+
+
+def write(path: Path, *rows: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pyarrow.parquet.write_table(pa.Table.from_pylist(list(rows)), path)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_published_rows_become_problems(name, tmp_path):
+    file, row, (question, answer, solution, id) = ROWS[name]
+    write(tmp_path / file, row)
+    # Another split beside it, which is not evaluated.
+    write(tmp_path / "socratic" / f"train-0{Path(file).suffix}", row, row)
+    problems = Benchmark(name, str(tmp_path), grader="boxed").load()
+    (problem,) = problems.problems
+    assert (problem.question, problem.answer, problem.solution) == (question, answer, solution)
+    assert id is None or problem.id == id
+    assert problems.grade(problem, f"so \\boxed{{{answer}}}") == 1.0
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_rows_alone_will_do(suffix, tmp_path):
+    write(tmp_path / f"mine{suffix}", ROWS["aime24"][1])
+    for path in (tmp_path, tmp_path / f"mine{suffix}"):
+        assert len(Benchmark("aime24", str(path), grader="boxed").load()) == 1
+
+
+def test_from_the_hub_by_its_id(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(hub_id, repo_type, allow_patterns):
+        asked.append((hub_id, repo_type, allow_patterns))
+        return str(tmp_path)
+
+    write(tmp_path / ROWS["gsm8k"][0], ROWS["gsm8k"][1])
+    hub = SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert len(Benchmark("gsm8k", grader="boxed").load()) == 1
+    assert asked == [("openai/gsm8k", "dataset", ["main/test-*.parquet"])]
+
+    def fails(*_, **__):
+        raise OSError("no route to host\nmore")
+
+    monkeypatch.setattr(hub, "snapshot_download", fails)
+    with pytest.raises(UserError, match=r"gsm8k cannot be fetched \(no route to host\); download"):
+        Benchmark("gsm8k").load()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match="huggingface_hub is not installed: download openai/gsm8k"):
+        Benchmark("gsm8k").load()
+
+
+def test_what_is_wrong_is_told(tmp_path):
+    write(tmp_path / "rows.jsonl", {"question": "Q", "answer": "no hashes"})
+    with pytest.raises(UserError, match=r"rows.jsonl:1: no answer .*read with @JsonlProblems\(\)"):
+        Benchmark("gsm8k", str(tmp_path / "rows.jsonl"), grader="boxed").load()
+    with pytest.raises(UserError, match="Benchmark.name must be one of aime24, .*not 'aime23'"):
+        Benchmark("aime23")
+    with pytest.raises(UserError, match="^Benchmark.path: .*is no file"):
+        Benchmark("aime24", str(tmp_path / "nowhere"), grader="boxed").load()
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_protocol_of_the_paper_over_any_run(name):
+    """The protocol of the published evaluation."""
+    path = EXPERIMENTS / "eval" / f"{name}.gin"
+    assert f"opsd eval --workdir=runs/X --gin_file=experiments/eval/{name}.gin" in path.read_text()
+    experiment, _ = load_experiment([str(EXPERIMENTS / "quickstart.gin"), str(path)])
+    evaluate = experiment.evaluate
+    assert experiment.train.heldout == Benchmark(name)
+    assert (evaluate.num_samples, evaluate.temperature, evaluate.top_p) == (12, 1.0, 0.95)
+    assert (evaluate.max_new_tokens, evaluate.top_k, evaluate.num_problems) == (38912, 0, 0)
+    assert evaluate.roles == ("student_thinking",)
+    assert experiment.contexts.evaluation == "boxed"

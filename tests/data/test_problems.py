@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import pickle
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from opsd_jax.data.problems import JsonlProblems, OtherReferences, ParquetProblems, Problem
+from opsd_jax.errors import UserError
+
+ROW = {"id": "a", "question": "1+1?", "solution": "It is 2.", "answer": "2"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes rows (objects, or text as it is) and gives the path."""
+
+    def write(*rows, name="rows.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        path.write_text("\n".join(lines) + "\n")
+        return str(path)
+
+    return write
+
+
+def without(key):
+    return {name: value for name, value in ROW.items() if name != key}
+
+
+def test_rows_become_problems(write):
+    loaded = JsonlProblems(write(ROW, "", ROW | {"id": "b", "answer": 3})).load()
+    assert len(loaded) == 2
+    assert loaded[0] == Problem(**ROW)
+    assert loaded[1] == Problem(**(ROW | {"id": "b", "answer": "3"}))
+    assert loaded.grade(loaded[0], r"so \boxed{2}") == 1.0
+    assert loaded.grade(loaded[1], r"so \boxed{2}") == 0.0
+
+
+def test_rows_without_id_are_named_by_their_place(write):
+    loaded = JsonlProblems(write(without("id"), "", without("id"))).load()
+    assert [p.id for p in loaded.problems] == ["rows.jsonl:1", "rows.jsonl:3"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (without("solution"), r"rows.jsonl:2: the row has no `solution`; add it.*to None"),
+        (without("question"), r"rows.jsonl:2: the row has no `question`"),
+        (without("answer"), r"rows.jsonl:2: the row has no `answer`"),
+        (ROW | {"solution": " \n"}, r"rows.jsonl:2: `solution` is empty; fill it.*to None"),
+        (ROW | {"solution": None}, r"rows.jsonl:2: `solution` is empty"),
+        (ROW | {"question": ["x"]}, r"rows.jsonl:2: `question` must be text.*list"),
+        (ROW | {"question": 7}, r"rows.jsonl:2: `question` must be text.*int"),
+        (ROW | {"answer": True}, r"rows.jsonl:2: `answer` must be text.*bool"),
+        (ROW | {"answer": {}}, r"rows.jsonl:2: `answer` must be text.*dict"),
+        (ROW, r"rows.jsonl:2: the id 'a' occurs a second time"),
+        ("{", r"rows.jsonl:2: not a line of JSON"),
+        ("[1, 2]", r"rows.jsonl:2: a line must be a JSON object.*list"),
+        ("[" * 100_000, r"rows.jsonl:2: not a line of JSON"),
+        ('{"answer": ' + "9" * 10_000 + "}", r"rows.jsonl:2: not a line of JSON"),
+        ('{"id": "b", "question": "\\ud800"}', r"rows.jsonl:2: the row has no `solution`"),
+        (json.dumps(ROW | {"question": "\ud800"}), r"rows.jsonl:2: `question` is not valid Uni"),
+        (json.dumps(ROW | {"answer": float("nan")}), r"rows.jsonl:2: `answer` must be text.*float"),
+    ],
+)
+def test_a_bad_row_is_named(write, bad, message):
+    with pytest.raises(UserError, match=message) as caught:
+        JsonlProblems(write(ROW, bad)).load()
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text_are_told(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps(ROW).encode() + b"\n\xff\xfe{}\n")
+    with pytest.raises(UserError, match="rows.jsonl:2: not a line of JSON"):
+        JsonlProblems(str(path)).load()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@given(st.binary(max_size=60))
+def test_any_bytes_load_or_are_told(tmp_path, content):
+    path = tmp_path / "fuzz.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="fuzz.jsonl"):
+        JsonlProblems(str(path)).load()
+
+
+def test_nothing_to_read_is_told(write, tmp_path):
+    with pytest.raises(UserError, match="nowhere.jsonl is no file"):
+        JsonlProblems(str(tmp_path / "nowhere.jsonl")).load()
+    with pytest.raises(UserError, match="rows.jsonl has no rows"):
+        JsonlProblems(write("")).load()
+    with pytest.raises(UserError, match="1 rows, so the slice from 1 is empty"):
+        JsonlProblems(write(ROW), start=1).load()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"answer_from": "magic"}, "JsonlProblems.answer_from is 'magic'; choose one of text"),
+        ({"grader": "magic"}, "JsonlProblems.grader is 'magic'; choose one of exact"),
+        ({"start": 3, "stop": 3}, "JsonlProblems.start and .stop"),
+    ],
+)
+def test_settings_are_checked_before_loading(setting, message):
+    with pytest.raises(UserError, match=message):
+        JsonlProblems("x.jsonl", **setting)
+
+
+def test_directories_and_patterns(write, tmp_path):
+    write(ROW, name="d/b.jsonl")
+    write(ROW | {"id": "c"}, name="d/a/a.jsonl")
+    write("not read", name="d/readme.txt")
+    ids = [p.id for p in JsonlProblems(str(tmp_path / "d")).load().problems]
+    assert ids == ["c", "a"]
+    ids = [p.id for p in JsonlProblems(str(tmp_path / "d" / "b*")).load().problems]
+    assert ids == ["a"]
+
+
+def test_slices_hold_rows_out(write):
+    path = write(*(ROW | {"id": str(i)} for i in range(5)))
+    train, held_out = JsonlProblems(path, stop=3).load(), JsonlProblems(path, start=3).load()
+    assert [p.id for p in train.problems] == ["0", "1", "2"]
+    assert [p.id for p in held_out.problems] == ["3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "problem"),
+    [
+        (  # GSM8K
+            {"question": "q", "answer": "9 * 2 = 18\n#### 1,018"},
+            {"solution_column": "answer", "answer_from": "hashes", "grader": "last_number"},
+            ("q", "9 * 2 = 18\n#### 1,018", "1018"),
+        ),
+        (  # MATH, where the solution alone has the answer
+            {"problem": "q", "solution": r"so $\boxed{\frac12}$"},
+            {
+                "question_column": "problem",
+                "answer_column": "solution",
+                "answer_from": "boxed",
+            },
+            ("q", r"so $\boxed{\frac12}$", r"\frac12"),
+        ),
+        (  # AMC and HMMT
+            {"problem": "q", "answer": 27.0},
+            {"question_column": "problem", "solution_column": None},
+            ("q", "", "27"),
+        ),
+    ],
+)
+def test_layouts_of_public_benchmarks(write, row, settings, problem):
+    loaded = JsonlProblems(write(row), **settings).load()[0]
+    assert (loaded.question, loaded.solution, loaded.answer) == problem
+
+
+def test_an_answer_that_is_not_where_it_should_be_is_told(write):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: no answer of the kind 'boxed' in `solu"):
+        JsonlProblems(write(ROW), answer_column="solution", answer_from="boxed").load()
+
+
+def test_graders_travel_without_the_problems(write):
+    loaded = JsonlProblems(write(*(ROW | {"id": str(i)} for i in range(999)))).load()
+    assert len(pickle.dumps(loaded.grade)) < 1000
+
+
+@pytest.fixture
+def write_parquet(tmp_path):
+    def write(*rows, name="rows.parquet"):
+        path = str(tmp_path / name)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+        return path
+
+    return write
+
+
+def test_parquet_reads_the_same(write, write_parquet):
+    rows = [ROW | {"id": str(i), "answer": i, "extra": [i]} for i in range(3)]
+    assert ParquetProblems(write_parquet(*rows)).load() == JsonlProblems(write(*rows)).load()
+
+
+def test_bad_parquet_is_told(write_parquet, tmp_path):
+    with pytest.raises(UserError, match=r"no column `solution`, only id, question, answer; set"):
+        ParquetProblems(write_parquet(without("solution"))).load()
+    with pytest.raises(UserError, match=r"rows.parquet:2: `solution` is empty"):
+        ParquetProblems(write_parquet(ROW, ROW | {"id": "b", "solution": None})).load()
+    with pytest.raises(UserError, match=r"rows.parquet has no rows"):
+        path = write_parquet(ROW)
+        pyarrow.parquet.write_table(pyarrow.parquet.read_table(path)[:0], path)
+        ParquetProblems(path).load()
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1 not really PAR1")
+    with pytest.raises(UserError, match="broken.parquet: not a readable parquet file"):
+        ParquetProblems(str(broken)).load()
+
+
+def test_other_references_keep_the_answers(write):
+    rows = [ROW | {"id": str(i), "answer": i, "solution": f"s{i}"} for i in range(3)]
+    loaded = OtherReferences(JsonlProblems(write(*rows), grader="exact")).load()
+    assert [(p.id, p.answer, p.solution) for p in loaded.problems] == [
+        ("0", "0", "s1"),
+        ("1", "1", "s2"),
+        ("2", "2", "s0"),
+    ]
+    assert loaded.grade(loaded[2], "2") == 1.0
+    with pytest.raises(UserError, match="at least two"):
+        OtherReferences(JsonlProblems(write(ROW))).load()

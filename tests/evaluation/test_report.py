@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page: its tables as text, and the whole of it in a real browser."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opsd_jax.main import main
+from tests.browser import Page
+
+ROOT = Path(__file__).parents[2]
+EVIL = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"
+
+
+def write_run(workdir: Path, seed: int, slope: float, **others) -> Path:
+    """A workdir of 30 steps with evaluations every 10, 1,000 tokens a step, hostile texts."""
+    workdir.mkdir(parents=True)
+    config = f"train.seed = {seed}\ntrain.learning_rate = {slope}\n"
+    (workdir / "config.gin").write_text(config)
+    lines = []
+    for step in range(31):
+        line = {"step": step, "wall_s": 2.0 * step, "rollout/tokens_total": 1000 * step}
+        line["rollout/reward_mean"] = 0.5
+        if step % 10 == 0:
+            accuracy = 0.5 + slope * step + 0.01 * seed * (step > 0)
+            line |= {"eval/student/accuracy": accuracy, "eval/student/accuracy_se": 0.02}
+        lines.append(line | {name.replace("__", "/"): f(step) for name, f in others.items()})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (workdir / "metrics.jsonl").write_text(text + '{"step": 31, "rollo')
+    sample = {"role": "student", "question": EVIL, "completion": EVIL, "answer": 1, "reward": 0}
+    (workdir / "samples").mkdir()
+    (workdir / "samples" / "step_000030.jsonl").write_text(json.dumps(sample) + "\n")
+    return workdir
+
+
+def token(text: str, divergence: float, best: int) -> dict:
+    top = [[best, EVIL, 0.75], [3, "\ufffd", 0.25]]
+    return {
+        "id": 3,
+        "text": text,
+        "stop": False,
+        "divergence": divergence,
+        "student_logps": -0.1,
+        "teacher_logps": -2.0,
+        "student_entropy": 0.3,
+        "teacher_entropy": 0.2,
+        "student_top": [[3, text, 0.9], [4, " b", 0.1]],
+        "teacher_top": top,
+    }
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """Two methods, the first with two seeds; a third workdir that has only just begun."""
+    root = tmp_path_factory.mktemp("report")
+    fast = [
+        write_run(root / f"fast_seed{s}", s, 0.012, loss__divergence=lambda step: 0.1 / (1 + step))
+        for s in (0, 1)
+    ]
+    slow = write_run(root / "slow", 0, 0.008, rollout__length_mean=lambda step: 10.0 + 2 * step)
+    (root / "begun").mkdir()
+    (root / "begun" / "config.gin").write_text("train.seed = 0\n")
+    rows = [token(EVIL, 0.5, 7), token(" two\n", 0.0, 3), token("", 2.0, 3)]
+    sample = {"step": 30, "question": EVIL, "teacher_prompt": EVIL, "answer": EVIL, "reward": None}
+    (fast[0] / "tokens").mkdir()
+    line = json.dumps(sample | {"tokens": rows})
+    (fast[0] / "tokens" / "step_000030.jsonl").write_text(line + "\n" + line[:50])
+    out = root / "page" / "report.html"
+    flags = [f"--workdir={p}" for p in (*fast, slow)] + [f"--workdir={EVIL[:9]}={root / 'begun'}"]
+    name = f"--name={EVIL}"
+    assert main(["report", *flags, f"--out={out}", name, "--levels", "0.6", "0.8"]) == 0
+    return out
+
+
+def cells(text: str, heading: str) -> list[list[str]]:
+    """The text of the table after a heading, small print included."""
+    table = text.split(heading)[1].split("</table>")[0]
+    rows = re.findall(r"<tr>(.*?)</tr>", table)
+    return [
+        [re.sub(r"<.*?>", " ", c).strip() for c in re.findall(r"<td>(.*?)</td>", r)] for r in rows
+    ]
+
+
+def test_tokens_to_an_accuracy_stand_in_the_table(written):
+    rows = cells(written.read_text(), "Generated tokens to reach an accuracy")[1:]
+    # fast: .62, .63 after 10,000; .6 at 8,333 and 7,692. .8 between 20,000 (.74, .75) and 30,000.
+    assert rows[0] == ["fast", "8,013 ± 453", "24,583 ± 589"]
+    # slow: .58, .66, .74 at 10, 20, 30 thousand.
+    assert rows[1][1] == "12,500 1.56 ×"
+    assert rows[1][2] == "not reached within 30,000; &gt; 1.22 ×"
+
+
+def test_alarms_stand_on_top(written):
+    text = written.read_text()
+    top = text.split('id="legend"')[0]
+    assert "<b>slow: length</b> at step 11" in top  # mean of five is 32 or more, twice the 14
+    assert top.count("<li>") == 1
+
+
+def test_nothing_in_the_page_can_end_its_script_or_leave_it(written):
+    text = written.read_text()
+    assert text.count("<script") == text.count("</script>") == 2
+    assert "<img" not in text and "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in text and "default-src 'none'" in text
+    data = re.search(r'id="data">(.*?)</script>', text, re.S)
+    assert json.loads(data.group(1))["views"][0]["samples"][0]["question"] == EVIL
+
+
+def test_in_a_browser(written, tmp_path):
+    page = Page(written.as_uri(), tmp_path / "profile")
+    try:
+        assert page.errors == [] and page.requests == [written.as_uri()]
+        assert page.evaluate("typeof window.broken") == "undefined"
+        assert page.evaluate("document.title") == EVIL
+        # Accuracy three times, fast and slow; divergence of fast; reward of both; length of slow.
+        assert page.evaluate("document.querySelectorAll('#accuracy svg').length") == 3
+        assert page.evaluate("document.querySelectorAll('#curves svg').length") == 3
+        lines = page.evaluate(
+            "[...document.querySelectorAll('polyline')].map(p => p.getAttribute('points'))"
+        )
+        # Every chart of fast has two seeds and a mean.
+        assert len(lines) == 3 * (3 + 1) + 3 + (3 + 1) + 1
+        for points in lines + page.evaluate(
+            "[...document.querySelectorAll('polygon')].map(p => p.getAttribute('points'))"
+        ):
+            numbers = [float(x) for pair in points.split() for x in pair.split(",")]
+            assert len(numbers) >= 8 and all(-1 <= x <= 500 for x in numbers)
+        errors = "document.querySelectorAll('#accuracy figure:first-child .error').length"
+        assert page.evaluate(errors) == 4
+        tip = (
+            "document.getElementById('tip').hidden ? '' : document.getElementById('tip').innerText"
+        )
+        page.point_at("#accuracy svg", part=0.98)
+        assert "0.865 ± 0.007071 sd" in page.evaluate(tip)
+        assert "0.74 ± 0.02 se" in page.evaluate(tip)
+        page.point_at(".token")
+        told = page.evaluate(tip)
+        assert "divergence 0.5 nats" in told and "0.750" in told and "window.broken" in told
+        texts = page.evaluate("[...document.querySelectorAll('.token')].map(t => t.textContent)")
+        assert texts == [EVIL, " two⏎\n", "·"]
+        differs = (
+            "[...document.querySelectorAll('.token')].map(t => t.classList.contains('differs'))"
+        )
+        assert page.evaluate(differs) == [True, False, False]
+        page.evaluate("document.querySelector('#legend button').click()")
+        shown = "document.querySelectorAll('g[data-group=\"0\"]:not([visibility=hidden])').length"
+        assert page.evaluate(shown) == 0
+        assert page.requests == [written.as_uri()] and page.errors == []
+        assert page.evaluate("typeof window.broken") == "undefined"
+    finally:
+        page.close()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--workdir={tmp}/none"], "no such folder"),
+        (["--workdir={tmp}"], "is it a workdir"),
+        (["--workdir={run}", "--levels", "80"], "--levels"),
+        (["--workdir={run}", "--out={tmp}"], "Is a directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(flags, words, tmp_path, written, capsys):
+    filled = [f.format(tmp=tmp_path, run=written.parent.parent / "slow") for f in flags]
+    assert main(["report", f"--out={tmp_path}/r.html", *filled]) == 2
+    told = capsys.readouterr().err.strip()
+    assert words in told and "\n" not in told
+
+
+def test_the_report_does_not_wait_for_jax(written, tmp_path):
+    run = written.parent.parent / "slow"
+    code = (
+        "import sys; from opsd_jax.main import main; "
+        f"main(['report', '--workdir={run}', '--out={tmp_path}/r.html']); "
+        "print(sorted({'jax', 'gin', 'transformers'} & set(sys.modules)))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder has one writer; the next is told so, or that nothing keeps it out."""
+
+import errno
+import fcntl
+import os
+
+import pytest
+
+from opsd_jax.errors import UserError
+from opsd_jax.host.lock import only_writer
+from opsd_jax.main import main
+from tests.run.test_eval_command import command as eval_command
+from tests.run.test_eval_command import folder  # noqa: F401
+from tests.run.test_train import command
+from tests.two_processes import run_pair
+
+REFUSED = "another command is writing to {}; wait for its end, or name another folder"
+
+
+def test_a_second_training_or_evaluation_is_refused_and_touches_nothing(folder, capsys):  # noqa: F811
+    for name, asked in (
+        ("run", command(folder / "run", "train.num_steps = 1")),
+        ("out", eval_command(folder, "out")),
+    ):
+        with only_writer(folder / name, print):
+            assert main(asked) == 2
+        told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opsd ")]
+        assert told == [f"opsd {asked[0]}: {REFUSED.format(folder / name)}"]
+        assert os.listdir(folder / name) == [".lock"]
+        with only_writer(folder / name, print):  # the end of the other has set it free
+            pass
+
+
+PAIR = """
+from pathlib import Path
+from opsd_jax.errors import UserError
+from opsd_jax.lock import only_writer
+
+jax.distributed.initialize()
+try:
+    with only_writer(Path(arguments[0]), print):
+        print("took it")
+except UserError as error:
+    print(error)
+"""
+
+
+def test_no_process_of_a_pod_waits_for_one_that_was_refused(tmp_path):
+    with only_writer(tmp_path, print):
+        (first, _), (second, _) = run_pair(PAIR, tmp_path)
+    assert first.splitlines()[-1] == REFUSED.format(tmp_path)
+    assert second.splitlines()[-1] == f"{tmp_path} cannot be used; process 0 tells why"
+    assert [text.splitlines()[-1] for text, _ in run_pair(PAIR, tmp_path)] == ["took it"] * 2
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    said = []
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with only_writer(tmp_path, said.append):
+        assert len(said) == 1 and "cannot be locked (No locks available)" in said[0]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file"):
+        with only_writer(tmp_path / "file", print):
+            pass

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opsd_jax.method.scoring import completion_hidden, join
+from opsd_jax.model.decoder import Decoder
+from opsd_jax.sampling.prompts import Completion, Context
+from tests.tiny import VOCAB, text_hidden, tiny_batch, tiny_config, tiny_variables
+
+jitted_hidden = jax.jit(completion_hidden, static_argnums=0)
+
+
+def completion_of(ids) -> Completion:
+    ids = jnp.asarray(ids, jnp.int32)
+    mask = jnp.ones(ids.shape, bool)
+    return Completion(ids, mask, jnp.zeros(ids.shape), jnp.ones(ids.shape[:1], bool))
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 5), st.integers(0, 10**6))
+def test_join_is_prompt_then_completion(B, P, C, seed):
+    rng = np.random.default_rng(seed)
+    prompt, completion = rng.integers(0, 9, (B, P)), rng.integers(0, 9, (B, C))
+    lengths = rng.integers(1, P + 1, B)
+    joined = join(Context(jnp.asarray(prompt), jnp.asarray(lengths)), jnp.asarray(completion))
+    for b in range(B):
+        expected = [*prompt[b, : lengths[b]], *completion[b]]
+        assert joined[b, : len(expected)].tolist() == expected
+
+
+def test_each_context_scores_the_same_ids_at_its_own_offset(any_config):
+    """Invariant 1: row t is the hidden state after [prompt, completion[:t]], alone and unpadded."""
+    model, variables = Decoder(any_config), tiny_variables(any_config)
+    batch = tiny_batch(3)
+    completion = completion_of(np.random.default_rng(1).integers(1, VOCAB, (3, 4)))
+    for context in (batch.student, batch.teacher):
+        hidden = jitted_hidden(model, variables, context, completion)
+        for b in range(3):
+            prompt = context.ids[b, : context.lengths[b]]
+            for t in range(4):
+                text = [*prompt.tolist(), *completion.ids[b, :t].tolist()]
+                alone = text_hidden(any_config)(variables, text)
+                np.testing.assert_allclose(hidden[b, t], alone[-1], atol=1e-5)
+
+
+def test_padding_changes_nothing():
+    model, variables = Decoder(tiny_config()), tiny_variables(tiny_config())
+    context = tiny_batch(4).teacher
+    completion = completion_of(np.random.default_rng(2).integers(1, VOCAB, (4, 5)))
+    hidden = jitted_hidden(model, variables, context, completion)
+    padded = jnp.pad(context.ids, [(0, 0), (0, 3)], constant_values=VOCAB - 1)
+    wider = jitted_hidden(model, variables, Context(padded, context.lengths), completion)
+    np.testing.assert_allclose(wider, hidden, atol=1e-5)
+    # Other pad ids in the same shape: not one bit.
+    beyond = jnp.arange(context.ids.shape[1]) >= context.lengths[:, None]
+    other = Context(jnp.where(beyond, VOCAB - 1, context.ids), context.lengths)
+    np.testing.assert_array_equal(jitted_hidden(model, variables, other, completion), hidden)
+    # A masked tail of the completion cannot reach the tokens before it.
+    tail = completion_of(completion.ids.at[:, 3:].set(0))
+    np.testing.assert_array_equal(
+        jitted_hidden(model, variables, context, tail)[:, :4], hidden[:, :4]
+    )
+
+
+def test_gradient_reaches_the_variables():
+    model, variables = Decoder(tiny_config(remat=True)), tiny_variables(tiny_config())
+    completion = completion_of([[1, 2]])
+    context = Context(jnp.array([[3, 4]]), jnp.array([2]))
+
+    def total(v):
+        return jitted_hidden(model, v, context, completion).sum()
+
+    gradient = jax.jit(jax.grad(total))(variables)
+    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(gradient["params"]["layers"]))

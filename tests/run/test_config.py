@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+import ast
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from opsd_jax.divergence import token_weights
+from opsd_jax.divergence.rows import TokenDivergence
+from opsd_jax.errors import UserError
+from opsd_jax.host.config_text import FREE_TO_CHANGE, first_difference
+from opsd_jax.method.completions import References
+from opsd_jax.run.config import AREAS, FUNCTIONS, SOURCES, load_experiment, load_run
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+QUICKSTART = str(EXPERIMENTS / "quickstart.gin")
+RUNNABLE = [
+    path
+    for path in sorted(EXPERIMENTS.rglob("*.gin"))
+    if path.name not in ("base.gin", "recipe.gin")
+    and path.parent.name != "eval"  # read after a run's own config: tests/test_benchmarks.py
+]
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
+def test_every_experiment_parses_and_its_operative_config_is_the_same_experiment(path, tmp_path):
+    experiment, text = load_experiment([str(path)])
+    copy = tmp_path / "config.gin"
+    copy.write_text(text)
+    again, text_again = load_experiment([str(copy)])
+    assert again == experiment and first_difference(text, text_again) is None
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
+def test_every_experiment_carries_its_command(path):
+    header = path.read_text()
+    name = path.relative_to(EXPERIMENTS.parent)
+    assert f"opsd train --gin_file={name}" in header
+
+
+def test_ablations_are_at_most_ten_bindings():
+    for path in (EXPERIMENTS / "ablations").glob("*.gin"):
+        lines = [line for line in path.read_text().splitlines() if " = " in line.split("#")[0]]
+        assert len(lines) <= 10, path
+
+
+def test_base_gin_lists_every_default():
+    """Every field of every area stands in base.gin, with the default of the code."""
+    bare = ["train.model = @TestbedBase()", "train.problems = @ChainArithmetic()"]
+    with_base, _ = load_experiment([str(EXPERIMENTS / "base.gin")], bare)
+    required = [
+        f"train.{n}" for n in ("num_steps = 100", "batch_size = 32", "learning_rate = 5e-6")
+    ]
+    without, _ = load_experiment([], bare + [*required, "rollout.max_new_tokens = 1024"])
+    assert with_base == without
+    text = (EXPERIMENTS / "base.gin").read_text()
+    sources = set(SOURCES) - {"ModelConfig", "ParquetProblems"}  # the latter as JsonlProblems
+    fields = set()
+    for name in (*AREAS, *sources):
+        for parameter in inspect.signature((AREAS | SOURCES)[name]).parameters.values():
+            default, field = parameter.default, f"{name}.{parameter.name}"
+            literal = isinstance(default, bool | int | float | str | tuple | None)
+            fields.add(field)
+            if default is not parameter.empty and literal and field != "rollout.pad_id":
+                (line,) = re.findall(rf"^{field} = (.+?)(?: +#.*)?$", text, re.M)
+                assert ast.literal_eval(line) == default, field
+    for name, function in FUNCTIONS.items():
+        parameters = inspect.signature(function).parameters.values()
+        fields |= {f"{name}.{p.name} = {p.default}" for p in parameters if p.default is not p.empty}
+    missing = {field for field in fields if not re.search(rf"^(# )?{field}( |$)", text, re.M)}
+    assert missing == {"rollout.pad_id"}  # the tokenizer's
+
+
+def test_weights_of_tokens_are_named_and_bound_in_a_gin_file():
+    weights = "divergence.weights = (@skip_first, @positive_gap)"
+    experiment, text = load_experiment([QUICKSTART], [weights, "skip_first.num_tokens = 2"])
+    mask = np.ones((1, 3), bool)
+    tokens = TokenDivergence(
+        *[np.zeros((1, 3), np.float32)] * len(dataclasses.fields(TokenDivergence))
+    )
+    skip, gap = experiment.divergence.weights
+    assert skip(tokens, mask).tolist() == [[0, 0, 1]] and not gap(tokens, mask).any()
+    assert "skip_first.num_tokens = 2" in text
+    own = {n for n, f in vars(token_weights).items() if inspect.isfunction(f) and n[0] != "_"}
+    assert own <= set(FUNCTIONS)
+
+
+@pytest.mark.parametrize(
+    "bindings, words",
+    [
+        (["train.num_stepz = 3"], "num_stepz"),
+        (["trane.num_steps = 3"], "trane"),
+        (["train.num_steps = 'many'"], "train.num_steps"),
+        (["train.num_steps = 0"], "train.num_steps"),
+        (["train.problems = @JsonlProblems"], "train.problems"),
+        (["train.heldout = 'my.jsonl'"], "train.heldout"),
+        (["teacher.model = @PretrainedModel"], "teacher.model"),
+        (["train.seed = %seed"], "^gin: the macro %seed is used but never defined$"),
+        (["train.heldout = none"], "line 1: Failed to parse token 'none'"),
+        (["divergence.clip = 'hard'"], "divergence.clip"),
+        (["train.model = None"], "train.model"),
+        (["train.num_steps ="], "Unable to parse"),
+        (["train.probes = ("], "--gin_bindings: EOF in multi-line"),
+        (["heldoutt/ChainArithmetic.num_problems = 3"], "heldoutt/.*in use are heldout, train"),
+        (
+            ["heldout/evaluate.num_problems = 3"],
+            "heldout/evaluate.num_problems .*leave out heldout/",
+        ),
+        (
+            ["train.completions = @References()", "References.template = '1 = 2'"],
+            "References.templ",
+        ),
+        (
+            ["train.completions = @References()", "References.template = '{solution} {sol}'"],
+            r"References.template .*\{sol\}'$",
+        ),
+        (["train.dtype = 'float16'"], "^train.dtype must be one of"),
+        (["train.attention = 'flash'"], "^train.attention must be one of"),
+        (
+            [
+                "train.model = @PretrainedModel()",
+                "PretrainedModel.path = 'x'",
+                "PretrainedModel.dtype = 'float16'",
+            ],
+            "^PretrainedModel.dtype must be one of",
+        ),
+        (
+            ["TestbedBase.warm_start = @WarmStart()", "WarmStart.num_steps = 0"],
+            "^WarmStart.num_steps must be at least 1",
+        ),
+        (["train.num_steps = True"], "train.num_steps must be an integer, not True"),
+        (["train.seed = 99999999999999999999"], "train.seed .*32 bits"),
+        (["evaluate.seed = -1"], "evaluate.seed must be from 0 to 4294967295, not -1"),
+        (["ChainArithmetic.seed = -1"], "ChainArithmetic.seed must be from 0"),
+        (
+            ["TestbedBase.warm_start = @WarmStart()", "WarmStart.seed = -1"],
+            "WarmStart.seed must be from 0",
+        ),
+        (
+            ["train.model = @RandomModel()", "RandomModel.seed = -1"],
+            "RandomModel.seed must be from 0",
+        ),
+        (["train.learning_rate = 1e999"], "train.learning_rate must be a number, not inf"),
+        (["train.remat = 'no'"], "train.remat must be True or False, not 'no'"),
+        (["train.lora = 'lora'"], r"train.lora must be @lora\(\) or None, not 'lora'"),
+        (["train.lora = @lora"], "train.lora .*not @lora without parentheses"),
+        (["train.lora = @lora()", "lora.rank = 1.5"], "lora.rank must be an integer"),
+        (["train.lora = @lora()", "lora.alpha = 'x'"], "lora.alpha must be a number"),
+        (["train.lora = @lora()", "lora.targets = 'q_proj'"], r"lora.targets .*\(text in quotes,"),
+        (["train.keep_checkpoints = 'all'"], "train.keep_checkpoints must be an integer"),
+        (["train.grader_workers = '2'"], "train.grader_workers"),
+        (["train.probes = @wrong_prefix_probe"], r"train.probes must be a tuple \(a function, "),
+        (["train.problems = @RandomModel()"], "train.problems must be problems such as"),
+        (["train.model = @train/ChainArithmetic()"], "train.model must be a model such as"),
+        (["train.objective = @StudentRollouts()"], "train.objective must be an objective"),
+        (["TestbedBase.warm_start = @WarmStart"], r"TestbedBase.warm_start must be @WarmStart\(\)"),
+        (["teacher.model = @train/ChainArithmetic()"], "teacher.model must be a model"),
+        (["rollout.stop_ids = 5"], r"rollout.stop_ids must be a tuple \(an integer, ...\), not 5"),
+        (["rollout.stop_ids = ('</s>',)"], "rollout.stop_ids"),
+        (["rollout.max_new_tokens = 18.5"], "rollout.max_new_tokens must be an integer"),
+        (["rollout.temperature = 'hot'"], "rollout.temperature must be a number"),
+        (["contexts.student_max_tokens = '1k'"], "contexts.student_max_tokens must be an integer"),
+        (
+            ["contexts.student_thinking = 'yes'"],
+            "contexts.student_thinking .*True or False or None",
+        ),
+        (
+            ["divergence.weights = (@skip_first,)", "skip_first.num_tokens = 'x'"],
+            "skip_first.num_t",
+        ),
+        (["optimizer.b1 = 1.5"], r"optimizer.b1 must be in \[0, 1\)"),
+        (["optimizer.b2 = 1.0"], "optimizer.b2"),
+        (["optimizer.eps = -1.0"], "optimizer.eps must be positive"),
+        (["optimizer.warmup_steps = -5"], "optimizer.warmup_steps must be >= 0"),
+        (["optimizer.weight_decay = -0.1"], "optimizer.weight_decay"),
+        (["optimizer.max_grad_norm = 'x'"], "optimizer.max_grad_norm must be a number"),
+        (["evaluate.seed = 'a'"], "evaluate.seed"),
+        (["train.heldout = @JsonlProblems()", "JsonlProblems.path = 5"], "JsonlProblems.path must"),
+    ],
+)
+def test_a_bad_binding_is_told_in_one_line(bindings, words):
+    with pytest.raises(UserError, match=words) as caught:
+        load_experiment([QUICKSTART], bindings)
+    assert "\n" not in str(caught.value)
+
+
+def test_scopes_of_references_that_were_replaced_are_no_error():
+    """An experiment that takes other problems keeps the bindings of the ones it includes."""
+    jsonl = ["train.problems = @JsonlProblems()", "JsonlProblems.path = 'x.jsonl'"]
+    experiment, _ = load_experiment([QUICKSTART], [*jsonl, "train.heldout = None"])
+    assert experiment.train.problems.path == "x.jsonl"
+
+
+def test_braces_of_mathematics_are_no_placeholder():
+    template = "{answer}: $x^{n}$, \\boxed{answer}, {} and {1}"
+    assert References(template).template == template
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(UserError, match="nowhere.gin"):
+        load_experiment(["nowhere.gin"])
+
+
+def test_what_is_required_is_named():
+    with pytest.raises(UserError, match="^train.model and train.problems must be bound"):
+        load_experiment([str(EXPERIMENTS / "base.gin")])
+
+
+def test_first_difference_names_the_binding_and_ignores_what_is_free():
+    _, one = load_experiment([QUICKSTART])
+    _, other = load_experiment([QUICKSTART], ["train.seed = 5"])
+    assert "train.seed was 0 and is now 5" in first_difference(one, other)
+    _, longer = load_experiment([QUICKSTART], ["train.num_steps = 600", "mesh.model = 2"])
+    assert first_difference(one, longer) is None
+    assert "train.num_steps" in FREE_TO_CHANGE
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "train.seed = (", "train.seed = 'x'", "\0", "no gin at all"]
+)
+def test_a_damaged_config_of_a_run_is_named(damage, tmp_path):
+    path = tmp_path / "config.gin"
+    path.write_text(damage)
+    for bindings in ((), ("train.seed = 1",)):
+        with pytest.raises(UserError, match=f"^{path}: ") as caught:
+            load_run(str(path), (), bindings)
+        assert "\n" not in str(caught.value)

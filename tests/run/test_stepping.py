@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grades of a batch on the host; a pod's are in test_pod.py."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from opsd_jax.data.grader_pool import GraderPool
+from opsd_jax.data.problems import Problem
+from opsd_jax.run.stepping import grade_metrics, row_grader
+from opsd_jax.sampling.prompts import Completion
+from tests.tiny import WordTokenizer
+
+# The second cannot be graded, and the third has nothing to be graded by.
+PROBLEMS = [Problem("a", "q", "", "1"), Problem("b", "q", "", "x"), Problem("c", "q", "", "")]
+
+
+def integer(problem, completion):
+    return float(int(problem.answer) == 1)
+
+
+def test_grades_that_failed_are_worth_nothing_and_are_counted():
+    ids, mask = jnp.full((4, 2), 5), jnp.ones((4, 2), bool)
+    with GraderPool(integer, num_workers=0) as pool:
+        grade_rows = row_grader(PROBLEMS, WordTokenizer(), pool.grade)
+        grades = grade_rows(Completion(ids, mask, None, None), np.array([0, 1, 2, 0]))
+    np.testing.assert_array_equal(grades.rewards, [1.0, 0.0, np.nan, 1.0])
+    np.testing.assert_array_equal(grades.failed, [0.0, 1.0, np.nan, 0.0])
+    rows = {"rows/divergence": np.arange(4.0), "rows/tokens": np.full(4, 2.0)}
+    assert grade_metrics(grades, rows) == {
+        "rollout/reward_mean": np.mean([1.0, 0.0, 1.0]),
+        "rollout/ungraded_fraction": np.mean([0.0, 1.0, 0.0]),
+        "loss/divergence_right": (0.0 + 3.0) / 4,
+        "loss/divergence_wrong": 1.0 / 2,
+    }

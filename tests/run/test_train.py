@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs of a tiny model through the command line: resume, kill, SIGTERM, bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from opsd_jax.data.problems import LoadedProblems, Problem
+from opsd_jax.errors import UserError
+from opsd_jax.evaluation.evaluate import Prompt
+from opsd_jax.host.checkpoint import Checkpoints
+from opsd_jax.host.guard import GuardConfig
+from opsd_jax.main import main
+from opsd_jax.run import train as train_module
+from opsd_jax.run.loop import BEST_METRIC
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "experiments" / "quickstart.gin")
+TINY = [
+    "train.model = @RandomModel()",
+    "RandomModel.config = @ModelConfig()",
+    "ModelConfig.vocab_size = 37",
+    "ModelConfig.num_layers = 1",
+    "ModelConfig.embed_dim = 16",
+    "ModelConfig.num_heads = 2",
+    "ModelConfig.num_kv_heads = 1",
+    "ModelConfig.head_dim = 8",
+    "ModelConfig.mlp_dim = 16",
+    "train/ChainArithmetic.num_problems = 40",
+    "heldout/ChainArithmetic.num_problems = 16",
+    "train.batch_size = 8",
+    "train.eval_every_steps = 3",
+    "train.checkpoint_every_steps = 2",
+    "evaluate.batch_size = 8",
+    "evaluate.num_problems = 16",
+    "train.probes = ()",
+    "teacher.weights = 'ema'",
+    "rollout.max_new_tokens = 4",
+]
+
+
+def command(workdir, *bindings) -> list[str]:
+    flags = [f"--gin_bindings={b}" for b in [*TINY, *bindings]]
+    return ["train", f"--gin_file={QUICKSTART}", f"--workdir={workdir}", *flags]
+
+
+def lines_of(workdir) -> list[dict]:
+    """metrics.jsonl without what is measured in seconds."""
+    lines = map(json.loads, (Path(workdir) / "metrics.jsonl").read_text().splitlines())
+    timed = ("wall_s", "time/")
+    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Six steps without interruption."""
+    workdir = tmp_path_factory.mktemp("whole")
+    assert main(command(workdir, "train.num_steps = 6")) == 0
+    return workdir
+
+
+def test_a_run_leaves_what_the_contract_names(whole):
+    lines = lines_of(whole)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6]
+    names = """loss/objective loss/divergence loss/clip_fraction loss/negative_fraction
+        student/entropy teacher/entropy teacher/nll_of_rollout rollout/length_mean
+        rollout/truncated_fraction rollout/reward_mean rollout/tokens_total optim/grad_norm"""
+    assert set(names.split()) <= set(lines[1])
+    evaluated = "accuracy accuracy_se greedy_accuracy length_mean truncated_fraction".split()
+    for step in (0, 3, 6):
+        for role in ("student", "teacher"):
+            assert {f"eval/{role}/{name}" for name in evaluated} <= set(lines[step])
+    last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["time/rollout_s"] > 0 and last["time/update_s"] is not None
+    assert lines[6]["rollout/tokens_total"] <= 6 * 8 * 4
+    assert (whole / "config.gin").exists() and (whole / "checkpoints" / "6").is_dir()
+    samples = [json.loads(x) for x in (whole / "samples/step_000006.jsonl").open()]
+    assert {row["role"] for row in samples} == {"student", "teacher"}
+
+
+def test_resume_equals_uninterrupted_bit_for_bit(whole, tmp_path):
+    """Invariant 9: two halves in one workdir give every number of the whole run."""
+    assert main(command(tmp_path, "train.num_steps = 4", "train.eval_every_steps = 3")) == 0
+    assert main(command(tmp_path, "train.num_steps = 6")) == 0
+    first, second = lines_of(whole), lines_of(tmp_path)
+    # The first half also evaluated at its own end.
+    cut = {k: v for k, v in second[4].items() if not k.startswith("eval/")}
+    assert second[:4] + [cut] + second[5:] == first
+
+
+GRPO = [
+    "train.objective = @PolicyGradient()",
+    "train.group_size = 4",
+    "train.num_updates = 2",
+    "PolicyGradient.kl_weight = 0.1",
+    "teacher.weights = 'initial'",
+]
+
+
+def test_a_run_that_learns_from_grades_resumes_bit_for_bit(tmp_path):
+    """The same for GRPO: graded between the halves, two passes, a KL to the initial policy."""
+    assert main(command(tmp_path / "whole", "train.num_steps = 5", *GRPO)) == 0
+    for num_steps in (2, 5):
+        assert main(command(tmp_path / "cut", f"train.num_steps = {num_steps}", *GRPO)) == 0
+    whole, cut = lines_of(tmp_path / "whole"), lines_of(tmp_path / "cut")
+    first = {k: v for k, v in cut[2].items() if not k.startswith("eval/")}
+    assert [*cut[:2], first, *cut[3:]] == whole
+    names = "reward/zero_variance_fraction policy/clip_fraction policy/kl_initial"
+    assert set(names.split()) <= set(whole[1]) and "loss/divergence" not in whole[1]
+
+
+def start(workdir, *bindings) -> subprocess.Popen:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    return subprocess.Popen(
+        [sys.executable, "-m", "opsd_jax", *command(workdir, *bindings)],
+        env=env,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def wait_for_step(process, workdir, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        path = Path(workdir) / "metrics.jsonl"
+        if path.exists() and path.read_text().count("\n") > step:
+            return
+        time.sleep(0.05)
+    process.kill()
+    pytest.fail(f"step {step} was never logged: {process.communicate()[1]}")
+
+
+def test_kill_9_loses_nothing_that_was_committed_and_sigterm_saves(tmp_path):
+    """Killed at some step, resumed, stopped politely, resumed: as if nothing had happened."""
+    long = "train.num_steps = 100000"
+    process = start(tmp_path, long)
+    wait_for_step(process, tmp_path, 7)
+    process.kill()
+    process.communicate()
+    process = start(tmp_path, long)
+    wait_for_step(process, tmp_path, 9)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, errors
+    assert "goes on from here" in errors
+    lines = lines_of(tmp_path)
+    steps = [line["step"] for line in lines]
+    assert steps == list(range(len(steps)))
+    saved = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert saved == steps[-1]
+    straight = tmp_path / "straight"
+    assert main(command(straight, f"train.num_steps = {min(9, steps[-1])}", "mesh.data = -1")) == 0
+    names = ("loss/objective", "rollout/tokens_total")
+    for ours, expected in zip(lines[1:9], lines_of(straight)[1:9], strict=True):
+        for name in names:  # Eight devices there, one here: equal up to rounding.
+            assert ours[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6)
+
+
+def test_a_damaged_checkpoint_falls_back_and_says_so(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    victim = tmp_path / "run" / "checkpoints" / "6" / "state"
+    for path in sorted(victim.rglob("*")):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert main(command(tmp_path / "run", "train.num_steps = 6")) == 0
+    told = capsys.readouterr().err
+    assert "falling back" in told and "trained on too" not in told
+    assert lines_of(tmp_path / "run") == lines_of(whole)
+
+
+def test_eval_generate_export_of_a_run(whole, tmp_path, capsys, monkeypatch):
+    assert main(["eval", f"--workdir={whole}"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    logged = lines_of(whole)[-1]
+    for role in ("student", "teacher"):
+        assert found[f"eval/{role}/accuracy"] == logged[f"eval/{role}/accuracy"]
+    folder = whole / "eval" / "heldout_step_000006"
+    # 16 problems, sampled and greedy, student and teacher.
+    assert (folder / "generations.jsonl").read_text().count("\n") == 64
+    # The student alone is asked and exported: a teacher may be large, or gone.
+    monkeypatch.setattr("opsd_jax.run.finished_run.load_teacher", lambda *_: pytest.fail("loaded"))
+    assert main(["generate", f"--workdir={whole}", "--prompt=1+2*3+4", "--max_tokens=5"]) == 0
+    assert main(["export", f"--workdir={whole}", f"--out={tmp_path / 'hf'}"]) == 0
+    assert (tmp_path / "hf" / "model.safetensors").exists()
+    assert main(["export", f"--workdir={whole}", f"--out={tmp_path}/p", "--format=peft"]) == 2
+    assert "no adapter" in capsys.readouterr().err
+
+
+def test_the_base_of_a_run_is_evaluated_as_step_0(whole, capsys):
+    assert main(["eval", f"--workdir={whole}", "--step=0"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    logged = lines_of(whole)[0]
+    assert "eval/teacher/accuracy" in found and found == {name: logged[name] for name in found}
+    assert (whole / "eval" / "heldout_step_000000" / "summary.json").exists()
+
+
+def test_the_best_step_is_that_of_held_out_accuracy(whole, monkeypatch, capsys):
+    for best in (4, None):  # of two equals the latest is the best, and here all are
+        steps = {BEST_METRIC: best}
+        monkeypatch.setattr(Checkpoints, "best_step", lambda self: steps[self._best_metric])  # noqa: B023
+        assert main(["eval", f"--workdir={whole}", "--step=best"]) == (0 if best else 2)
+    out, err = capsys.readouterr()
+    assert json.loads(out)["step"] == 4
+    assert f"--step=best: no checkpoint of {whole} was evaluated" in err
+
+
+@pytest.mark.parametrize(
+    "bindings, words",
+    [
+        (["train.num_stepz = 1"], "num_stepz"),
+        (["train.batch_size = 7"], "multiple of"),
+        (["contexts.student_max_tokens = 1"], "dropped"),
+        (["train.problems = @JsonlProblems()", "JsonlProblems.path = '{tmp}/bad.jsonl'"], ":2"),
+        (["train.problems = @JsonlProblems()", "JsonlProblems.path = '/no/such'"], "/no/such"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(bindings, words, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text(
+        '{"question": "q", "solution": "s", "answer": "a"}\n{"question": "q", "answer": "a"}\n'
+    )
+    filled = [b.replace("{tmp}", str(tmp_path)) for b in bindings]
+    assert main(command(tmp_path / "run", "train.num_steps = 1", *filled)) == 2
+    told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opsd train: ")]
+    assert len(told) == 1 and words in told[0]
+    # Nothing was claimed: the corrected command runs in the same workdir.
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "config.gin").exists()
+
+
+@pytest.mark.parametrize("kept", ["all", "all but the checkpoints"])
+def test_another_config_in_the_workdir_is_refused_and_nothing_is_touched(
+    whole, kept, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    if kept != "all":
+        shutil.rmtree(run / "checkpoints")
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+    assert main(command(run, "train.num_steps = 6", "train.learning_rate = 5e-4")) == 2
+    assert "train.learning_rate was" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_usage_errors_have_status_2():
+    with pytest.raises(SystemExit) as caught:
+        main(["train"])
+    assert caught.value.code == 2
+
+
+def test_a_guarded_run_ends_and_leaves_the_best_checkpoint(tmp_path, capsys):
+    """The alarm is real: a random teacher's divergence jumps under a huge learning rate."""
+    alarm = [
+        "train.learning_rate = 1.0",
+        "optimizer.warmup_steps = 0",
+        "train.num_steps = 30",
+        "teacher.weights = 'initial'",
+        "guard.action = 'restore'",
+        "guard.window = 1",
+        "guard.divergence_rise = 1.01",
+        "guard.divergence_floor = 1e-3",
+        "train.eval_every_steps = 1",
+    ]
+    assert main(command(tmp_path, *alarm)) == 0
+    told = capsys.readouterr().err
+    assert "guard: divergence at step" in told and "the run ends here" in told
+    steps = [line["step"] for line in lines_of(tmp_path)]
+    assert steps[-1] < 30
+    verdict = json.loads((tmp_path / "guard.json").read_text())
+    accuracy = [line["eval/student/accuracy"] for line in lines_of(tmp_path)]
+    assert accuracy[verdict["restore_step"]] == max(accuracy[1:])
+    assert main(["eval", f"--workdir={tmp_path}"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == verdict["restore_step"]
+    # The same command changes nothing; another action goes on and forgets the verdict.
+    assert main(command(tmp_path, *alarm)) == 0
+    assert "has ended this run" in capsys.readouterr().err
+    assert [line["step"] for line in lines_of(tmp_path)] == steps
+    further = ["guard.action = 'warn'", f"train.num_steps = {steps[-1] + 1}"]
+    assert main(command(tmp_path, *alarm[:4], *alarm[5:], *further)) == 0
+    assert not (tmp_path / "guard.json").exists()
+    assert lines_of(tmp_path)[-1]["step"] == steps[-1] + 1
+
+
+def test_a_resumed_guard_has_not_seen_what_is_taken_back(tmp_path):
+    """Alarms rise at steps that are trained again: every process must judge them alike."""
+    leaking = {"probe/teacher/ok": 0.1, "probe/teacher/leak": 0.9}
+    lines = [{"step": 1}, {"step": 2}, {"step": 3} | leaking]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    experiment = SimpleNamespace(guard=GuardConfig())
+    rung = [train_module.guard_of(experiment, tmp_path, start).alarms for start in (0, 2, 3)]
+    assert [len(alarms) for alarms in rung] == [0, 0, 1]
+
+
+def test_training_tells_what_is_held_out_and_trained_on(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise UserError("far enough")
+
+    monkeypatch.setattr(train_module, "start_or_resume", stop)
+    assert main(command(tmp_path, "heldout/ChainArithmetic.split = 'train'")) == 2
+    assert "16 of 16 held-out problems are trained on too" in capsys.readouterr().err
+
+
+def test_held_out_questions_that_are_trained_on_are_counted():
+    def evaluator(*questions):
+        asked = [Problem(f"h{i}", question, "", "a") for i, question in enumerate(questions)]
+        rows = [Prompt(problem, []) for problem in asked]
+        return SimpleNamespace(prompts={"student": rows, "teacher": rows[:1]})
+
+    trained = LoadedProblems((Problem("0", "1 + 1", "", "2"), Problem("1", "2", "", "2")), None)
+    said = []
+    for held_out in (None, evaluator("1 + 2", "3"), evaluator("1 +  1\n", "3", "2")):
+        train_module.tell_contamination(trained, held_out, said.append)
+    assert len(said) == 1 and said[0].startswith("2 of 3 held-out problems are trained on too")
+
+
+def test_a_script_of_many_runs_does_not_go_on_after_one_that_was_stopped(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 3}\n')
+    monkeypatch.setattr(train_module, "train", lambda *arguments: {})
+
+    def experiment(num_steps):
+        return SimpleNamespace(train=SimpleNamespace(num_steps=num_steps))
+
+    assert train_module.train_whole(experiment(3), "", tmp_path).last_step == 3
+    with pytest.raises(UserError, match="was stopped after step 3"):
+        train_module.train_whole(experiment(4), "", tmp_path)
