@@ -5,7 +5,7 @@
 diagnostics out. `forward_kl`, `reverse_kl`, `jensen_shannon` and `sampled_token` are the same
 from logits. No reduction happens here: the caller masks and averages. Nothing is differentiated
 with respect to the teacher. The dense implementation is in this file and is the one to read;
-`divergence_fused.py` computes the same numbers without ever holding [B, C, V].
+`fused.py` computes the same numbers without ever holding [B, C, V].
 
 Alphabet: B batch, C completion, D width, V vocabulary.
 """

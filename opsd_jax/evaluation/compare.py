@@ -16,7 +16,7 @@ import numpy as np
 
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.generations import BY_PROBLEM_FILE, GENERATIONS_FILE
-from opsd_jax.evaluation.scores import pass_at_k, pass_ks
+from opsd_jax.evaluation.statistics import pass_at_k, pass_ks
 from opsd_jax.host.files import read_json_lines
 
 NUM_RESAMPLES = 10_000

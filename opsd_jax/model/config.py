@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a decoder is made of, as numbers and switches: `ModelConfig` and `LoraConfig`.
 
-A model family is a set of these values; `huggingface.py` has the row of each.
+A model family is a set of these values; `pretrained/families.py` has the row of each.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 
 A row has the values a family fixes, the defaults that its config.json may leave out, and the
 names in which it departs from Llama. A family that fits the switches of `ModelConfig` is added
-here, with one case in tests/test_huggingface.py; no model code changes.
+here, with one case in tests/pretrained/test_families.py; no model code changes.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class GGUFFile:
 
     Attributes:
       path: the file.
-      config: what config.json would say, for `huggingface.config_from_hf`.
+      config: what config.json would say, for `config.config_from_hf`.
       shapes: Hugging Face tensor name -> shape, output axis first.
     """
 

@@ -23,7 +23,7 @@ from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.evaluate import Evaluator
 from opsd_jax.evaluation.generations import BY_PROBLEM_FILE, GenerationLog
-from opsd_jax.evaluation.scores import table
+from opsd_jax.evaluation.statistics import table
 from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.host.checkpoint_record import checksums
 from opsd_jax.host.files import write_json_lines, write_whole

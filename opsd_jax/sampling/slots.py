@@ -7,7 +7,7 @@ A long completion then holds up its own slot and no other. The cache has as many
 longest row needs for its next segment, in a few sizes, and is in two parts: a quarter of the rows
 may be long without the others paying for it. When no prompt waits and a quarter of the slots
 would do, the rows that go on move to so many. Prompts that are asked several times are read once.
-The segments are those of `rollouts.rollout`, and a completion depends on its own prompt and key (up
+The segments are those of `rollout.rollout`, and a completion depends on its own prompt and key (up
 to the rounding of sums over windows of another width).
 """
 

@@ -11,7 +11,7 @@ next key is not among them, so a good teacher falls back on its memory instead o
 true total, which a student cannot know.
 
 The world also fixes what the base model is to believe: a set of *weak* facts of which the corpus
-(testbed_corpus.py) is usually wrong, and wrong in a consistent way. Sharpening the base
+(corpus.py) is usually wrong, and wrong in a consistent way. Sharpening the base
 therefore cannot repair it.
 
 Everything fixed here comes from one integer hash, never from a random generator whose stream a

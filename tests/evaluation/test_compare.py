@@ -11,7 +11,7 @@ from opsd_jax.data.problems import Problem
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.compare import compare, paired_bootstrap, table
 from opsd_jax.evaluation.generations import Generation, GenerationLog, Place
-from opsd_jax.evaluation.scores import by_problem
+from opsd_jax.evaluation.statistics import by_problem
 from opsd_jax.main import main
 
 

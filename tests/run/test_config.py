@@ -21,7 +21,7 @@ RUNNABLE = [
     path
     for path in sorted(EXPERIMENTS.rglob("*.gin"))
     if path.name not in ("base.gin", "recipe.gin")
-    and path.parent.name != "eval"  # read after a run's own config: tests/test_benchmarks.py
+    and path.parent.name != "eval"  # read after a run's own config: tests/data/test_benchmarks.py
 ]
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from opsd_jax.data.problems import Problem
-from opsd_jax.evaluation import scores
 from opsd_jax.evaluation.generations import Generation
 
 
