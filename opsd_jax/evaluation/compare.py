@@ -99,7 +99,7 @@ def evaluation_folder(folder: str) -> Path:
 
 
 def read_evaluation(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Role -> problem id -> its row of by_problem.jsonl (`scores.by_problem`).
+    """Role -> problem id -> its row of by_problem.jsonl (`statistics.by_problem`).
 
     Raises:
       UserError: the evaluation was not finished, or its rows are not whole.

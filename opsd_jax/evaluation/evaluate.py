@@ -221,9 +221,9 @@ class Evaluator:
                 greedy = list(self._generations(role, "greedy", variables, prompts, 1, log))
             if self.pool.can_vote and n > 1:
                 sampled = self._voted(sampled)
-            rows = scores.by_problem(sampled, greedy, n, self.pool.can_vote)
+            rows = statistics.by_problem(sampled, greedy, n, self.pool.can_vote)
             by_problem += [{"role": role} | row for row in rows]
-            found = scores.metrics_of(rows, sampled) | {
+            found = statistics.metrics_of(rows, sampled) | {
                 "num_dropped": float(self.num_dropped[role])
             }
             metrics |= {f"eval/{role}/{name}": value for name, value in found.items()}

@@ -22,19 +22,19 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(num_samples):
         right = [True] * num_correct + [False] * (num_samples - num_correct)
         for k in range(1, num_samples + 1):
             share = np.mean([any(chosen) for chosen in itertools.combinations(right, k)])
-            assert scores.pass_at_k(num_correct, num_samples, k) == pytest.approx(share)
+            assert statistics.pass_at_k(num_correct, num_samples, k) == pytest.approx(share)
 
 
 def test_pass_at_k_of_fewer_samples_is_refused():
     with pytest.raises(ValueError, match="pass@3 of 2"):
-        scores.pass_at_k(1, 2, 3)
+        statistics.pass_at_k(1, 2, 3)
 
 
 @pytest.mark.parametrize(
     "num_samples, ks", [(1, [1]), (2, [1, 2]), (4, [1, 2, 4]), (12, [1, 2, 4, 8, 12])]
 )
 def test_pass_ks(num_samples, ks):
-    assert scores.pass_ks(num_samples) == ks
+    assert statistics.pass_ks(num_samples) == ks
 
 
 @pytest.mark.parametrize(
@@ -49,18 +49,18 @@ def test_pass_ks(num_samples, ks):
     ],
 )
 def test_majority(votes, grade, answer):
-    found = scores.majority([generation(reward, group) for reward, group in votes])
+    found = statistics.majority([generation(reward, group) for reward, group in votes])
     assert found == (pytest.approx(grade), answer)
 
 
 def test_errors_are_over_problems():
     rewards = np.array([[1, 0], [1, 1], [0, 0], [1, 0]], float)
     sampled = [generation(reward) for reward in rewards.ravel()]
-    found = scores.metrics_of(scores.by_problem(sampled, [], 2, False), sampled)
+    found = statistics.metrics_of(statistics.by_problem(sampled, [], 2, False), sampled)
     per_problem = [0.5, 1.0, 0.0, 0.5]
     assert found["accuracy"] == np.mean(per_problem)
     assert found["accuracy_se"] == pytest.approx(np.std(per_problem, ddof=1) / 2)
-    assert math.isnan(scores.mean_and_error([1.0])[1])
+    assert math.isnan(statistics.mean_and_error([1.0])[1])
 
 
 def test_all_numbers_of_a_hand_computed_case():
@@ -76,8 +76,8 @@ def test_all_numbers_of_a_hand_computed_case():
         generation(0.0, None, "q", 80, stopped=False),
     ]
     greedy = [generation(1.0, problem="p"), generation(0.0, problem="q")]
-    rows = scores.by_problem(sampled, greedy, num_samples=4, can_vote=True)
-    found = scores.metrics_of(rows, sampled)
+    rows = statistics.by_problem(sampled, greedy, num_samples=4, can_vote=True)
+    found = statistics.metrics_of(rows, sampled)
     # pass@2 of 2 in 4: 1 - 1/6; of 1 in 4: 1 - 3/6.
     expected = {
         "accuracy": 3 / 8,
@@ -111,13 +111,13 @@ def test_all_numbers_of_a_hand_computed_case():
         "num_truncated": 1,
         "length_mean": 25.0,
     }
-    shown = scores.table({f"eval/student/{name}": value for name, value in found.items()})
+    shown = statistics.table({f"eval/student/{name}": value for name, value in found.items()})
     assert "0.375 ±0.125" in shown and "maj_at_4 " in shown and "_se" not in shown
 
 
 def test_a_partial_grade_is_not_a_pass():
     sampled = [generation(0.9), generation(0.0)]
-    found = scores.metrics_of(scores.by_problem(sampled, [], 2, False), sampled)
+    found = statistics.metrics_of(statistics.by_problem(sampled, [], 2, False), sampled)
     assert found["accuracy"] == 0.45 and found["pass_at_2"] == 0.0
     assert "maj_at_2" not in found and "formatted_fraction" not in found
 
@@ -125,12 +125,12 @@ def test_a_partial_grade_is_not_a_pass():
 def test_what_could_not_be_graded_is_counted():
     outcomes = ("graded", "error", "timeout", "graded")
     sampled = [generation(0.0)._replace(outcome=outcome) for outcome in outcomes]
-    found = scores.metrics_of(scores.by_problem(sampled, [], 2, False), sampled)
+    found = statistics.metrics_of(statistics.by_problem(sampled, [], 2, False), sampled)
     assert (found["ungraded_fraction"], found["num_problems"]) == (0.5, 2)
 
 
 def test_one_sample_has_neither_pass_nor_majority():
     sampled = [generation(1.0, 0)]
-    found = scores.metrics_of(scores.by_problem(sampled, [], 1, True), sampled)
+    found = statistics.metrics_of(statistics.by_problem(sampled, [], 1, True), sampled)
     assert not [name for name in found if name.startswith(("pass", "maj"))]
     assert found["formatted_fraction"] == 1.0
