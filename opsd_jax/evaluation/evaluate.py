@@ -26,6 +26,7 @@ from opsd_jax.data.grading import group_answers
 from opsd_jax.data.problems import AnswerGrader, Problem, ProblemSet
 from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.errors import UserError, require_seed
+from opsd_jax.evaluation import statistics
 from opsd_jax.evaluation.generations import Generation, GenerationLog, Place, generation_of
 from opsd_jax.sampling.config import RolloutConfig, check_sampling
 from opsd_jax.sampling.slots import Sampler

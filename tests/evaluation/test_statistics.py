@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from opsd_jax.data.problems import Problem
+from opsd_jax.evaluation import statistics
 from opsd_jax.evaluation.generations import Generation
 
 
