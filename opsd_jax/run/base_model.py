@@ -32,7 +32,7 @@ class PretrainedModel:
     """A model from files.
 
     Args:
-      path: a Hugging Face directory, a GGUF file, or "smollm2" (the installed package).
+      path: a Hugging Face directory, a GGUF file, or "smollm2" (fetched once).
       dtype: of the parameters as loaded; those that are trained become float32.
     """
 

@@ -11,7 +11,9 @@ from opsd_jax.data.reasoning_gym import ReasoningGym, ReasoningScorer
 from opsd_jax.errors import UserError
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
-reasoning_gym = pytest.importorskip("reasoning_gym")
+reasoning_gym = pytest.importorskip(
+    "reasoning_gym", reason="the extra reasoning, which wants a C compiler, is not installed"
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF files: the installed SmolLM2, and small files written here with the `gguf` package."""
+"""GGUF files: small ones, written here with the `gguf` package."""
 
 import struct
 
+import gguf
 import numpy as np
 import pytest
 
 from opsd_jax.errors import UserError
 from opsd_jax.pretrained.gguf_file import GGUFFile
 from opsd_jax.pretrained.load import load_pretrained
-
-gguf = pytest.importorskip("gguf", reason="the [smollm2] extra is not installed")
 
 D, F, V, N, K, H, L = 32, 64, 64, 4, 2, 8, 2
 

