@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from opsd_jax.errors import UserError, require_seed
+from opsd_jax.errors import UserError
+from opsd_jax.fields import Count, Seed, check, hints_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -215,13 +216,14 @@ def run_generate(arguments: argparse.Namespace) -> None:
     if arguments.model:
         refuse(arguments, "model", "step")
     from opsd_jax.run.generate import generate_command
-    from opsd_jax.sampling.config import RolloutConfig, check_sampling
+    from opsd_jax.sampling.config import RolloutConfig
 
     shared = "temperature top_k top_p min_p repetition_penalty presence_penalty".split()
     chosen = {name: getattr(arguments, name) for name in shared}
-    check_sampling(chosen, "--{}")
-    check_sampling({"max_new_tokens": arguments.max_tokens}, "--max_tokens")
-    require_seed("--seed", arguments.seed)
+    for name, value in chosen.items():
+        check(f"--{name}", value, hints_of(RolloutConfig)[name])
+    check("--max_tokens", arguments.max_tokens, Count)
+    check("--seed", arguments.seed, Seed)
     settings = RolloutConfig(arguments.max_tokens, **chosen)
     generate_command(
         arguments.workdir,
@@ -243,7 +245,7 @@ def run_export(arguments: argparse.Namespace) -> None:
 def run_tokens(arguments: argparse.Namespace) -> None:
     from opsd_jax.run.token_view import tokens_command
 
-    require_seed("--seed", arguments.seed)
+    check("--seed", arguments.seed, Seed)
     tokens_command(arguments.workdir, arguments.step, arguments.num, arguments.seed)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from opsd_jax.data.grading import Grader
 from opsd_jax.data.problems import JsonlProblems, LoadedProblems, ParquetProblems
 from opsd_jax.errors import UserError
+from opsd_jax.fields import require
 
 
 class Published(NamedTuple):
@@ -63,15 +64,12 @@ class Benchmark:
       grader: see `JsonlProblems`.
     """
 
-    name: str
+    name: Annotated[str, tuple(BENCHMARKS)]
     path: str = ""
     grader: str | Grader = "math_verify"
 
     def __post_init__(self):
-        if self.name not in BENCHMARKS:
-            raise UserError(
-                f"Benchmark.name must be one of {', '.join(BENCHMARKS)}, not {self.name!r}"
-            )
+        require("Benchmark", self)
 
     def load(self, cache_dir: str | None = None) -> LoadedProblems:
         """Reads and checks every row.

@@ -12,13 +12,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from opsd_jax.data.problems import Problem, ProblemSet
 from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.errors import UserError
+from opsd_jax.fields import Count, require
 
 BOXED = "Reason step by step and put your final answer in \\boxed{}."
 
@@ -95,12 +96,13 @@ class ContextConfig:
     teacher_thinking: bool | None = None
     analysis_thinking: bool | None = False
     evaluation_thinking: bool | None = None
-    student_max_tokens: int = 1024
-    teacher_max_tokens: int = 4096
-    too_long: str = "drop"
-    num_widths: int = 3
+    student_max_tokens: Count = 1024
+    teacher_max_tokens: Count = 4096
+    too_long: Annotated[str, ("drop", "error")] = "drop"
+    num_widths: Count = 3
 
     def __post_init__(self):
+        require("contexts", self)
         for role in ("student", "teacher", "evaluation", "analysis"):
             template = self.template(role)
             if "{question}" not in template:
@@ -112,10 +114,6 @@ class ContextConfig:
                 raise UserError(
                     f"contexts.{role} uses {{instruction}}: set contexts.instruction to its text"
                 )
-        if self.num_widths < 1:
-            raise UserError(f"contexts.num_widths must be >= 1, not {self.num_widths}")
-        if self.too_long not in ("drop", "error"):
-            raise UserError(f"contexts.too_long must be 'drop' or 'error', not {self.too_long!r}")
 
     def template(self, role: str) -> str:
         """Template text of a role: "student", "teacher", "analysis" or "evaluation"."""

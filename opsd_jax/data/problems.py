@@ -13,10 +13,11 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Protocol, TypeGuard
+from typing import Annotated, Any, ClassVar, Protocol, TypeGuard
 
 from opsd_jax.data import grading
 from opsd_jax.errors import UserError
+from opsd_jax.fields import Natural, check, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,25 +128,17 @@ class _TableProblems:
     solution_column: str | None = "solution"
     answer_column: str | None = "answer"
     id_column: str = "id"
-    answer_from: str = "text"
+    answer_from: Annotated[str, tuple(grading.EXTRACTORS)] = "text"
     grader: str | grading.Grader = "boxed"
-    start: int = 0
+    start: Natural = 0
     stop: int | None = None
 
     suffix: ClassVar[str]
 
     def __post_init__(self):
         name = type(self).__name__
-        if self.answer_from not in grading.EXTRACTORS:
-            raise UserError(
-                f"{name}.answer_from is {self.answer_from!r}; choose one of "
-                f"{', '.join(grading.EXTRACTORS)}."
-            )
-        if self.start < 0 or (self.stop is not None and self.stop <= self.start):
-            raise UserError(
-                f"{name}.start and .stop must select rows from the front (0 <= start < stop), "
-                f"got {self.start} and {self.stop}."
-            )
+        require(name, self)
+        check(f"{name}.stop", self.stop, Annotated[int, f"> {self.start}"] | None)
         grading.find_grader(self.grader, f"{name}.grader")
 
     def load(self, cache_dir: str | None = None) -> LoadedProblems:

@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import tensorflow_datasets as tfds
 
@@ -17,6 +17,7 @@ from opsd_jax.data import grading
 from opsd_jax.data.builder import ProblemBuilder, generated_problems
 from opsd_jax.data.problems import LoadedProblems, Problem
 from opsd_jax.errors import UserError
+from opsd_jax.fields import Count, Seed, require
 
 SPLITS = ("train", "heldout")
 _HELDOUT_ONE_IN = 10
@@ -56,25 +57,14 @@ class ReasoningGym:
 
     name: str
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    split: str = "train"
-    num_problems: int = 1000
-    seed: int = 0
+    split: Annotated[str, SPLITS] = "train"
+    num_problems: Count = 1000
+    seed: Seed = 0
     solution_from: str = "answer_cot"
-    answer_from: str = "final"
+    answer_from: Annotated[str, tuple(grading.EXTRACTORS)] = "final"
 
     def __post_init__(self):
-        choices = {"split": SPLITS, "answer_from": tuple(grading.EXTRACTORS)}
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise UserError(
-                    f"ReasoningGym.{field} must be one of {', '.join(allowed)}, "
-                    f"got {getattr(self, field)!r}."
-                )
-        if self.num_problems < 1 or self.seed < 0:
-            raise UserError(
-                "ReasoningGym.num_problems must be >= 1 and .seed >= 0, got "
-                f"{self.num_problems} and {self.seed}."
-            )
+        require("ReasoningGym", self)
 
     def load(self, cache_dir: str | None = None) -> LoadedProblems:
         """The problems, built once below `cache_dir` (None: anew each time).

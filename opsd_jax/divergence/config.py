@@ -3,11 +3,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 
 from opsd_jax.errors import UserError
+from opsd_jax.fields import Count, Positive, require
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "sampled_token")
 CLIPS = ("none", "entry", "token", "rescale")
@@ -48,27 +49,22 @@ class DivergenceConfig:
       vocab_block: vocabulary rows of the head gradient updated at a time there.
     """
 
-    name: str | Terms = "forward_kl"
+    name: Annotated[str, DIVERGENCES] | Terms = "forward_kl"
     beta: float = 0.5
-    clip: str = "none"
-    clip_threshold: float = 0.05
-    temperature: float = 1.0
-    support: str = "full"
-    top_k: int = 50
-    completion: str = "renormalise"
+    clip: Annotated[str, CLIPS] = "none"
+    clip_threshold: Positive = 0.05
+    temperature: Positive = 1.0
+    support: Annotated[str, SUPPORTS] = "full"
+    top_k: Count = 50
+    completion: Annotated[str, COMPLETIONS] = "renormalise"
     weights: tuple[Weight, ...] = ()
     target: Target | None = None
-    implementation: str = "dense"
-    token_block: int | None = None
-    vocab_block: int = 16384
+    implementation: Annotated[str, IMPLEMENTATIONS] = "dense"
+    token_block: Count | None = None
+    vocab_block: Count = 16384
 
     def __post_init__(self):
-        if not callable(self.name):
-            _one_of("name", self.name, DIVERGENCES)
-        _one_of("clip", self.clip, CLIPS)
-        _one_of("support", self.support, SUPPORTS)
-        _one_of("completion", self.completion, COMPLETIONS)
-        _one_of("implementation", self.implementation, IMPLEMENTATIONS)
+        require("divergence", self)
         # A list, as gin may give it, would make the configuration unhashable.
         object.__setattr__(self, "weights", tuple(self.weights))
         if self.name == "jensen_shannon" and not 0 < self.beta < 1:
@@ -77,27 +73,8 @@ class DivergenceConfig:
                 "Jensen-Shannon divergence vanishes at both ends; use name 'forward_kl' or "
                 "'reverse_kl' for the two KL directions"
             )
-        for field in ("clip_threshold", "temperature"):
-            value = getattr(self, field)
-            if not isinstance(value, int | float) or not value > 0:
-                raise UserError(f"divergence.{field} must be a positive number, not {value!r}")
-        for field in ("top_k", "token_block", "vocab_block"):
-            value = getattr(self, field)
-            automatic = field == "token_block" and value is None
-            if not automatic and (not isinstance(value, int) or value < 1):
-                raise UserError(f"divergence.{field} must be an integer >= 1, not {value!r}")
-        for weight in self.weights:
-            if not callable(weight):
-                raise UserError(f"divergence.weights must hold functions, not {weight!r}")
-        if self.target is not None and not callable(self.target):
-            raise UserError(f"divergence.target must be a function or None, not {self.target!r}")
         if self.name == "sampled_token" and (self.clip, self.support) != ("none", "full"):
             raise UserError(
                 "divergence.name 'sampled_token' is a policy gradient on one sampled entry: "
                 "set divergence.clip to 'none' and divergence.support to 'full'"
             )
-
-
-def _one_of(field: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"divergence.{field} must be one of {list(choices)}, not {value!r}")

@@ -13,7 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,11 @@ from opsd_jax.data.grader_pool import Grade, GraderPool
 from opsd_jax.data.grading import group_answers
 from opsd_jax.data.problems import AnswerGrader, Problem, ProblemSet
 from opsd_jax.data.tokenizer import Tokenizer
-from opsd_jax.errors import UserError, require_seed
+from opsd_jax.errors import UserError
 from opsd_jax.evaluation import statistics
 from opsd_jax.evaluation.generations import Generation, GenerationLog, Place, generation_of
-from opsd_jax.sampling.config import RolloutConfig, check_sampling
+from opsd_jax.fields import Count, Natural, Positive, Seed, require
+from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.slots import Sampler
 
 log = logging.getLogger(__name__)
@@ -58,37 +59,21 @@ class EvaluateConfig:
       seed: of the sampled pass.
     """
 
-    roles: tuple[str, ...] = ("student", "teacher")
-    num_problems: int = 512
-    num_samples: int = 1
-    batch_size: int = 128
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_new_tokens: int = 0
+    roles: tuple[Annotated[str, tuple(ROLES)], ...] = ("student", "teacher")
+    num_problems: Natural = 512
+    num_samples: Count = 1
+    batch_size: Count = 128
+    temperature: Positive = 1.0
+    top_k: Natural = 0
+    top_p: Annotated[float, "> 0", "<= 1"] = 1.0
+    max_new_tokens: Natural = 0
     greedy: bool = True
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self):
-        if not isinstance(self.roles, (tuple, list)) or not self.roles:
-            raise UserError(f"evaluate.roles must be a tuple of roles, not {self.roles!r}")
-        for role in self.roles:
-            if role not in ROLES:
-                raise UserError(f"evaluate.roles may hold {', '.join(ROLES)}, not {role!r}")
-        if self.num_problems < 0 or self.num_samples < 1 or self.batch_size < 1:
-            raise UserError(
-                "evaluate.num_problems must be >= 0, evaluate.num_samples and evaluate.batch_size "
-                f">= 1, not {self.num_problems}, {self.num_samples}, {self.batch_size}"
-            )
-        check_sampling({"top_k": self.top_k, "top_p": self.top_p}, "evaluate.{}")
-        if self.max_new_tokens:
-            check_sampling({"max_new_tokens": self.max_new_tokens}, "evaluate.{} (0 is rollout's)")
-        if self.temperature <= 0:
-            raise UserError(
-                f"evaluate.temperature must be positive, not {self.temperature}; the greedy pass "
-                "is evaluate.greedy"
-            )
-        require_seed("evaluate.seed", self.seed)
+        require("evaluate", self)
+        if not self.roles:
+            raise UserError("evaluate.roles must name a role, not ()")
 
 
 class Prompt(NamedTuple):

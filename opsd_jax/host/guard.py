@@ -14,9 +14,10 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from opsd_jax.errors import UserError
+from opsd_jax.fields import Count, Positive, require
 from opsd_jax.host.files import write_whole
 
 ACTIONS = ("none", "warn", "stop", "restore")
@@ -48,27 +49,17 @@ class GuardConfig:
         standard errors (of the difference) below its best.
     """
 
-    action: str = "warn"
-    window: int = 5
-    divergence_rise: float = 2.0
-    divergence_floor: float = 0.01
-    entropy_fall: float = 0.1
-    length_rise: float = 2.0
-    truncated_rise: float = 0.25
-    num_standard_errors: float = 4.0
+    action: Annotated[str, ACTIONS] = "warn"
+    window: Count = 5
+    divergence_rise: Annotated[float, "> 1"] = 2.0
+    divergence_floor: Positive = 0.01
+    entropy_fall: Positive = 0.1
+    length_rise: Annotated[float, "> 1"] = 2.0
+    truncated_rise: Positive = 0.25
+    num_standard_errors: Positive = 4.0
 
     def __post_init__(self):
-        if self.action not in ACTIONS:
-            raise UserError(f"guard.action must be one of {list(ACTIONS)}, not {self.action!r}")
-        if not isinstance(self.window, int) or self.window < 1:
-            raise UserError(f"guard.window must be an integer >= 1, not {self.window!r}")
-        for name in (field.name for field in dataclasses.fields(self)[2:]):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not value > 0:
-                raise UserError(f"guard.{name} must be a positive number, not {value!r}")
-        for name in ("divergence_rise", "length_rise"):
-            if getattr(self, name) <= 1:
-                raise UserError(f"guard.{name} is a factor > 1, not {getattr(self, name)!r}")
+        require("guard", self)
 
 
 class Alarm(NamedTuple):

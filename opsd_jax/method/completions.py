@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from opsd_jax.errors import UserError
+from opsd_jax.fields import Count, check, require
 from opsd_jax.method.batch import Batch, Policy
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.prompts import Completion, Context
@@ -72,18 +73,15 @@ class MixedRollouts:
       teacher_rows, of: 1 of 2 is the half that EDGE-OPD (arXiv 2605.23493) samples with context.
     """
 
-    teacher_rows: int = 1
-    of: int = 2
+    teacher_rows: Count = 1
+    of: Count = 2
 
     on_policy = False
     generates = True
 
     def __post_init__(self):
-        if not 0 < self.teacher_rows < self.of:
-            raise UserError(
-                "MixedRollouts.teacher_rows must be in 1 … of - 1, not "
-                f"{self.teacher_rows} of {self.of}"
-            )
+        require("MixedRollouts", self)
+        check("MixedRollouts.of", self.of, Annotated[int, f"> {self.teacher_rows}"])
 
     def __call__(self, student, teacher, batch, key, config) -> Completion:
         num_rows = batch.student.ids.shape[0]

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import optax
 
-from opsd_jax.errors import UserError, require
-
-SCHEDULES = ("constant", "linear", "cosine")
+from opsd_jax.errors import UserError
+from opsd_jax.fields import Natural, NotNegative, Positive, check, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,29 +24,17 @@ class OptimizerConfig:
       max_grad_norm: global norm above which gradients are scaled down; 0 = never.
     """
 
-    warmup_steps: int = 0
-    schedule: str = "constant"
-    decay_steps: int = 0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    warmup_steps: Natural = 0
+    schedule: Annotated[str, ("constant", "linear", "cosine")] = "constant"
+    decay_steps: Natural = 0
+    b1: Annotated[float, ">= 0", "< 1"] = 0.9
+    b2: Annotated[float, ">= 0", "< 1"] = 0.999
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: NotNegative = 1.0
 
     def __post_init__(self):
-        if self.schedule not in SCHEDULES:
-            raise UserError(
-                f"optimizer.schedule must be one of {list(SCHEDULES)}, not {self.schedule!r}"
-            )
-        checks = {
-            "warmup_steps": (self.warmup_steps >= 0, ">= 0"),
-            "b1": (0 <= self.b1 < 1, "in [0, 1)"),
-            "b2": (0 <= self.b2 < 1, "in [0, 1)"),
-            "eps": (self.eps > 0, "positive"),
-            "weight_decay": (self.weight_decay >= 0, ">= 0"),
-            "max_grad_norm": (self.max_grad_norm >= 0, ">= 0 (0 = off)"),
-        }
-        require("optimizer", self, checks)
+        require("optimizer", self)
         if self.schedule != "constant" and self.decay_steps <= self.warmup_steps:
             raise UserError(
                 f"optimizer.decay_steps = {self.decay_steps} must exceed optimizer.warmup_steps "
@@ -80,8 +68,7 @@ def make_optimizer(
       learning_rate: peak of the schedule.
       num_updates: passes that make one step of the schedule, which optax would count one by one.
     """
-    if learning_rate <= 0:
-        raise UserError(f"train.learning_rate must be positive, not {learning_rate}")
+    check("train.learning_rate", learning_rate, Positive)
     schedule = learning_rate_schedule(config, learning_rate)
     adamw = optax.adamw(
         lambda passes: schedule(passes // num_updates),

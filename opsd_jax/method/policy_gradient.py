@@ -12,11 +12,12 @@ k3 is the non-negative one-sample estimate of KL(student || initial) of GRPO (ar
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from opsd_jax.errors import UserError
+from opsd_jax.fields import NotNegative, Positive, require
 from opsd_jax.method.objective import (
     Distillation,
     Loss,
@@ -52,33 +53,19 @@ class PolicyGradient:
       drop_truncated: leave rows out that ran into the length limit.
     """
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    baseline: str = "group"
+    clip_low: Annotated[float, "> 0", "<= 1"] = 0.2
+    clip_high: Positive = 0.2
+    baseline: Annotated[str, ("group", "batch")] = "group"
     normalize_std: bool = True
-    mean: str = "sequence"
-    kl_weight: float = 0.0
+    mean: Annotated[str, ("sequence", "token", "constant")] = "sequence"
+    kl_weight: NotNegative = 0.0
     drop_zero_variance: bool = False
     drop_truncated: bool = False
 
     needs_rewards = True
 
     def __post_init__(self):
-        if not 0 < self.clip_low <= 1 or self.clip_high <= 0:
-            raise UserError(
-                "PolicyGradient.clip_low must be in (0, 1] and clip_high > 0, not "
-                f"{self.clip_low}, {self.clip_high}"
-            )
-        if self.baseline not in ("group", "batch"):
-            raise UserError(
-                f"PolicyGradient.baseline must be 'group' or 'batch', not {self.baseline!r}"
-            )
-        if self.mean not in ("sequence", "token", "constant"):
-            raise UserError(
-                f"PolicyGradient.mean must be 'sequence', 'token' or 'constant', not {self.mean!r}"
-            )
-        if self.kl_weight < 0:
-            raise UserError(f"PolicyGradient.kl_weight must be >= 0, not {self.kl_weight}")
+        require("PolicyGradient", self)
 
     def plan(
         self, completion: Completion, rewards: jax.Array, group_size: int
@@ -126,16 +113,15 @@ class RewardMix:
       policy_gradient: settings of the second term.
     """
 
-    distillation_weight: float = 1.0
-    reward_weight: float = 1.0
-    route: str = "all"
+    distillation_weight: NotNegative = 1.0
+    reward_weight: NotNegative = 1.0
+    route: Annotated[str, ("all", "by_reward")] = "all"
     policy_gradient: PolicyGradient = PolicyGradient()
 
     needs_rewards = True
 
     def __post_init__(self):
-        if self.route not in ("all", "by_reward"):
-            raise UserError(f"RewardMix.route must be 'all' or 'by_reward', not {self.route!r}")
+        require("RewardMix", self)
 
     def plan(
         self, completion: Completion, rewards: jax.Array, group_size: int

@@ -11,11 +11,12 @@ analysis is left out. Tokens are constants: no gradient passes through them.
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from opsd_jax.errors import UserError
+from opsd_jax.fields import Count, Natural, NotNegative, require
 from opsd_jax.method.batch import Batch, Policy
 from opsd_jax.method.scoring import join
 from opsd_jax.sampling.config import RolloutConfig
@@ -38,16 +39,13 @@ class ReasonFirst:
       top_p: probability mass kept, 1 = all.
     """
 
-    max_new_tokens: int = 512
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    max_new_tokens: Count = 512
+    temperature: NotNegative = 1.0
+    top_k: Natural = 0
+    top_p: Annotated[float, "> 0", "<= 1"] = 1.0
 
     def __post_init__(self):
-        try:
-            RolloutConfig(**dataclasses.asdict(self))
-        except UserError as error:
-            raise UserError(str(error).replace("rollout.", "ReasonFirst.")) from None
+        require("ReasonFirst", self)
 
     def build(self, rollout: RolloutConfig, transition_ids: list[int]) -> Reasoner:
         """With the stop ids and the numerics of the run's rollouts."""

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from opsd_jax.errors import UserError
+from opsd_jax.fields import Count, Share, require
 from opsd_jax.method.reason_first import ReasonFirst
 
 Tree = dict[str, Any]
@@ -100,29 +100,16 @@ class TeacherConfig:
       reasons: @ReasonFirst() has it write an analysis before it scores; None scores at once.
     """
 
-    weights: str | Callable[[], Teacher] = "initial"
-    ema_decay: float = 0.999
-    snapshot_every_steps: int = 50
+    weights: Annotated[str, ("initial", "live", "ema", "snapshot")] | Callable[[], Teacher] = (
+        "initial"
+    )
+    ema_decay: Share = 0.999
+    snapshot_every_steps: Count = 50
     model: LoadsModel | None = None
     reasons: ReasonFirst | None = None
 
     def __post_init__(self):
-        if not callable(self.weights) and self.weights not in (
-            "initial",
-            "live",
-            "ema",
-            "snapshot",
-        ):
-            raise UserError(
-                f"teacher.weights must be 'initial', 'live', 'ema', 'snapshot' or a function, "
-                f"not {self.weights!r}"
-            )
-        if not 0 <= self.ema_decay <= 1:
-            raise UserError(f"teacher.ema_decay must be in [0, 1], not {self.ema_decay}")
-        if self.snapshot_every_steps < 1:
-            raise UserError(
-                f"teacher.snapshot_every_steps must be >= 1, not {self.snapshot_every_steps}"
-            )
+        require("teacher", self)
 
     def build(self) -> Teacher:
         if self.model is not None:

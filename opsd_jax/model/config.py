@@ -10,10 +10,12 @@ import dataclasses
 import fnmatch
 import math
 import warnings
+from typing import Annotated
 
 import numpy as np
 
 from opsd_jax.errors import UserError
+from opsd_jax.fields import Count, Natural, NotNegative, Positive, require
 from opsd_jax.model.rope import RopeScaling, rope_frequencies
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -41,18 +43,15 @@ class LoraConfig:
       rank_stabilized: scale is alpha / sqrt(rank) instead (arXiv 2312.03732).
     """
 
-    rank: int
-    alpha: float
+    rank: Count
+    alpha: Positive
     targets: tuple[str, ...] = LORA_TARGETS
-    dropout: float = 0.0
+    dropout: Annotated[float, ">= 0", "< 1"] = 0.0
     rank_stabilized: bool = False
 
     def __post_init__(self):
+        require("lora", self)
         object.__setattr__(self, "targets", tuple(self.targets))
-        if self.rank < 1:
-            raise UserError(f"lora.rank must be at least 1, not {self.rank}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"lora.dropout must be in [0, 1), not {self.dropout}")
         unknown = [t for t in self.targets if not fnmatch.filter(LORA_TARGETS, t)]
         if unknown or not self.targets:
             raise UserError(
@@ -116,73 +115,56 @@ class ModelConfig:
       family: the `model_type` that export writes; None picks one by the switches.
     """
 
-    vocab_size: int
-    num_layers: int
-    embed_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_dim: int
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
+    vocab_size: Count
+    num_layers: Count
+    embed_dim: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    mlp_dim: Count
+    rope_theta: Positive = 10_000.0
+    norm_eps: NotNegative = 1e-5
     tie_embeddings: bool = False
     qk_norm: bool = False
-    dtype: str = "float32"
-    attention: str = "xla"
-    decode_attention: str = "xla"
+    dtype: Annotated[str, DTYPES] = "float32"
+    attention: Annotated[str, TEXT_ATTENTION] = "xla"
+    decode_attention: Annotated[str, DECODE_ATTENTION] = "xla"
     remat: bool = True
     scan_layers: bool = True
     lora: LoraConfig | None = None
     rope_scaling: RopeScaling | None = None
-    local_rope_theta: float | None = None
-    no_rope_layers: tuple[int, ...] = ()
-    window: int | None = None
-    window_layers: tuple[int, ...] | None = None
-    biases: tuple[str, ...] = ()
-    activation: str = "silu"
+    local_rope_theta: Positive | None = None
+    no_rope_layers: tuple[Natural, ...] = ()
+    window: Count | None = None
+    window_layers: tuple[Natural, ...] | None = None
+    biases: tuple[Annotated[str, LORA_TARGETS], ...] = ()
+    activation: Annotated[str, ("silu", "gelu")] = "silu"
     pre_norm: bool = True
     post_norm: bool = False
     qk_norm_over_heads: bool = False
     norm_offset: float = 0.0
     query_scale: float | None = None
-    attention_softcap: float | None = None
-    final_softcap: float | None = None
+    attention_softcap: Positive | None = None
+    final_softcap: Positive | None = None
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     output_scale: float = 1.0
-    num_experts: int = 0
-    experts_per_token: int = 0
+    num_experts: Natural = 0
+    experts_per_token: Natural = 0
     norm_topk_prob: bool = False
-    max_positions: int = 32768
+    max_positions: Count = 32768
     family: str | None = None
 
     def __post_init__(self):
+        require("model", self)
         for name in ("no_rope_layers", "window_layers", "biases"):
             if isinstance(getattr(self, name), list):  # gin gives lists, which do not hash
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in (
-            "vocab_size num_layers embed_dim num_heads num_kv_heads head_dim mlp_dim"
-        ).split():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"model.{name} must be an integer >= 1, not {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads ({self.num_heads}) must be a multiple of "
                 f"model.num_kv_heads ({self.num_kv_heads})"
             )
-        for name, allowed in (
-            ("dtype", DTYPES),
-            ("attention", TEXT_ATTENTION),
-            ("decode_attention", DECODE_ATTENTION),
-            ("activation", ("silu", "gelu")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"model.{name} must be one of {allowed}: {getattr(self, name)!r}")
-        if self.window is not None and self.window < 1:
-            raise UserError(f"model.window must be at least 1 or None, not {self.window}")
-        if unknown := sorted(set(self.biases) - set(LORA_TARGETS)):
-            raise UserError(f"model.biases: unknown {unknown}; choose from {LORA_TARGETS}")
         if self.num_experts and not 0 < self.experts_per_token <= self.num_experts:
             raise UserError(
                 f"model.experts_per_token ({self.experts_per_token}) must be between 1 and "

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Annotated
 
 import numpy as np
 
 from opsd_jax.errors import UserError
+from opsd_jax.fields import Natural, Positive, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +28,18 @@ class RopeScaling:
       truncate: yarn rounds the ends of its ramp to whole dimensions.
     """
 
-    kind: str
-    factor: float
-    original_length: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
+    kind: Annotated[str, ("linear", "llama3", "yarn")]
+    factor: Positive
+    original_length: Natural = 0
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    attention_factor: Positive | None = None
     truncate: bool = True
 
     def __post_init__(self):
-        if self.kind not in ("linear", "llama3", "yarn"):
-            raise UserError(f"rope scaling {self.kind!r} is unknown; use linear, llama3 or yarn")
+        require("rope_scaling", self)
         if self.kind != "linear" and self.original_length < 1:
             raise UserError(f"rope scaling {self.kind!r} needs original_max_position_embeddings")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from opsd_jax.errors import UserError
+from opsd_jax.fields import Count, require
 
 Rules = tuple[tuple[str, str | None], ...]
 
@@ -53,15 +54,12 @@ class MeshConfig:
       fully_sharded: also split the parameters and the optimiser over `data`.
     """
 
-    data: int = -1
-    model: int = 1
+    data: Annotated[int, (-1,)] | Count = -1
+    model: Count = 1
     fully_sharded: bool = True
 
     def __post_init__(self):
-        if self.model < 1 or (self.data < 1 and self.data != -1):
-            raise UserError(
-                f"mesh.model must be >= 1 and mesh.data >= 1 or -1, not {self.model}, {self.data}"
-            )
+        require("mesh", self)
 
     @property
     def rules(self) -> Rules:

@@ -6,13 +6,15 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 from flax import linen as nn
 from jax.sharding import Mesh
 
 from opsd_jax.data.tokenizer import Tokenizer, load_tokenizer
-from opsd_jax.errors import UserError, require_seed
+from opsd_jax.errors import UserError
+from opsd_jax.fields import Seed, require
 from opsd_jax.host.files import read_json
 from opsd_jax.host.pod import first_process_first
 from opsd_jax.model.config import DTYPES, ModelConfig
@@ -37,11 +39,10 @@ class PretrainedModel:
     """
 
     path: str
-    dtype: str = "float32"
+    dtype: Annotated[str, DTYPES] = "float32"
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise UserError(f"PretrainedModel.dtype must be one of {DTYPES}, not {self.dtype!r}")
+        require("PretrainedModel", self)
 
     def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Say) -> Base:
         del cache_dir
@@ -64,10 +65,10 @@ class RandomModel:
 
     tokenizer: str = "testbed"
     config: ModelConfig | str = TESTBED_MODEL
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self):
-        require_seed("RandomModel.seed", self.seed)
+        require("RandomModel", self)
 
     def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Say) -> Base:
         del cache_dir

@@ -29,6 +29,7 @@ from opsd_jax.divergence import token_weights
 from opsd_jax.divergence.losses import DivergenceConfig
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.evaluate import EvaluateConfig
+from opsd_jax.fields import check_fields
 from opsd_jax.host.guard import GuardConfig
 from opsd_jax.method import completions, objective, policy_gradient, reason_first
 from opsd_jax.method.optimizer import OptimizerConfig
@@ -37,7 +38,6 @@ from opsd_jax.model.config import LoraConfig, ModelConfig
 from opsd_jax.model.sharding import MeshConfig
 from opsd_jax.run import base_model
 from opsd_jax.run.experiment import BaseSource, Experiment, TrainConfig
-from opsd_jax.run.field_types import check_fields
 from opsd_jax.run.finished_base import FinishedRun
 from opsd_jax.run.gin_files import GinFiles
 from opsd_jax.sampling.config import RolloutConfig

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,9 @@ from opsd_jax.data.contexts import ContextConfig
 from opsd_jax.data.problems import ProblemSource
 from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.divergence.losses import DivergenceConfig
-from opsd_jax.errors import UserError, require, require_seed
+from opsd_jax.errors import UserError
 from opsd_jax.evaluation.evaluate import EvaluateConfig
+from opsd_jax.fields import Count, Natural, Positive, Seed, require
 from opsd_jax.host.guard import GuardConfig
 from opsd_jax.method.completions import CompletionSource, StudentRollouts
 from opsd_jax.method.objective import Distillation, Likelihood, Objective
@@ -87,51 +88,32 @@ class TrainConfig:
 
     model: BaseSource
     problems: ProblemSource
-    num_steps: int
-    batch_size: int
-    learning_rate: float
+    num_steps: Count
+    batch_size: Count
+    learning_rate: Positive
     heldout: ProblemSource | None = None
-    group_size: int = 1
+    group_size: Count = 1
     completions: CompletionSource = StudentRollouts()
     objective: Objective = Distillation()
-    num_updates: int = 1
-    seed: int = 0
-    num_micro_batches: int = 1
+    num_updates: Count = 1
+    seed: Seed = 0
+    num_micro_batches: Count = 1
     lora: LoraConfig | None = None
-    dtype: str = "float32"
-    attention: str = "xla"
+    dtype: Annotated[str, DTYPES] = "float32"
+    attention: Annotated[str, TEXT_ATTENTION] = "xla"
     remat: bool = True
-    log_every_steps: int = 1
-    eval_every_steps: int = 20
-    checkpoint_every_steps: int = 20
-    keep_checkpoints: int = 2
-    num_samples_logged: int = 16
+    log_every_steps: Count = 1
+    eval_every_steps: Natural = 20
+    checkpoint_every_steps: Natural = 20
+    keep_checkpoints: Count = 2
+    num_samples_logged: Natural = 16
     probes: tuple[Callable[..., dict[str, float]], ...] = ()
-    grader_workers: int = 2
+    grader_workers: Natural = 2
     tensorboard: bool = False
     wandb: bool = False
 
     def __post_init__(self):
-        counts = "num_steps batch_size group_size num_updates num_micro_batches log_every_steps"
-        for name in (*counts.split(), "keep_checkpoints"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UserError(
-                    f"train.{name} must be an integer >= 1, not {getattr(self, name)!r}"
-                )
-        amounts = "eval_every_steps checkpoint_every_steps seed num_samples_logged grader_workers"
-        for name in amounts.split():
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
-                raise UserError(
-                    f"train.{name} must be an integer >= 0, not {getattr(self, name)!r}"
-                )
-        require_seed("train.seed", self.seed)
-        if not isinstance(self.learning_rate, (int, float)) or self.learning_rate <= 0:
-            raise UserError(f"train.learning_rate must be positive, not {self.learning_rate!r}")
-        choices = {
-            "dtype": (self.dtype in DTYPES, f"one of {DTYPES}"),
-            "attention": (self.attention in TEXT_ATTENTION, f"one of {TEXT_ATTENTION}"),
-        }
-        require("train", self, choices)
+        require("train", self)
         if self.batch_size % self.group_size:
             raise UserError(
                 f"train.batch_size = {self.batch_size} must be a multiple of train.group_size = "

@@ -4,35 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import Annotated, Any
 
-from opsd_jax.errors import UserError, require
+from opsd_jax.errors import UserError
+from opsd_jax.fields import Count, Natural, NotNegative, Positive, Share, require
 from opsd_jax.model.config import DECODE_ATTENTION, DTYPES
-
-SAMPLING_BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "max_new_tokens": (lambda x: x >= 1 and isinstance(x, int), "an integer >= 1"),
-    "temperature": (lambda x: x >= 0, ">= 0"),
-    "top_k": (lambda x: x >= 0 and isinstance(x, int), "an integer >= 0 (0 keeps all)"),
-    "top_p": (lambda x: 0 < x <= 1, "in (0, 1]"),
-    "min_p": (lambda x: 0 <= x <= 1, "in [0, 1]"),
-    "repetition_penalty": (lambda x: x > 0, "positive (1 is off)"),
-    "presence_penalty": (math.isfinite, "finite (0 is off)"),
-}
-
-
-def check_sampling(values: Mapping[str, Any], shown: str) -> None:
-    """Raises a UserError for the first value out of its bounds.
-
-    Args:
-      values: by names of `RolloutConfig`.
-      shown: what the user calls them, with {} for the name: "rollout.{}".
-    """
-    for name, value in values.items():
-        fine, wanted = SAMPLING_BOUNDS[name]
-        if not isinstance(value, int | float) or not fine(value):
-            raise UserError(f"{shown.format(name)} must be {wanted}, not {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,41 +44,31 @@ class RolloutConfig:
         never sees it, and rollout/logp_gap is its price. Not for a mixture of experts.
     """
 
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    max_new_tokens: Count
+    temperature: NotNegative = 1.0
+    top_k: Natural = 0
+    top_p: Annotated[float, "> 0", "<= 1"] = 1.0
+    min_p: Share = 0.0
+    repetition_penalty: Positive = 1.0
     presence_penalty: float = 0.0
-    min_new_tokens: int = 0
-    stop_ids: tuple[int, ...] = ()
-    pad_id: int = 0
-    segment_len: int = 8
-    unroll_layers: int = 4
+    min_new_tokens: Natural = 0
+    stop_ids: tuple[Natural, ...] = ()
+    pad_id: Natural = 0
+    segment_len: Count = 8
+    unroll_layers: Natural = 4
     gather_weights: bool = True
-    attention: str = "xla"
-    dtype: str | None = None
-    weights: str | None = None
+    attention: Annotated[str, DECODE_ATTENTION] = "xla"
+    dtype: Annotated[str, DTYPES] | None = None
+    weights: Annotated[str, ("int8",)] | None = None
 
     def __post_init__(self):
+        require("rollout", self)
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids))  # Hashed by those who compile.
-        check_sampling({name: getattr(self, name) for name in SAMPLING_BOUNDS}, "rollout.{}")
-        checks = {
-            "min_new_tokens": (
-                0 <= self.min_new_tokens <= self.max_new_tokens,
-                "between 0 and rollout.max_new_tokens",
-            ),
-            "segment_len": (
-                isinstance(self.segment_len, int) and self.segment_len >= 1,
-                "an integer >= 1",
-            ),
-            "unroll_layers": (self.unroll_layers >= 0, ">= 0"),
-            "attention": (self.attention in DECODE_ATTENTION, f"one of {DECODE_ATTENTION}"),
-            "dtype": (self.dtype in (None, *DTYPES), "None, 'float32', 'bfloat16'"),
-            "weights": (self.weights in (None, "int8"), "None or 'int8'"),
-        }
-        require("rollout", self, checks)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"rollout.min_new_tokens must be at most rollout.max_new_tokens = "
+                f"{self.max_new_tokens}, not {self.min_new_tokens}"
+            )
 
     @property
     def penalises(self) -> bool:

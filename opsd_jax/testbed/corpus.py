@@ -21,7 +21,7 @@ import dataclasses
 
 import numpy as np
 
-from opsd_jax.errors import UserError
+from opsd_jax.fields import Share, require
 from opsd_jax.testbed.world import (
     BAR,
     EOS,
@@ -47,15 +47,13 @@ class CorpusConfig:
       wrong_prefix: of a result, to be replaced by a random digit (in plain rows too).
     """
 
-    counterfactual: float = 0.7
-    drop: float = 0.3
-    near: float = 0.7
-    wrong_prefix: float = 0.3
+    counterfactual: Share = 0.7
+    drop: Share = 0.3
+    near: Share = 0.7
+    wrong_prefix: Share = 0.3
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if not 0 <= (value := getattr(self, field.name)) <= 1:
-                raise UserError(f"WarmStartCorpus.{field.name} must be in [0, 1], got {value}.")
+        require("WarmStartCorpus", self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,13 +4,15 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Annotated
 
 import numpy as np
 
 from opsd_jax.data.builder import ProblemBuilder, generated_problems
 from opsd_jax.data.grading import AnswerForm, same_text
 from opsd_jax.data.problems import AnswerGrader, LoadedProblems, Problem
-from opsd_jax.errors import UserError, require_seed
+from opsd_jax.errors import UserError
+from opsd_jax.fields import Count, Seed, require
 from opsd_jax.testbed.world import ChainTask, extract_answer
 
 SPLITS = ("train", "heldout")
@@ -27,22 +29,18 @@ class ChainArithmetic:
       seed: chooses which problems of the split are drawn, and their order.
     """
 
-    split: str = "train"
-    num_problems: int = 8192
-    num_ops: int = 3
-    seed: int = 0
+    split: Annotated[str, SPLITS] = "train"
+    num_problems: Count = 8192
+    num_ops: Annotated[int, ">= 1", "<= 4"] = 3
+    seed: Seed = 0
 
     def __post_init__(self):
-        if self.split not in SPLITS:
+        require("ChainArithmetic", self)
+        if self.num_problems > len(self._members):
             raise UserError(
-                f"ChainArithmetic.split must be one of {', '.join(SPLITS)}, got {self.split!r}."
+                f"ChainArithmetic.num_problems must be at most {len(self._members)} for the "
+                f"{self.split} split with num_ops = {self.num_ops}, not {self.num_problems}"
             )
-        if not 1 <= self.num_problems <= len(self._members):
-            raise UserError(
-                f"ChainArithmetic.num_problems must be 1 to {len(self._members)} for the "
-                f"{self.split} split with num_ops = {self.num_ops}, got {self.num_problems}."
-            )
-        require_seed("ChainArithmetic.seed", self.seed)
 
     def load(self, cache_dir: str | None = None) -> LoadedProblems:
         """The problems, built once below `cache_dir` (None: anew each time)."""

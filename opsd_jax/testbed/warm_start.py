@@ -23,7 +23,8 @@ import optax
 from flax import linen as nn
 from optax.contrib import MuonDimensionNumbers, muon
 
-from opsd_jax.errors import UserError, require_seed
+from opsd_jax.errors import UserError
+from opsd_jax.fields import Count, Natural, Positive, Seed, require
 from opsd_jax.host.files import scratch_folder
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.decoder import Decoder, init_variables
@@ -72,28 +73,22 @@ class WarmStartConfig:
         leaky teachers).
     """
 
-    seed: int = 0
-    num_steps: int = 1000
-    extra_steps: int = 300
-    max_rounds: int = 5
-    hinted_rows: int = 64
-    plain_rows: int = 24
-    learning_rate: float = 3e-3
-    extra_learning_rate: float = 2e-3
-    muon_scale: float = 7.0
-    warmup_steps: int = 50
+    seed: Seed = 0
+    num_steps: Count = 1000
+    extra_steps: Count = 300
+    max_rounds: Count = 5
+    hinted_rows: Count = 64
+    plain_rows: Count = 24
+    learning_rate: Positive = 3e-3
+    extra_learning_rate: Positive = 2e-3
+    muon_scale: Positive = 7.0
+    warmup_steps: Natural = 50
     corpus: CorpusConfig = CorpusConfig()
     task: ChainTask = ChainTask()
     require_gate: bool = True
 
     def __post_init__(self):
-        for name in ("num_steps", "extra_steps", "max_rounds", "hinted_rows", "plain_rows"):
-            if (value := getattr(self, name)) < 1:
-                raise UserError(f"WarmStart.{name} must be at least 1, got {value}.")
-        for name in ("learning_rate", "extra_learning_rate", "muon_scale"):
-            if not (value := getattr(self, name)) > 0:
-                raise UserError(f"WarmStart.{name} must be positive, got {value}.")
-        require_seed("WarmStart.seed", self.seed)
+        require("WarmStart", self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,12 +22,13 @@ import dataclasses
 import functools
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from opsd_jax.data.problems import Problem
 from opsd_jax.errors import UserError
+from opsd_jax.fields import Seed, Share, require
 
 NUM_DIGITS = 10
 STEPS = tuple(f"{op}{digit}" for op in "+*" for digit in range(NUM_DIGITS))
@@ -108,22 +109,18 @@ class ChainTask:
         evenly over the other eight digits.
     """
 
-    num_ops: int = 3
-    seed: int = 7
-    weak_fraction: float = 0.35
-    weak_right: float = 0.30
-    weak_misconception: float = 0.56
+    num_ops: Annotated[int, ">= 1", "<= 4"] = 3
+    seed: Seed = 7
+    weak_fraction: Share = 0.35
+    weak_right: Share = 0.30
+    weak_misconception: Share = 0.56
 
     def __post_init__(self):
-        if not 1 <= self.num_ops <= 4:
-            raise UserError(f"ChainTask.num_ops must be 1 to 4, got {self.num_ops}.")
-        if not 0 <= self.weak_fraction <= 1:
-            raise UserError(f"ChainTask.weak_fraction must be in [0, 1], got {self.weak_fraction}.")
-        rest = 1 - self.weak_right - self.weak_misconception
-        if min(self.weak_right, self.weak_misconception, rest) < 0:
+        require("ChainTask", self)
+        if self.weak_right + self.weak_misconception > 1:
             raise UserError(
-                "ChainTask.weak_right and .weak_misconception must be probabilities with a sum "
-                f"of at most 1, got {self.weak_right} and {self.weak_misconception}."
+                f"ChainTask.weak_misconception must be at most 1 - ChainTask.weak_right = "
+                f"{1 - self.weak_right:g}, not {self.weak_misconception}"
             )
 
     @property

@@ -107,7 +107,7 @@ def test_what_is_wrong_is_told(tmp_path):
     write(tmp_path / "rows.jsonl", {"question": "Q", "answer": "no hashes"})
     with pytest.raises(UserError, match=r"rows.jsonl:1: no answer .*read with @JsonlProblems\(\)"):
         Benchmark("gsm8k", str(tmp_path / "rows.jsonl"), grader="boxed").load()
-    with pytest.raises(UserError, match="Benchmark.name must be one of aime24, .*not 'aime23'"):
+    with pytest.raises(UserError, match="Benchmark.name must be 'aime24', .*not 'aime23'"):
         Benchmark("aime23")
     with pytest.raises(UserError, match="^Benchmark.path: .*is no file"):
         Benchmark("aime24", str(tmp_path / "nowhere"), grader="boxed").load()

@@ -102,9 +102,9 @@ def test_nothing_to_read_is_told(write, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"answer_from": "magic"}, "JsonlProblems.answer_from is 'magic'; choose one of text"),
+        ({"answer_from": "magic"}, "JsonlProblems.answer_from must be 'text', .*not 'magic'"),
         ({"grader": "magic"}, "JsonlProblems.grader is 'magic'; choose one of exact"),
-        ({"start": 3, "stop": 3}, "JsonlProblems.start and .stop"),
+        ({"start": 3, "stop": 3}, "JsonlProblems.stop must be an integer > 3 or None, not 3"),
     ],
 )
 def test_settings_are_checked_before_loading(setting, message):

@@ -101,8 +101,11 @@ def test_answers_vote_by_value_or_by_text():
         ({"name": "no_such"}, "reasoning-gym has no data set 'no_such'; it has ab, acre"),
         ({"name": "chain_sum", "params": {"x": 1}}, "its parameters are min_terms, max_terms"),
         ({"name": "chain_sum", "params": {"min_terms": -1}}, "chain_sum does not accept"),
-        ({"name": "chain_sum", "split": "test"}, "split must be one of train, heldout"),
-        ({"name": "chain_sum", "num_problems": 0}, "num_problems must be >= 1"),
+        (
+            {"name": "chain_sum", "split": "test"},
+            "ReasoningGym.split must be 'train' or 'heldout', not",
+        ),
+        ({"name": "chain_sum", "num_problems": 0}, "num_problems must be an integer >= 1"),
         (
             {"name": "coin_flip", "params": {"min_trials": 1, "max_trials": 1}},
             "draws of coin_flip gave .* different train questions, not 1000",

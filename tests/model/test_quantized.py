@@ -220,5 +220,5 @@ def test_the_loss_never_sees_it_and_the_gap_is_told():
 
 def test_another_way_to_sample_keeps_it():
     assert CONFIG.sampling(max_new_tokens=4).weights == "int8" and CONFIG.is_plain
-    with pytest.raises(UserError, match="rollout.weights must be None or 'int8', not 'int4'"):
+    with pytest.raises(UserError, match="rollout.weights must be 'int8' or None, not 'int4'"):
         dataclasses.replace(CONFIG, weights="int4")

@@ -93,4 +93,6 @@ def test_a_bad_flag_is_named_before_anything_is_loaded(flag, capsys):
 def test_a_seed_beyond_32_bits_is_refused_before_anything_is_loaded(which, seed, capsys):
     assert main([*which, "--workdir=no_such_run", f"--seed={seed}"]) == 2
     told = capsys.readouterr().err
-    assert told == f"opsd {which[0]}: --seed must be from 0 to 4294967295, not {seed}\n"
+    assert (
+        told == f"opsd {which[0]}: --seed must be an integer >= 0 and <= 4294967295, not {seed}\n"
+    )
