@@ -104,18 +104,16 @@ class AnswerGrader:
             self.grader(r"\frac{1}{2}", r"\boxed{0.5}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _TableProblems:
-    """Rows of local files with named columns.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableProblems:
+    """Rows with named columns; a subclass says where they come from.
 
     Attributes:
-      path: a file, a directory (searched with its sub-directories) or a glob pattern; several
-        files are read in the order of their names.
       question_column: text.
       answer_column: text or a number; None says that there are no answers, so nothing is graded
         (and nothing can be held out).
       solution_column: text; None says that the source has no solutions.
-      id_column: a row without it is named `file:row`.
+      id_column: a row without it is named by where it stands, `file:row`.
       answer_from: how to read the answer out of its column: "text" takes all of it, "boxed",
         "last_number", "hashes" (GSM8K's `#### 18`), "tagged" and "final" a part.
       grader: "exact", "last_number", "boxed", "math_verify", or a function
@@ -123,7 +121,6 @@ class _TableProblems:
       start, stop: the slice of rows to take, to hold some of a single file out.
     """
 
-    path: str
     question_column: str = "question"
     solution_column: str | None = "solution"
     answer_column: str | None = "answer"
@@ -132,8 +129,6 @@ class _TableProblems:
     grader: str | grading.Grader = "boxed"
     start: Natural = 0
     stop: int | None = None
-
-    suffix: ClassVar[str]
 
     def __post_init__(self):
         name = type(self).__name__
@@ -145,50 +140,33 @@ class _TableProblems:
         """Reads and checks every row.
 
         Raises:
-          UserError: no file, not a file of this format, a row that lacks something, an id that
+          UserError: nothing there, not of this format, a row that lacks something, an id that
             occurs twice, or no row at all.
         """
         del cache_dir
         problems: dict[str, Problem] = {}
-        paths = self._paths()
-        root = os.path.commonpath([path.parent for path in paths])
-        for path in paths:
-            name, rows = path.relative_to(root), 0
-            for row_number, row in self._rows(path):
-                rows += 1
-                problem = self._problem(f"{path}:{row_number}", f"{name}:{row_number}", row)
-                if problem.id in problems:
-                    raise UserError(
-                        f"{path}:{row_number}: the id {problem.id!r} occurs a second time; make "
-                        f"the values of `{self.id_column}` unique."
-                    )
-                problems[problem.id] = problem
-            if not rows:
-                raise UserError(f"{path} has no rows; remove it or fill it.")
+        for place, default_id, row in self._rows():
+            problem = self._problem(place, default_id, row)
+            if problem.id in problems:
+                raise UserError(
+                    f"{place}: the id {problem.id!r} occurs a second time; make the values of "
+                    f"`{self.id_column}` unique."
+                )
+            problems[problem.id] = problem
         selected = tuple(problems.values())[self.start : self.stop]
         if not selected:
             raise UserError(
-                f"{self.path} has {len(problems)} rows, so the slice from {self.start} is empty."
+                f"{self._where()} has {len(problems)} rows, so the slice from {self.start} is "
+                "empty."
             )
         return LoadedProblems(selected, AnswerGrader(grading.find_grader(self.grader)))
 
-    def _paths(self) -> list[pathlib.Path]:
-        path = pathlib.Path(self.path).expanduser()
-        if path.is_file():
-            return [path]
-        if path.is_dir():
-            found = sorted(path.rglob(f"*{self.suffix}"))
-        else:
-            found = sorted(map(pathlib.Path, glob.glob(str(path), recursive=True)))
-        if not found:
-            raise UserError(
-                f"{type(self).__name__}.path: {self.path} is no file, and no directory or "
-                f"pattern with {self.suffix} files in it."
-            )
-        return found
+    def _where(self) -> str:
+        """What the rows are of, in the user's words."""
+        raise NotImplementedError
 
-    def _rows(self, path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Row numbers from 1 and the rows."""
+    def _rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Where each row stands, the id of a row without one, and the row."""
         raise NotImplementedError
 
     def _problem(self, place: str, default_id: str, row: dict[str, Any]) -> Problem:
@@ -236,12 +214,58 @@ class _TableProblems:
         return value
 
 
-class JsonlProblems(_TableProblems):
+@dataclasses.dataclass(frozen=True)
+class _FileProblems(TableProblems):
+    """Rows of local files with named columns.
+
+    Attributes:
+      path: a file, a directory (searched with its sub-directories) or a glob pattern; several
+        files are read in the order of their names.
+    """
+
+    path: str
+
+    suffix: ClassVar[str]
+
+    def _where(self) -> str:
+        return self.path
+
+    def _rows(self):
+        paths = self._paths()
+        root = os.path.commonpath([path.parent for path in paths])
+        for path in paths:
+            number = 0
+            for number, row in self._read(path):
+                yield f"{path}:{number}", f"{path.relative_to(root)}:{number}", row
+            if not number:
+                raise UserError(f"{path} has no rows; remove it or fill it.")
+
+    def _paths(self) -> list[pathlib.Path]:
+        path = pathlib.Path(self.path).expanduser()
+        if path.is_file():
+            return [path]
+        if path.is_dir():
+            found = sorted(path.rglob(f"*{self.suffix}"))
+        else:
+            found = sorted(map(pathlib.Path, glob.glob(str(path), recursive=True)))
+        if not found:
+            raise UserError(
+                f"{type(self).__name__}.path: {self.path} is no file, and no directory or "
+                f"pattern with {self.suffix} files in it."
+            )
+        return found
+
+    def _read(self, path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Row numbers from 1 and the rows."""
+        raise NotImplementedError
+
+
+class JsonlProblems(_FileProblems):
     """Local JSON lines: one object a line, UTF-8; blank lines are skipped."""
 
     suffix = ".jsonl"
 
-    def _rows(self, path):
+    def _read(self, path):
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
@@ -259,12 +283,12 @@ class JsonlProblems(_TableProblems):
                 yield number, row
 
 
-class ParquetProblems(_TableProblems):
+class ParquetProblems(_FileProblems):
     """Local parquet files, as published on the Hugging Face Hub."""
 
     suffix = ".parquet"
 
-    def _rows(self, path):
+    def _read(self, path):
         import pyarrow  # comes with tensorflow-datasets, and only this source needs it
         import pyarrow.parquet
 

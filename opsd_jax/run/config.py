@@ -22,7 +22,7 @@ from typing import Any
 
 import gin
 
-from opsd_jax.data import benchmarks, problems
+from opsd_jax.data import benchmarks, problems, tfds
 from opsd_jax.data import reasoning_gym as reasoning
 from opsd_jax.data.contexts import ContextConfig
 from opsd_jax.divergence import token_weights
@@ -87,6 +87,7 @@ SOURCES: dict[str, Callable[..., Any]] = {
     "RewardMix": policy_gradient.RewardMix,
     "JsonlProblems": problems.JsonlProblems,
     "ParquetProblems": problems.ParquetProblems,
+    "TfdsProblems": tfds.TfdsProblems,
     "Benchmark": benchmarks.Benchmark,
     "OtherReferences": problems.OtherReferences,
     "ReasoningGym": reasoning.ReasoningGym,
