@@ -7,17 +7,18 @@ Format: github.com/ggml-org/ggml, docs/gguf.md.
 
 from __future__ import annotations
 
-import math
+import functools
 import os
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from opsd_jax.data.tokenizer import HFTokenizer
 from opsd_jax.errors import UserError
-from opsd_jax.pretrained.gguf_header import TensorInfo, read_header
+from opsd_jax.pretrained.gguf_header import Header, TensorInfo, read_header, short
+from opsd_jax.pretrained.gguf_metadata import Metadata
+from opsd_jax.pretrained.gguf_tokenizer import gguf_tokenizer, stop_ids
 
 # GGUF tensor name -> Hugging Face name; {l} is the layer.
 _NAMES = {
@@ -37,29 +38,11 @@ _NAMES = {
     "ffn_down": "model.layers.{l}.mlp.down_proj",
 }
 
-# GGUF metadata key (after "{arch}.") -> config.json key.
-_CONFIG_KEYS = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "rope.freq_base": "rope_theta",
-}
+# ggml types that are no quantisation.
+_PLAIN = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 
 # The two `llama3` rope scalings in use. GGUF keeps only the resulting frequency divisors.
 _LLAMA3_FACTORS = (8.0, 32.0)
-
-# Rust-regex splits of the byte-level tokenizers, by `tokenizer.ggml.pre`.
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_SPLIT = (
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLITS = {"qwen2": _SPLIT % r"\p{N}", "llama-bpe": _SPLIT % r"\p{N}{1,3}"}
 
 
 class GGUFFile:
@@ -73,26 +56,23 @@ class GGUFFile:
 
     def __init__(self, path: str):
         self.path = path
-        self._data = (
-            np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.empty(0, np.uint8)
-        )
+        try:
+            size = os.path.getsize(path)
+            self._data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
         header = read_header(path, self._data)
-        self._metadata = header.metadata
-        self.architecture = self._metadata.get("general.architecture")
-        if self.architecture not in ("llama", "qwen2", "qwen3"):
-            raise UserError(
-                f"{path}: GGUF architecture {self.architecture!r} is not supported; "
-                "use a llama, qwen2 or qwen3 file, or a Hugging Face directory"
-            )
+        self._metadata = Metadata(path, header.metadata)
+        self._check_table(header)
+        self._rope_divisors: TensorInfo | None = None
         self._tensors: dict[str, TensorInfo] = {}
-        rope_divisors = None
         for tensor in header.tensors:
-            if tensor.name == "rope_freqs.weight":
-                rope_divisors = self._expand(tensor, slice(0, tensor.shape[0]))
+            if tensor.name == "rope_freqs.weight" and self._metadata.architecture == "llama":
+                self._rope_divisors = tensor
             else:
                 self._tensors[self._hf_name(tensor.name)] = tensor
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
-        self.config = self._config(rope_divisors)
+        self.config = self._config()
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """The float32 values of part of a tensor; quantised rows are expanded one range at a
@@ -111,114 +91,135 @@ class GGUFFile:
         values = _unpermute(self._expand(tensor, slice(first, last)), head_rows)
         return values[(slice(start - first, stop - first), *index[1:])]
 
-    def _expand(self, tensor: TensorInfo, rows: slice) -> np.ndarray:
-        import gguf
-
-        try:
-            kind = gguf.GGMLQuantizationType(tensor.kind)
-            block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-            row_bytes = math.prod(tensor.shape[1:]) * block_bytes // block
-            if len(tensor.shape) == 1:  # one row of numbers, never quantised
-                row_bytes = block_bytes
-            begin = tensor.offset + rows.start * row_bytes
-            end = tensor.offset + rows.stop * row_bytes
+    def _check_table(self, header: Header) -> None:
+        """Sizes before anything is read: tensors follow one another up to the end of the file."""
+        at = header.start
+        for tensor in header.tensors:
+            rows, row_bytes = self._layout(tensor)
+            if tensor.offset != at:
+                raise UserError(
+                    f"{self.path}: damaged GGUF file: {tensor.name} starts at byte "
+                    f"{tensor.offset}, not at {at}"
+                )
+            end = at + rows * row_bytes
+            at = end + -(end - header.start) % header.alignment
             if end > len(self._data):
                 raise UserError(f"{self.path}: truncated; {tensor.name} ends after the file")
-            data = np.asarray(self._data[begin:end]).reshape(rows.stop - rows.start, row_bytes)
-            values = gguf.dequantize(data, kind) if block > 1 else _plain(gguf, data, kind)
-        except (NotImplementedError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
+        if header.tensors and len(self._data) not in (end, at):
+            raise UserError(f"{self.path}: damaged GGUF file: it goes on after its last tensor")
+
+    def _layout(self, tensor: TensorInfo) -> tuple[int, int]:
+        """(rows, bytes of a row); the one axis of a vector counts as rows.
+
+        Raises:
+          UserError: a quantisation or a shape that is not read.
+        """
+        block, block_bytes = _block(tensor.kind)
+        if not block:
             raise UserError(
                 f"{self.path}: {tensor.name} has an unsupported quantisation (ggml type "
-                f"{tensor.kind}: {error}); re-quantise the file to Q8_0 or F16"
-            ) from error
-        return np.asarray(values, np.float32).reshape(-1, *tensor.shape[1:])
+                f"{tensor.kind}); re-quantise the file to Q8_0 or F16"
+            )
+        width = tensor.shape[1] if len(tensor.shape) == 2 else 1
+        if len(tensor.shape) not in (1, 2) or 0 in tensor.shape or width % block:
+            raise UserError(
+                f"{self.path}: {tensor.name} has shape {tensor.shape}; a vector or a matrix whose "
+                f"rows are a multiple of {block} is read"
+            )
+        return tensor.shape[0], width // block * block_bytes
+
+    def _expand(self, tensor: TensorInfo, rows: slice) -> np.ndarray:
+        _, row_bytes = self._layout(tensor)
+        begin, end = (tensor.offset + row * row_bytes for row in (rows.start, rows.stop))
+        data = np.asarray(self._data[begin:end]).reshape(rows.stop - rows.start, row_bytes)
+        return _values(data, tensor.kind).reshape(-1, *tensor.shape[1:])
 
     def tokenizer(self) -> HFTokenizer:
-        """The byte-level BPE tokenizer, with its special tokens and chat template."""
-        from tokenizers import AddedToken, processors
-        from transformers import PreTrainedTokenizerFast
-
-        kind, pre = self._field("tokenizer.ggml.model"), self._field("tokenizer.ggml.pre")
-        if kind != "gpt2" or (pre != "smollm" and pre not in _SPLITS):
-            raise UserError(
-                f"{self.path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported "
-                f"(gpt2 with smollm, {', '.join(_SPLITS)} is); use the model's Hugging Face files"
-            )
-        tokens = self._field("tokenizer.ggml.tokens")
-        core = _byte_level_bpe(tokens, self._field("tokenizer.ggml.merges") or (), pre)
-        kinds = dict(zip(tokens, self._field("tokenizer.ggml.token_type"), strict=False))
-        core.add_special_tokens([AddedToken(t, special=True) for t in kinds if kinds[t] == 3])
-        # One id for such as <think>, which the merges would never make.
-        own = [AddedToken(t, special=False, normalized=False) for t in kinds if kinds[t] == 4]
-        core.add_tokens(own)
-        special = {
-            f"{name}_token": tokens[i]
-            for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-            if (i := self._field(f"tokenizer.ggml.{key}_token_id")) is not None
-        }
-        bos = special.get("bos_token")
-        if bos and self._field("tokenizer.ggml.add_bos_token"):
-            # Seen by plain text alone: a chat template writes its own.
-            core.post_processor = processors.TemplateProcessing(
-                single=[bos, "$A"], special_tokens=[(bos, core.token_to_id(bos))]
-            )
-        inner = PreTrainedTokenizerFast(
-            tokenizer_object=core,
-            chat_template=self._field("tokenizer.chat_template"),
-            clean_up_tokenization_spaces=False,
-            **special,
-        )
-        return HFTokenizer(inner, self.stop_ids())
-
-    def stop_ids(self) -> tuple[int, ...]:
-        """The end-of-sequence and end-of-turn ids."""
-        ids = (self._field(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot"))
-        return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
-
-    def _field(self, key: str) -> Any:
-        return self._metadata.get(key)
+        """The tokenizer of the file, see `gguf_tokenizer`."""
+        return gguf_tokenizer(self._metadata)
 
     def _hf_name(self, name: str) -> str:
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-        if not match or match[2] not in _NAMES:
-            raise UserError(f"{self.path}: unknown tensor {name!r} for {self.architecture}")
+        match = re.fullmatch(r"(?:blk\.(\d{1,5})\.)?(\w+)\.(weight|bias)", name)
+        if not match or match[2] not in _NAMES or (match[1] is None) == ("{l}" in _NAMES[match[2]]):
+            raise UserError(
+                f"{self.path}: unknown tensor {short(name)} for {self._metadata.architecture}"
+            )
         return f"{_NAMES[match[2]].format(l=match[1])}.{match[3]}"
 
-    def _config(self, rope_divisors: np.ndarray | None) -> dict[str, Any]:
-        config: dict[str, Any] = {"model_type": self.architecture}
-        for key, hf_key in _CONFIG_KEYS.items():
-            value = self._field(f"{self.architecture}.{key}")
-            if value is not None:
-                config[hf_key] = value
-        if "rms_norm_eps" in config:  # stored as float32: 1e-05 comes back as 9.99999975e-06
-            config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")
-        for key in ("embedding_length", "attention.head_count", "block_count"):
-            if not config.get(_CONFIG_KEYS[key]):
-                raise UserError(f"{self.path}: {self.architecture}.{key} is missing")
+    def _config(self) -> dict[str, Any]:
+        """config.json of the model: every size is that of a tensor in the file."""
+        arch, read = self._metadata.architecture, self._metadata
+        vocab_size, width = self._matrix("model.embed_tokens")
+        num_heads = read.whole(f"{arch}.attention.head_count")
+        hidden_size = read.whole(f"{arch}.embedding_length")
         # qwen3 has another default in config.json; GGUF's is this for every architecture.
-        config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
-        config["vocab_size"] = self.shapes.get("model.embed_tokens.weight", (None,))[0]
-        config["tie_word_embeddings"] = "lm_head.weight" not in self.shapes
-        if self.architecture == "llama":
-            biased = "model.layers.0.self_attn.q_proj.bias" in self.shapes
-            config["attention_bias"] = biased
-        kind = self._field(f"{self.architecture}.rope.scaling.type")
-        if kind not in (None, "none"):
-            raise UserError(f"{self.path}: rope scaling {kind!r} in a GGUF file is not supported")
-        if rope_divisors is not None:
-            config["rope_scaling"] = self._llama3_scaling(config, rope_divisors)
-        eos = self.stop_ids()
+        head_dim = read.whole(f"{arch}.attention.key_length", max(1, hidden_size // num_heads))
+        config = {
+            "model_type": arch,
+            "vocab_size": read.whole(f"{arch}.vocab_size", vocab_size),
+            "num_hidden_layers": read.whole(f"{arch}.block_count"),
+            "hidden_size": hidden_size,
+            "intermediate_size": read.whole(f"{arch}.feed_forward_length"),
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": read.whole(f"{arch}.attention.head_count_kv", num_heads),
+            "head_dim": head_dim,
+            "max_position_embeddings": read.whole(f"{arch}.context_length"),
+            # Stored as float32: 1e-05 comes back as 9.99999975e-06.
+            "rms_norm_eps": float(f"{read.number(f'{arch}.attention.layer_norm_rms_epsilon'):.6g}"),
+            "rope_theta": read.number(f"{arch}.rope.freq_base", 10_000.0),
+            "tie_word_embeddings": "lm_head.weight" not in self.shapes,
+        }
+        self._check_sizes(config, vocab_size, width)
+        if arch == "llama":
+            config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self.shapes
+        if self._rope_divisors is not None:
+            config["rope_scaling"] = self._llama3_scaling(config, self._rope_divisors)
+        eos = stop_ids(read)
         config["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
         return config
 
-    def _llama3_scaling(self, config: dict[str, Any], divisors: np.ndarray) -> dict[str, Any]:
+    def _check_sizes(self, config: dict[str, Any], vocab_size: int, width: int) -> None:
+        """Raises a UserError for the first size that is not the one of the tensors."""
+        arch, head_dim = self._metadata.architecture, config["head_dim"]
+        layer = "model.layers.0."
+        q_rows, _ = self._matrix(layer + "self_attn.q_proj")
+        k_rows, _ = self._matrix(layer + "self_attn.k_proj")
+        mlp_rows, _ = self._matrix(layer + "mlp.gate_proj")
+        num_layers = len({n.split(".")[2] for n in self.shapes if n.startswith("model.layers.")})
+        wanted = {
+            "vocab_size": (config["vocab_size"], vocab_size),
+            "block_count": (config["num_hidden_layers"], num_layers),
+            "embedding_length": (config["hidden_size"], width),
+            "feed_forward_length": (config["intermediate_size"], mlp_rows),
+            "attention.head_count": (config["num_attention_heads"] * head_dim, q_rows),
+            "attention.head_count_kv": (config["num_key_value_heads"] * head_dim, k_rows),
+            "attention.value_length": (self._length("attention.value_length", head_dim), head_dim),
+            "rope.dimension_count": (self._length("rope.dimension_count", head_dim), head_dim),
+            "attention.key_length": (head_dim % 2, 0),
+        }
+        for key, (said, found) in wanted.items():
+            if said != found:
+                raise UserError(
+                    f"{self.path}: {arch}.{key} does not fit the tensors or is not computed here: "
+                    f"it says {said} where {found} is wanted"
+                )
+
+    def _length(self, key: str, default: int) -> int:
+        return self._metadata.whole(f"{self._metadata.architecture}.{key}", default)
+
+    def _matrix(self, name: str) -> tuple[int, int]:
+        shape = self.shapes.get(f"{name}.weight", ())
+        if len(shape) != 2:
+            raise UserError(f"{self.path}: the matrix {name} is missing")
+        return shape[0], shape[1]
+
+    def _llama3_scaling(self, config: dict[str, Any], tensor: TensorInfo) -> dict[str, Any]:
         from opsd_jax.model.rope import rope_frequencies
         from opsd_jax.pretrained.config import rope_scaling_from_hf
 
-        theta, half = config["rope_theta"], len(divisors)
-        plain = rope_frequencies(2 * half, theta)[0]
+        head_dim, theta = config["head_dim"], config["rope_theta"]
+        plain = rope_frequencies(head_dim, theta)[0]
+        divisors = self._expand(tensor, slice(0, tensor.shape[0]))
         for factor in _LLAMA3_FACTORS:
             scaling = {
                 "rope_type": "llama3",
@@ -227,8 +228,9 @@ class GGUFFile:
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 8192,
             }
-            scaled = rope_frequencies(2 * half, theta, rope_scaling_from_hf(scaling, {}))[0]
-            if np.allclose(plain / divisors, scaled, rtol=1e-4):
+            scaled = rope_frequencies(head_dim, theta, rope_scaling_from_hf(scaling, {}))[0]
+            wanted = plain / scaled
+            if divisors.shape == wanted.shape and np.allclose(divisors, wanted, rtol=1e-4, atol=0):
                 return scaling
         raise UserError(
             f"{self.path}: rope_freqs.weight is none of the llama3 scalings (factor "
@@ -237,34 +239,8 @@ class GGUFFile:
 
     def _rows_per_head(self, name: str) -> int:
         """Rows of one head where llama.cpp has interleaved its two halves, else 0."""
-        if self.architecture != "llama":
-            return 0
-        for part, key in (("q_proj", "head_count"), ("k_proj", "head_count_kv")):
-            if part in name:
-                heads = self._field(f"llama.attention.{key}") or self._field(
-                    "llama.attention.head_count"
-                )
-                return self.shapes[name][0] // int(heads)
-        return 0
-
-
-def _byte_level_bpe(tokens: list[str], merges: Sequence[str], pre: str) -> Any:
-    """A `tokenizers.Tokenizer` without added tokens."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    vocab = {token: i for i, token in enumerate(tokens)}
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    # Merged ids win over merge ranks for llama-bpe, as in its Hugging Face tokenizer.
-    core = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
-    if pre == "smollm":
-        split: pre_tokenizers.PreTokenizer = pre_tokenizers.Digits(individual_digits=True)
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    else:
-        split = pre_tokenizers.Split(Regex(_SPLITS[pre]), "isolated")
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    core.decoder = decoders.ByteLevel()
-    return core
+        permuted = self._metadata.architecture == "llama" and ("q_proj" in name or "k_proj" in name)
+        return self.config["head_dim"] if permuted else 0
 
 
 def _unpermute(rows: np.ndarray, head_rows: int) -> np.ndarray:
@@ -273,11 +249,30 @@ def _unpermute(rows: np.ndarray, head_rows: int) -> np.ndarray:
     return split.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _plain(gguf: Any, data: np.ndarray, kind: Any) -> np.ndarray:
-    types = gguf.GGMLQuantizationType
-    dtypes = {types.F32: np.float32, types.F16: np.float16, types.F64: np.float64}
-    if kind == types.BF16:
+def _values(data: np.ndarray, kind: int) -> np.ndarray:
+    """The float32 numbers in the bytes of whole blocks, [rows, bytes].
+
+    Raises:
+      NotImplementedError: the `gguf` package does not expand this type.
+    """
+    import gguf
+
+    known = gguf.GGMLQuantizationType(kind)
+    if known.name == "BF16":
         return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    if kind not in dtypes:
-        raise NotImplementedError(kind.name)
-    return data.view(dtypes[kind])
+    plain = _PLAIN.get(known.name)
+    values = gguf.dequantize(data, known) if plain is None else data.view(plain)
+    return np.asarray(values, np.float32)
+
+
+@functools.cache
+def _block(kind: int) -> tuple[int, int]:
+    """(numbers, bytes) of a block of a ggml type, zeros for one that cannot be expanded."""
+    import gguf
+
+    try:
+        block, num_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        _values(np.zeros((1, num_bytes), np.uint8), kind)
+    except (ValueError, KeyError, NotImplementedError):
+        return 0, 0
+    return block, num_bytes
