@@ -215,7 +215,6 @@ def run_eval(arguments: argparse.Namespace) -> None:
 def run_generate(arguments: argparse.Namespace) -> None:
     if arguments.model:
         refuse(arguments, "model", "step")
-    from opsd_jax.run.generate import generate_command
     from opsd_jax.sampling.config import RolloutConfig
 
     shared = "temperature top_k top_p min_p repetition_penalty presence_penalty".split()
@@ -225,6 +224,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
     check("--max_tokens", arguments.max_tokens, Count)
     check("--seed", arguments.seed, Seed)
     settings = RolloutConfig(arguments.max_tokens, **chosen)
+    from opsd_jax.run.generate import generate_command  # late: a refusal does not wait for jax
+
     generate_command(
         arguments.workdir,
         arguments.model,

@@ -22,7 +22,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
@@ -142,6 +141,8 @@ class Checkpoints:
         self._scores[step] = finite_metric(record, self._best_metric)
         items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(seal(record))}
         if data_iterator is not None:
+            import grain  # late: who only reads weights needs no data pipeline
+
             items["data"] = grain.checkpoint.CheckpointSave(data_iterator)
         with self._disk_trouble_told():
             return manager.save(step, args=ocp.args.Composite(**items), force=True)

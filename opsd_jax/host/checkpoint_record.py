@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,6 +157,8 @@ def read_step(
         if checksum != saved["checksum"] or _kind(kinds[path]) != saved["kind"]:
             raise Damaged(f"leaf {path} differs from what was saved")
     if data_iterator is not None:
+        import grain  # late: who only reads weights needs no data pipeline
+
         args = grain.checkpoint.CheckpointRestore(data_iterator)
         handler = grain.checkpoint.CheckpointHandler()
         _agreed(lambda: handler.restore(folder / "data", args=args))

@@ -9,110 +9,37 @@ later, @function without parentheses, takes its bindings with it (`Bound`).
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib.util  # noqa: F401  gin 0.5.0 uses importlib.util without importing it
 import inspect
 import logging
 import os
-import re
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import gin
+from gin.config_parser import BindingStatement, ConfigParser, IncludeStatement, ParserDelegate
 
-from opsd_jax.data import benchmarks, problems, tfds
-from opsd_jax.data import reasoning_gym as reasoning
-from opsd_jax.data.contexts import ContextConfig
-from opsd_jax.divergence import token_weights
-from opsd_jax.divergence.losses import DivergenceConfig
 from opsd_jax.errors import UserError
-from opsd_jax.evaluation.evaluate import EvaluateConfig
 from opsd_jax.fields import check_fields
-from opsd_jax.host.guard import GuardConfig
-from opsd_jax.method import completions, objective, policy_gradient, reason_first
-from opsd_jax.method.optimizer import OptimizerConfig
-from opsd_jax.method.teacher import LoadsModel, TeacherConfig
-from opsd_jax.model.config import LoraConfig, ModelConfig
-from opsd_jax.model.sharding import MeshConfig
-from opsd_jax.run import base_model
-from opsd_jax.run.experiment import BaseSource, Experiment, TrainConfig
-from opsd_jax.run.finished_base import FinishedRun
+from opsd_jax.run.experiment import Experiment
+from opsd_jax.run.gin_errors import fields_of, gin_errors_told
 from opsd_jax.run.gin_files import GinFiles
-from opsd_jax.sampling.config import RolloutConfig
-from opsd_jax.testbed import probe
-from opsd_jax.testbed import problems as testbed_builder
-from opsd_jax.testbed import world as testbed
-from opsd_jax.testbed.corpus import CorpusConfig
-from opsd_jax.testbed.warm_start import WarmStartConfig
+from opsd_jax.run.registry import AREAS, FUNCTIONS, PLACES, TYPE_WORDS, resolve
+
+log = logging.getLogger(__name__)
+_MODULE = "opsd_jax"  # of all that is registered here: gin knows train as opsd_jax.train
+_Key = tuple[str, str, str]  # scope, name, parameter; without a parameter it is a macro
 
 
-def finished_run(workdir: str, step: int | None = None) -> FinishedRun:
+def finished_run(workdir: str, step: int | None = None) -> Any:
     """@FinishedRun(): the student of a run as a model (`finished_base.FinishedRun`)."""
+    from opsd_jax.run.finished_base import FinishedRun
+
     return FinishedRun(workdir, _load_beside, step)
-
-
-# The areas of a gin file, `area.field = value`, in the order in which an Experiment holds them.
-AREAS: dict[str, type] = {
-    "train": TrainConfig,
-    "contexts": ContextConfig,
-    "rollout": RolloutConfig,
-    "divergence": DivergenceConfig,
-    "teacher": TeacherConfig,
-    "optimizer": OptimizerConfig,
-    "mesh": MeshConfig,
-    "evaluate": EvaluateConfig,
-    "guard": GuardConfig,
-}
-# What the values of train.model, train.problems, train.heldout, train.lora, train.probes,
-# train.completions, train.objective, teacher.model and teacher.reasons may be, written @Name().
-SOURCES: dict[str, Callable[..., Any]] = {
-    "lora": LoraConfig,
-    "ModelConfig": ModelConfig,
-    "WarmStart": WarmStartConfig,
-    "WarmStartCorpus": CorpusConfig,
-    "PretrainedModel": base_model.PretrainedModel,
-    "FinishedRun": finished_run,
-    "RandomModel": base_model.RandomModel,
-    "TestbedBase": base_model.TestbedBase,
-    "StudentRollouts": completions.StudentRollouts,
-    "TeacherRollouts": completions.TeacherRollouts,
-    "MixedRollouts": completions.MixedRollouts,
-    "References": completions.References,
-    "ReasonFirst": reason_first.ReasonFirst,
-    "Distillation": objective.Distillation,
-    "Likelihood": objective.Likelihood,
-    "PolicyGradient": policy_gradient.PolicyGradient,
-    "RewardMix": policy_gradient.RewardMix,
-    "JsonlProblems": problems.JsonlProblems,
-    "ParquetProblems": problems.ParquetProblems,
-    "TfdsProblems": tfds.TfdsProblems,
-    "Benchmark": benchmarks.Benchmark,
-    "OtherReferences": problems.OtherReferences,
-    "ReasoningGym": reasoning.ReasoningGym,
-    "ChainArithmetic": testbed_builder.ChainArithmetic,
-}
-# What a function in a gin file may be, written @name, besides those of the user's own.
-FUNCTIONS = {
-    "own_solution": testbed.own_solution,
-    "wrong_prefix_probe": probe.wrong_prefix_probe,
-    "position_sigmoid": token_weights.position_sigmoid,
-    "top_student_entropy": token_weights.top_student_entropy,
-    "confident_teacher": token_weights.confident_teacher,
-    "uncertain_teacher": token_weights.uncertain_teacher,
-    "gap_sigmoid": token_weights.gap_sigmoid,
-    "positive_gap": token_weights.positive_gap,
-    "skip_first": token_weights.skip_first,
-}
-# Words for what the areas' fields may be.
-_NAMES: dict[Any, str] = {of: f"@{name}()" for name, of in SOURCES.items()} | {
-    BaseSource: "a model such as @PretrainedModel()",
-    LoadsModel: "a model such as @PretrainedModel()",
-    problems.ProblemSource: "problems such as @JsonlProblems()",
-    completions.CompletionSource: "completions such as @References()",
-    objective.Objective: "an objective such as @PolicyGradient()",
-}
 
 
 def _checked(name: str, of: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,7 +51,7 @@ def _checked(name: str, of: Callable[..., Any]) -> Callable[..., Any]:
         required = [p.name for p in parameters if p.default is p.empty and p.name not in values]
         if required:
             raise UserError(" and ".join(f"{name}.{r}" for r in required) + " must be bound")
-        check_fields(name, of, values, _NAMES)
+        check_fields(name, of, values, TYPE_WORDS)
         return of(**values)
 
     build.__name__, build.__doc__ = name, of.__doc__
@@ -132,12 +59,81 @@ def _checked(name: str, of: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
-_CONFIGURABLE = {
-    name: gin.external_configurable(_checked(name, of), name=name, module="opsd_jax")
-    for name, of in (AREAS | SOURCES).items()
-}
-for _name, _function in FUNCTIONS.items():
-    gin.external_configurable(_function, name=_name, module="opsd_jax")
+_BUILDERS: dict[str, Callable[..., Any]] = {}  # gin's, of the areas and sources imported so far
+
+
+def _hold(name: str) -> None:
+    """Lets gin keep the bindings of a name that is not imported, as base.gin has of every one."""
+
+    def placeholder(**values: Any) -> Any:  # called if a function of the user's asks gin for it
+        of = resolve(name)
+        return (of if name in FUNCTIONS else _checked(name, of))(**values)
+
+    gin.external_configurable(placeholder, name=name, module=_MODULE)
+
+
+def _register(name: str) -> None:
+    """Imports what a name stands for and tells gin, in place of its placeholder."""
+    if name in _held:
+        of = resolve(name)
+        _held.remove(name)
+        gin.config._REGISTRY.pop(f"{_MODULE}.{name}")
+        if name in FUNCTIONS:
+            gin.external_configurable(of, name=name, module=_MODULE)
+        else:
+            build = _checked(name, of)
+            _BUILDERS[name] = gin.external_configurable(build, name=name, module=_MODULE)
+
+
+_held = set(PLACES)
+for _name in PLACES:
+    _hold(_name)
+
+
+@dataclasses.dataclass
+class _Written(ParserDelegate):
+    """What a config says, read before gin is told any of it.
+
+    Attributes:
+      references: all that is written @scope/Name or @scope/Name(), includes and all.
+      macros: all that is written %name.
+    """
+
+    references: set[str] = dataclasses.field(default_factory=set)
+    macros: set[str] = dataclasses.field(default_factory=set)
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> None:
+        self.references.add(scoped_configurable_name)
+
+    def macro(self, macro_name: str) -> None:
+        self.macros.add(macro_name)
+
+    def read(self, text: Any, files: GinFiles) -> list[_Key]:
+        """Takes in a text and what it includes; gives what its own lines bind.
+
+        What is wrong with the text is told when gin itself comes to it.
+        """
+        bound: list[_Key] = []
+        try:
+            for statement in ConfigParser(text, self):
+                if isinstance(statement, BindingStatement):
+                    bound.append((statement.scope, statement.selector, statement.arg_name))
+                elif isinstance(statement, IncludeStatement):
+                    with files.read(statement.filename) as included:
+                        self.read(included, files)
+        except (SyntaxError, tokenize.TokenError):
+            pass
+        return bound
+
+    @property
+    def scopes(self) -> set[str]:
+        return {scope for name in self.references for scope in name.split("/")[:-1]}
+
+    @property
+    def names(self) -> set[str]:
+        """The names of `PLACES` among the references."""
+        bare = {name.split("/")[-1].removeprefix(f"{_MODULE}.") for name in self.references}
+        return bare & set(PLACES)
 
 
 def load_experiment(
@@ -155,25 +151,44 @@ def load_experiment(
       itself a gin file that gives the same experiment.
 
     Raises:
-      UserError: what is wrong, with the file, line or binding.
+      UserError: what is wrong, with the file, line or binding; also a binding of something that
+        the config does not name. Where the last file has such a line, or a binding is of something
+        that another one has replaced, a warning says so.
     """
     for path in gin_files:
         if not os.path.isfile(path):
-            raise UserError(f"--gin_file={path}: no such file")
+            what = "not a file" if os.path.exists(path) else "no such file"
+            raise UserError(f"--gin_file={path}: {what}")
     gin.clear_config()
-    files = GinFiles()
-    with _gin_errors_told(), _quiet_gin(), _reading(files):
-        gin.parse_config(list(defaults))
-        gin.parse_config_files_and_bindings(
-            list(gin_files), list(bindings), finalize_config=False, skip_unknown=False
-        )
-        _check_scopes("\n".join((files.text, *defaults, *bindings)))
+    files, written = GinFiles(), _Written()
+    of_last_file: list[_Key] = []
+    with gin_errors_told(_known, _macros), _quiet_gin():
+        for path in gin_files:
+            with files.read(path) as lines:
+                of_last_file = written.read(lines, files)
+        own = written.read("\n".join(bindings), files)
+        written.read("\n".join(defaults), files)
+        for name in (*AREAS, *written.names):
+            _register(name)
+        with _reading(files):
+            gin.parse_config(list(defaults))
+            gin.parse_config_files_and_bindings(
+                list(gin_files), list(bindings), finalize_config=False, skip_unknown=False
+            )
+        _check_scopes(written.scopes)
         _bind_functions()
         gin.finalize()
-        experiment = Experiment(**{name: _CONFIGURABLE[name]() for name in AREAS})
+        experiment = Experiment(**{name: _BUILDERS[name]() for name in AREAS})
         _record_later_calls()
+        refused, replaced = _unused(own, written)
+        if refused:
+            raise UserError(f"--gin_bindings: {refused[0]}")
+        in_vain = [f"{gin_files[-1]}: {told}" for told in _unused(of_last_file, written)[0]]
         modules = [statement.module for statement in gin.config._IMPORTS]
-        return experiment, files.header(modules) + gin.operative_config_str(max_line_length=96)
+        text = files.header(modules) + gin.operative_config_str(max_line_length=96)
+    for sentence in (*replaced, *in_vain):
+        log.warning("%s", sentence)
+    return experiment, text
 
 
 def load_run(
@@ -249,7 +264,7 @@ class _Function(gin.config.ConfigurableReference):
         scope, function = self.scopes or gin.current_scope(), self.configurable.wrapper
         with gin.config_scope(scope):
             bindings = gin.get_bindings(self.selector)
-            check_fields(self.selector, self.configurable.wrapped, bindings, _NAMES)
+            check_fields(self.selector, self.configurable.wrapped, bindings, TYPE_WORDS)
             raw = gin.get_bindings(self.selector, resolve_references=False)
         parameters = inspect.signature(self.configurable.wrapped).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
@@ -259,9 +274,8 @@ class _Function(gin.config.ConfigurableReference):
         return functools.update_wrapper(Bound(function, **bindings), function)
 
 
-def _check_scopes(text: str) -> None:
-    """Refuses bindings in scopes that no reference of the files names: nothing would read them."""
-    scopes = {name for found in re.findall(r"@([\w./]+)/", text) for name in found.split("/")}
+def _check_scopes(scopes: set[str]) -> None:
+    """Refuses bindings in scopes that no reference of the config names: nothing reads them."""
     for (scope, selector), values in gin.config._CONFIG.items():
         module, _, name = selector.rpartition(".")
         binding = f"{scope}/{name}.{next(iter(values), '')}"
@@ -276,6 +290,48 @@ def _check_scopes(text: str) -> None:
             )
 
 
+def _unused(bound: Sequence[_Key], written: _Written) -> tuple[list[str], list[str]]:
+    """A sentence for everything that is bound and that the experiment, once built, has not used.
+
+    Returns:
+      (of what the config does not even name, of what it names somewhere and has replaced).
+    """
+    used = set(gin.config._OPERATIVE_CONFIG)
+    others = {of for _, of in gin.config._CONFIG if not of.startswith((f"{_MODULE}.", "gin."))}
+    user_code = bool(others or gin.config._IMPORTS)  # what it calls is not known
+    told: tuple[list[str], list[str]] = ([], [])
+    for place, of in {"/".join(filter(None, key[:2])): key for key in reversed(bound)}.items():
+        scope, name, field = of
+        if not field:
+            named, why = place in written.macros, f"nothing reads %{place}"
+            fine = user_code or (place, "gin.macro") in used
+            if area := next((area for area in AREAS if name in fields_of(resolve(area))), None):
+                why += f"; did you mean {area}.{name}?"
+        else:
+            named, why = name in written.names, f"this experiment uses no @{place}"
+            selector = gin.config._REGISTRY.get_match(name).selector
+            fine = not selector.startswith(f"{_MODULE}.") or (user_code and named)
+            fine = fine or any(of == selector and _within(at, scope) for at, of in used)
+        if not fine:
+            binding = f"{place}.{field}" if field else place
+            told[named].append(f"{binding} would be ignored: {why}")
+    return told
+
+
+def _within(scope: str, outer: str) -> bool:
+    return not outer or f"{scope}/".startswith(f"{outer}/")
+
+
+def _known() -> dict[str, Callable[..., Any]]:
+    """What a config may name, the user's own code included."""
+    found = {of.rpartition(".")[2]: value.wrapped for of, value in gin.config._REGISTRY.items()}
+    return {name: of for name, of in found.items() if not hasattr(gin, name)}
+
+
+def _macros() -> list[str]:
+    return [f"%{name}" for name, selector in gin.config._CONFIG if selector == "gin.macro"]
+
+
 def _bind_functions() -> None:
     """Makes a `_Function` of every @function that is not called by gin itself."""
 
@@ -287,7 +343,7 @@ def _bind_functions() -> None:
         if not isinstance(value, gin.config.ConfigurableReference) or value.evaluate:
             return value
         configurable = value.configurable
-        if configurable.wrapper in _CONFIGURABLE.values() or inspect.isclass(configurable.wrapped):
+        if configurable.wrapper in _BUILDERS.values() or inspect.isclass(configurable.wrapped):
             return value  # Its parentheses are missing, which the check of the field tells.
         return _Function(value.scoped_selector, evaluate=False)
 
@@ -306,36 +362,6 @@ def _record_later_calls() -> None:
 def _record(scope: str, selector: str, values: dict[str, Any]) -> None:
     """Makes values part of the operative config, as gin does when it calls something."""
     gin.config._OPERATIVE_CONFIG.setdefault((scope, selector), {}).update(values)
-
-
-@contextmanager
-def _gin_errors_told() -> Iterator[None]:
-    """Gin's and the dataclasses' complaints as a UserError of one line."""
-    try:
-        yield
-    except UserError as error:
-        # Gin appends where the configurable was called; the first line is ours.
-        raise UserError(str(error).splitlines()[0]) from None
-    except tokenize.TokenError as error:
-        raise UserError(f"gin: --gin_bindings: {error.args[0]}") from None
-    except (ValueError, TypeError, RuntimeError, SyntaxError, ImportError, OSError) as error:
-        raise UserError("gin: " + _one_line(error)) from error
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, SyntaxError):
-        place = f"{error.filename or '--gin_bindings'}, line {error.lineno}"
-        reason = error.msg.splitlines()[-1].strip().rstrip(".")
-        return f"{place}: {reason}: {(error.text or '').strip()!r}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, ModuleNotFoundError):
-        lines.append("(looked for beside the gin files and among the installed packages)")
-    text = " ".join(lines)
-    if macro := re.match(r"No bindings specified for '(\S+)/gin.macro'", text):
-        return f"the macro %{macro.group(1)} is used but never defined"
-    if missing := re.search(r"required positional arguments?: (.*)", lines[0] if lines else ""):
-        return f"{missing.group(1)} must be bound: {text}"
-    return text
 
 
 @contextmanager

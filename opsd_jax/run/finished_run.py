@@ -44,7 +44,6 @@ from opsd_jax.run.experiment import (
     teacher_variables,
 )
 from opsd_jax.run.loop import BEST_METRIC
-from opsd_jax.run.train import make_evaluator
 
 
 class Restored(NamedTuple):
@@ -149,6 +148,8 @@ def evaluate_command(
     The folder has evaluation.json (what was evaluated), generations.jsonl (one line each, written
     as they come), by_problem.jsonl and summary.json.
     """
+    from opsd_jax.run.train import make_evaluator  # late: only this command reads problems
+
     run = (
         restore_run(workdir, step, gin_files, bindings)
         if workdir

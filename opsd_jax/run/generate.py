@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from opsd_jax.data.problems import Problem
 from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.errors import UserError
-from opsd_jax.run.finished_run import restore_run
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.rollout import stream
 
@@ -33,6 +32,8 @@ def generate_command(
     if "" in stop:
         raise UserError("--stop must not be empty")
     if workdir:
+        from opsd_jax.run.finished_run import restore_run  # late: a model from files needs no gin
+
         run = restore_run(workdir, step, with_teacher=False)
         decoder, tokenizer, variables = run.parts.model, run.tokenizer, run.student
         contexts = run.experiment.contexts

@@ -21,12 +21,10 @@ class GinFiles:
 
     Attributes:
       folders: of all files so far, and the cwd.
-      text: of all files so far.
     """
 
     def __init__(self) -> None:
         self.folders: list[str] = []
-        self.text = ""
         self._open: list[str] = []  # each included by the one before
         self._add(os.getcwd())
 
@@ -45,7 +43,6 @@ class GinFiles:
                 text = file.read()
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not a gin file: {error}") from None
-        self.text += text + "\n"
         self._open.append(path)
         self._add(os.path.dirname(os.path.abspath(path)))
         for line in text.splitlines():

@@ -127,7 +127,7 @@ def test_a_directory_that_cannot_be_written_is_told(tmp_path):
 def test_the_missing_package_is_named_and_tensorflow_is_not_imported():
     program = """if True:
         import sys
-        from opsd_jax.reasoning import ReasoningGym, ReasoningScorer
+        from opsd_jax.data.reasoning_gym import ReasoningGym, ReasoningScorer
         ReasoningGym("coin_flip", num_problems=1).load()
         assert "tensorflow" not in sys.modules
         sys.modules["reasoning_gym"] = None

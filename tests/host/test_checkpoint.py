@@ -396,7 +396,7 @@ def test_kill_9_during_saves_leaves_a_whole_step(tmp_path):
     """One process saves on and on; it is killed at an arbitrary moment of a write."""
     script = """
         import sys, jax, jax.numpy as jnp
-        from opsd_jax.checkpoint import Checkpoints
+        from opsd_jax.host.checkpoint import Checkpoints
         checkpoints = Checkpoints(sys.argv[1], max_to_keep=2)
         step = int(sys.argv[2])
         make = jax.jit(lambda n: {f"x{i}": jnp.full((512, 256), n + i) for i in range(8)})
@@ -433,7 +433,7 @@ MESH = """
     if count > 1:
         jax.distributed.initialize(address, count, index)
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-    from opsd_jax.checkpoint import Checkpoints
+    from opsd_jax.host.checkpoint import Checkpoints
     mesh = jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     values = {
         "w": np.arange(64, dtype=np.float32).reshape(8, 8),

@@ -35,7 +35,7 @@ def test_a_second_training_or_evaluation_is_refused_and_touches_nothing(folder, 
 PAIR = """
 from pathlib import Path
 from opsd_jax.errors import UserError
-from opsd_jax.lock import only_writer
+from opsd_jax.host.lock import only_writer
 
 jax.distributed.initialize()
 try:

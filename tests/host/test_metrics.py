@@ -93,7 +93,7 @@ def test_texts_of_steps_that_are_taken_back_are_no_longer_there(tmp_path, resume
 def test_kill_9_keeps_every_written_line(tmp_path):
     script = """
 import os, sys
-from opsd_jax.metrics import MetricWriters
+from opsd_jax.host.metrics import MetricWriters
 writers = MetricWriters(sys.argv[1])
 for step in range(5):
     writers.write(step, {"a/b": step})

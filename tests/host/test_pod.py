@@ -38,9 +38,9 @@ GRADED = (
     ORDERED
     + """
 from types import SimpleNamespace
-from opsd_jax.grader_pool import Grade
-from opsd_jax.rollouts import Completion
-from opsd_jax.stepping import row_grader
+from opsd_jax.data.grader_pool import Grade
+from opsd_jax.sampling.prompts import Completion
+from opsd_jax.run.stepping import row_grader
 jax.distributed.initialize()
 mesh = sharding.make_mesh(sharding.MeshConfig(-1, int(arguments[0])))
 ids = 10 * np.arange(8)[:, None] + np.arange(3)

@@ -10,7 +10,7 @@ import json
 import numpy as np
 from opsd_jax import base_model, warm_start
 from opsd_jax.errors import UserError
-from opsd_jax.sharding import FULLY_SHARDED, MeshConfig, make_mesh
+from opsd_jax.model.sharding import FULLY_SHARDED, MeshConfig, make_mesh
 
 jax.distributed.initialize()
 calls = []
@@ -45,8 +45,8 @@ CONNECTED = """
 import ctypes
 import jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from opsd_jax.pod import connected_mesh
-from opsd_jax.sharding import MeshConfig
+from opsd_jax.host.pod import connected_mesh
+from opsd_jax.model.sharding import MeshConfig
 
 def say(text):
     ctypes.CDLL(None).fflush(None)

@@ -16,7 +16,7 @@ import os, sys, time, jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 if len(sys.argv) > 1:
     jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from opsd_jax.preemption import Preemption
+from opsd_jax.host.preemption import Preemption
 with Preemption() as preemption:
     for step in range(1, 2000):
         print(step, flush=True)

@@ -13,7 +13,9 @@ from opsd_jax.divergence.rows import TokenDivergence
 from opsd_jax.errors import UserError
 from opsd_jax.host.config_text import FREE_TO_CHANGE, first_difference
 from opsd_jax.method.completions import References
-from opsd_jax.run.config import AREAS, FUNCTIONS, SOURCES, load_experiment, load_run
+from opsd_jax.run.config import load_experiment, load_run
+from opsd_jax.run.gin_errors import nearest_field
+from opsd_jax.run.registry import AREAS, FUNCTIONS, SOURCES, resolve
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 QUICKSTART = str(EXPERIMENTS / "quickstart.gin")
@@ -60,15 +62,15 @@ def test_base_gin_lists_every_default():
     sources = set(SOURCES) - {"ModelConfig", "ParquetProblems"}  # the latter as JsonlProblems
     fields = set()
     for name in (*AREAS, *sources):
-        for parameter in inspect.signature((AREAS | SOURCES)[name]).parameters.values():
+        for parameter in inspect.signature(resolve(name)).parameters.values():
             default, field = parameter.default, f"{name}.{parameter.name}"
             literal = isinstance(default, bool | int | float | str | tuple | None)
             fields.add(field)
             if default is not parameter.empty and literal and field != "rollout.pad_id":
                 (line,) = re.findall(rf"^{field} = (.+?)(?: +#.*)?$", text, re.M)
                 assert ast.literal_eval(line) == default, field
-    for name, function in FUNCTIONS.items():
-        parameters = inspect.signature(function).parameters.values()
+    for name in FUNCTIONS:
+        parameters = inspect.signature(resolve(name)).parameters.values()
         fields |= {f"{name}.{p.name} = {p.default}" for p in parameters if p.default is not p.empty}
     missing = {field for field in fields if not re.search(rf"^(# )?{field}( |$)", text, re.M)}
     assert missing == {"rollout.pad_id"}  # the tokenizer's
@@ -91,8 +93,28 @@ def test_weights_of_tokens_are_named_and_bound_in_a_gin_file():
 @pytest.mark.parametrize(
     "bindings, words",
     [
-        (["train.num_stepz = 3"], "num_stepz"),
-        (["trane.num_steps = 3"], "trane"),
+        (
+            ["train.num_stepz = 3"],
+            r"^gin: train has no num_stepz; did you mean train.num_steps\? ",
+        ),
+        (["train.max_new_tokens = 3"], r"has no max_.*; did you mean rollout.max_new_tokens\?"),
+        (["train.xyz = 3"], "train has no xyz; it has model, problems, num_steps, "),
+        (
+            ["trane.num_steps = 3"],
+            r"^gin: there is no trane; did you mean train\? in --gin",
+        ),
+        (["jsonlproblems.path = 'x'"], r"no jsonlproblems; did you mean JsonlProblems\?"),
+        (["qqq.x = 3"], "there is no qqq; there are Benchmark, ChainArithmetic, "),
+        (["train.problems = @JsonProblems()"], r"no @JsonProblems; did you mean @JsonlProblems\?"),
+        (["train.problems = @qqq()"], "there is no @qqq; there are @Benchmark, @ChainArithmetic, "),
+        (["train.probes = (@wrong_prefix_prob,)"], r"did you mean @wrong_prefix_probe\?"),
+        (["train.seed = %seeed", "seed = 3"], r"%seeed is used but never .*; did you mean %seed\?"),
+        (["num_steps = 3"], r"num_steps would be ignored: .*; did you mean train.num_steps\?$"),
+        (
+            ["JsonlProblems.path = 'x'"],
+            "JsonlProblems.path would .*: this experiment uses no @J",
+        ),
+        (["skip_first.num_tokens = 2"], "skip_first.num_tokens would be ignored"),
         (["train.num_steps = 'many'"], "train.num_steps"),
         (["train.num_steps = 0"], "train.num_steps"),
         (["train.problems = @JsonlProblems"], "train.problems"),
@@ -198,6 +220,34 @@ def test_scopes_of_references_that_were_replaced_are_no_error():
     jsonl = ["train.problems = @JsonlProblems()", "JsonlProblems.path = 'x.jsonl'"]
     experiment, _ = load_experiment([QUICKSTART], [*jsonl, "train.heldout = None"])
     assert experiment.train.problems.path == "x.jsonl"
+
+
+def test_what_the_last_file_binds_in_vain_is_told_and_what_it_includes_is_not(tmp_path, caplog):
+    mine = tmp_path / "mine.gin"
+    mine.write_text(f'include "{QUICKSTART}"\nspare = 1\nReasoningGym.seed = 1\ntrain.seed = 2\n')
+    load_experiment([str(mine)])
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        f"{mine}: ReasoningGym.seed would be ignored: this experiment uses no @ReasoningGym",
+        f"{mine}: spare would be ignored: nothing reads %spare",
+    ]
+    caplog.clear()
+    load_experiment([QUICKSTART], ["train.heldout = None", "heldout/ChainArithmetic.seed = 1"])
+    assert "heldout/ChainArithmetic.seed would be ignored" in caplog.records[0].getMessage()
+    caplog.clear()
+    load_experiment([str(mine), QUICKSTART])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", [*AREAS, *SOURCES])
+def test_the_nearest_field_is_the_one_that_was_meant(name):
+    known = {name: resolve(name) for name in (*AREAS, name)}
+    for field in inspect.signature(known[name]).parameters:
+        for typo in (field[1:], field[:-1], field[1:2] + field[:1] + field[2:], f"{field}s"):
+            told = nearest_field(name, typo, known)
+            fields = set(inspect.signature(known[name]).parameters)
+            if len(field) > 5 and typo not in fields:
+                meant = {told} & {f"; did you mean {area}.{field}?" for area in known}
+                assert meant or told.split(".")[-1].rstrip("?") == typo, (typo, told)
 
 
 def test_braces_of_mathematics_are_no_placeholder():

@@ -217,7 +217,7 @@ def test_roles_and_thinking_modes_side_by_side(folder, alone, capsys):
 
 PAIR = """
 from pathlib import Path
-from opsd_jax.evaluate import of_first_process
+from opsd_jax.evaluation.evaluate import of_first_process
 
 folder, *command = arguments
 path = Path(folder) / "pair" / "generations.jsonl"
