@@ -13,9 +13,12 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator
+from decimal import Decimal
+from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Protocol, TypeGuard
 
 from opsd_jax.data import grading
+from opsd_jax.data.numbers import plain_number
 from opsd_jax.errors import UserError
 from opsd_jax.fields import Natural, check, require
 
@@ -173,29 +176,43 @@ class TableProblems:
         solution = ""
         if self.solution_column is not None:
             solution = self._text(place, row, "solution")
-        answer: str | None = ""
-        if self.answer_column is not None:
-            answer = grading.EXTRACTORS[self.answer_from](self._text(place, row, "answer"))
-            if not answer:
-                raise UserError(
-                    f"{place}: no answer of the kind {self.answer_from!r} in "
-                    f"`{self.answer_column}`; correct the row or set "
-                    f"{type(self).__name__}.answer_from."
-                )
+        answer = "" if self.answer_column is None else self._answer(place, row)
         has_id = row.get(self.id_column) is not None
         return Problem(
             id=self._text(place, row, "id") if has_id else default_id,
             question=self._text(place, row, "question"),
             solution=solution,
-            answer=answer or "",
+            answer=answer,
         )
+
+    def _answer(self, place: str, row: dict[str, Any]) -> str:
+        """The key of a row, which its own grader must be able to find in a completion."""
+        name, column = type(self).__name__, self.answer_column
+        text = self._text(place, row, "answer")
+        try:
+            answer = grading.reference_answer(self.answer_from, text)
+        except UserError as error:
+            raise UserError(f"{place}: `{column}` has {error}.") from None
+        if not answer:
+            raise UserError(
+                f"{place}: no answer of the kind {self.answer_from!r} in `{column}`; correct the "
+                f"row or set {name}.answer_from."
+            )
+        if fault := grading.key_fault(grading.find_grader(self.grader), answer):
+            shown = answer if len(answer) <= 80 else answer[:77] + "..."
+            raise UserError(
+                f"{place}: the key {shown!r} {fault}, so that no completion could be right under "
+                f"{name}.grader = {self.grader!r}; correct the row, or set {name}.answer_from or "
+                f"{name}.grader."
+            )
+        return answer
 
     def _text(self, place: str, row: dict[str, Any], field: str) -> str:
         """The text of the column that stands for `field`; numbers only where they make sense."""
         column = getattr(self, f"{field}_column")
         value = row.get(column)
         if field in ("answer", "id") and _is_number(value):
-            value = str(int(value) if value == int(value) else value)
+            value = plain_number(Fraction(str(value)))
         if value is None or (isinstance(value, str) and not value.strip()):
             hint = f"set {type(self).__name__}.{field}_column to one of {', '.join(sorted(row))}"
             if field == "solution":
@@ -244,10 +261,13 @@ class _FileProblems(TableProblems):
         path = pathlib.Path(self.path).expanduser()
         if path.is_file():
             return [path]
+        root, found = path, []
         if path.is_dir():
-            found = sorted(path.rglob(f"*{self.suffix}"))
+            found = list(path.rglob(f"*{self.suffix}"))
         else:
-            found = sorted(map(pathlib.Path, glob.glob(str(path), recursive=True)))
+            root, pattern = _split_pattern(path)
+            found = [root / match for match in glob.glob(pattern, root_dir=root, recursive=True)]
+        found = sorted(p for p in found if p.is_file() and not _is_hidden(p.relative_to(root)))
         if not found:
             raise UserError(
                 f"{type(self).__name__}.path: {self.path} is no file, and no directory or "
@@ -296,6 +316,11 @@ class ParquetProblems(_FileProblems):
         try:
             with pyarrow.parquet.ParquetFile(path) as table:
                 columns = table.schema_arrow.names
+                doubled = [c for c in wanted if columns.count(c) > 1]
+                if doubled:
+                    raise UserError(
+                        f"{path} has two columns `{doubled[0]}`; write it with one of them."
+                    )
                 missing = wanted - {None, self.id_column} - set(columns)
                 if missing:
                     raise UserError(
@@ -336,6 +361,17 @@ class OtherReferences:
         )
 
 
-def _is_number(value: object) -> TypeGuard[int | float]:
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    return is_int or (isinstance(value, float) and math.isfinite(value))
+def _split_pattern(path: pathlib.Path) -> tuple[pathlib.Path, str]:
+    """The folder that is there and the pattern below it: `[1]` in a folder's name is its name."""
+    root = next(parent for parent in path.parents if parent.is_dir())
+    return root, str(path.relative_to(root))
+
+
+def _is_hidden(path: pathlib.Path) -> bool:
+    """Editors and file managers leave copies in `.ipynb_checkpoints` and `._name`."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _is_number(value: object) -> TypeGuard[int | float | Decimal]:
+    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
@@ -15,12 +16,14 @@ import tensorflow_datasets as tfds
 
 from opsd_jax.data import grading
 from opsd_jax.data.builder import ProblemBuilder, generated_problems
+from opsd_jax.data.numbers import plain_number, read_number
 from opsd_jax.data.problems import LoadedProblems, Problem
 from opsd_jax.errors import UserError
 from opsd_jax.fields import Count, Seed, require
 
 SPLITS = ("train", "heldout")
 _HELDOUT_ONE_IN = 10
+_PLAIN = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 # Where some data sets keep an answer of several right ones, having none in the usual place.
 _EXAMPLE_ANSWERS = ("possible_answer", "example_answer", "example_correct_answer")
 
@@ -138,8 +141,13 @@ class ReasoningScorer:
         answer = grading.EXTRACTORS[self.answer_from](completion)
         if answer is None:
             return 0.0
-        score = self._dataset.score_answer(answer, ast.literal_eval(problem.entry))
-        return min(max(float(score), 0.0), 1.0)
+        entry = ast.literal_eval(problem.entry)
+        score = float(self._dataset.score_answer(answer, entry))
+        value = read_number(answer)
+        if score < 1 and value is not None and not _PLAIN.fullmatch(answer):
+            # The library reads one notation; what is written as `1{,}234` is tried as 1234.
+            score = max(score, float(self._dataset.score_answer(plain_number(value), entry)))
+        return min(max(score, 0.0), 1.0)
 
     def extract(self, completion: str) -> str | None:
         """What the scorer is shown; with "final" and "text" that is never nothing."""

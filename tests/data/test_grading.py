@@ -24,6 +24,10 @@ from opsd_jax.errors import UserError
         (r"\boxed{{1}", None),
         (r"\boxed 5", None),
         (r"\boxed{}", ""),
+        (r"\boxed{2} and \boxed{-3}", "2, -3"),
+        (r"$x=\boxed{2}$, $\boxed{3}$ or $\boxed{4}$.", "2, 3, 4"),
+        (r"\boxed{5}, then \boxed{1}, \boxed{2}", "1, 2"),
+        (r"\boxed{1},", "1"),
         ("no box", None),
         ("", None),
     ],
@@ -67,7 +71,7 @@ def test_extract_boxed_equals_its_definition(parts):
         ("-0.0", "0"),
         ("007", "7"),
         ("1, 2, 3", "3"),
-        ("1,2345", "2345"),
+        ("1,2345", None),
         ("in 2 steps.", "2"),
         ("none", None),
         ("\u0665", None),
@@ -87,12 +91,27 @@ def test_last_number_keeps_the_value(value, before):
     ("name", "text", "found"),
     [
         ("hashes", "#### 7\n#### 1,800", "1800"),
+        ("hashes", "#### 18\nThat is all, in 3 steps.", "18"),
+        ("hashes", "#### 18 apples", "18"),
+        ("hashes", "#### $1,018.50", "1018.5"),
+        ("hashes", "#### 3/4", "0.75"),
+        ("hashes", "#### 3 or 4", "3 or 4"),
+        ("hashes", "#### Yes, all 3", "Yes, all 3"),
         ("hashes", "1800", None),
         ("tagged", "<answer>1</answer> no: <answer> 2 </answer>", "2"),
         ("tagged", "<answer>1", None),
         ("final", r"<answer>1</answer> \boxed{2}", "1"),
         ("final", r"is \boxed{2}", "2"),
         ("final", " 3 ", "3"),
+        ("final", r"<answer>\boxed{-4}</answer>", "-4"),
+        ("final", "<answer>$-4$</answer>", "-4"),
+        ("final", r"<answer>It is \boxed{-4}.</answer>", "-4"),
+        ("final", "<think>is it 5?</think>\n\n 3", "3"),
+        ("final", r"so \boxed{5}?</think> \boxed{3}", "3"),
+        ("final", "<answer>5</answer></think>$3$", "3"),
+        ("final", r"<think>maybe \boxed{5}", None),
+        ("tagged", r"<answer>\boxed{-4}</answer>", "-4"),
+        ("tagged", "<answer>$a$ and $b$</answer>", "$a$ and $b$"),
         ("text", " 3 ", "3"),
     ],
 )
@@ -110,6 +129,15 @@ def test_other_extractors(name, text, found):
         ("last_number", "none", "none", 0),
         ("boxed", r"\frac{1}{2}", r"\boxed{ \frac{1} {2} }", 1),
         ("boxed", "5", "5", 0),
+        ("boxed", "2", r"\boxed{1} or \boxed{2}", 0),
+        ("boxed", "$5$", r"\boxed{5}", 1),
+        ("boxed", "5", r"\boxed{$5$}", 1),
+        ("boxed", "(1,2)", r"\boxed{(1,\,2)}", 1),
+        ("boxed", "1 2", r"\boxed{12}", 0),
+        ("boxed", "1 2", r"\boxed{1\;2}", 1),
+        ("boxed", "a b", r"\boxed{ab}", 1),
+        ("last_number", "between 3 and 5", "5", 0),
+        ("last_number", "18 apples", "18", 1),
     ],
 )
 def test_graders(name, answer, completion, grade):
@@ -130,6 +158,10 @@ def test_graders(name, answer, completion, grade):
         ("(1,2)", "(2,1)", 0),
         (r"\sqrt{8}", r"2\sqrt{2}", 1),
         ("7", "garbage" * 1000, 0),
+        ("50%", "0.5", 1),
+        ("1/3", "0.333333", 1),  # its own rounding, as in the official evaluation
+        ("1/3", "0.333", 0),
+        ("1e-5", "5", 0),
     ],
 )
 def test_math_verify(answer, box, grade):
@@ -173,6 +205,54 @@ def test_same_value(answer, other, equal):
     assert grading.same_value(answer, other) == equal
 
 
+@pytest.mark.parametrize(
+    ("grader", "key", "fault"),
+    [
+        ("boxed", "$5$", None),
+        ("boxed", r"\text{Evelyn}", None),
+        ("boxed", "two of them", None),
+        ("boxed", "No.", None),
+        ("boxed", "The answer is 5", "prose"),
+        ("math_verify", "They meet at noon.", "prose"),
+        ("boxed", "5\n6", "prose"),
+        ("boxed", r"so \boxed{5}", "a box of its own"),
+        ("boxed", r"\frac{1}{2", "braces"),
+        ("boxed", "1}", "braces"),
+        ("math_verify", "9" * 2001, "2,000 characters"),
+        ("last_number", "9" * 2001, "2,000 characters"),
+        ("last_number", "five", "not one number"),
+        ("last_number", "3 or 4", "not one number"),
+        ("last_number", "12:30", "not one number"),
+        ("last_number", "1/2", None),
+        ("last_number", "18 apples", None),
+        ("exact", "The answer is 5.", None),
+        (lambda answer, completion: 0.0, "never", None),
+    ],
+)
+def test_a_key_that_can_never_be_right_is_told(grader, key, fault):
+    found = grading.key_fault(grading.find_grader(grader), key)
+    assert (fault is None) == (found is None) and (fault or "") in (found or "")
+
+
+@pytest.mark.parametrize(
+    ("answer_from", "text", "answer"),
+    [
+        ("boxed", r"\boxed{5}, once more: \boxed{ 5 }", "5"),
+        ("boxed", r"\boxed{2} and \boxed{3}", "2, 3"),
+        ("boxed", r"\boxed{\boxed{5}}", "5"),
+        ("boxed", r"\boxed{0.5} that is \boxed{\frac12}", r"\frac12"),
+        ("boxed", r"first \boxed{2}, hence \boxed{3}", UserError),
+        ("text", r"first \boxed{2}, hence \boxed{3}", r"first \boxed{2}, hence \boxed{3}"),
+    ],
+)
+def test_no_box_of_a_reference_is_lost(answer_from, text, answer):
+    if answer is UserError:
+        with pytest.raises(UserError, match="several boxes, '2' and '3'"):
+            grading.reference_answer(answer_from, text)
+    else:
+        assert grading.reference_answer(answer_from, text) == answer
+
+
 def test_an_unknown_grader_is_told():
     with pytest.raises(UserError, match=r"JsonlProblems.grader is 'latex'.*boxed, math_verify"):
         grading.find_grader("latex", "JsonlProblems.grader")
@@ -191,6 +271,8 @@ MEGABYTES = [
     "-" * 2_000_000,
     "#" * 2_000_000,
     "<answer>" * 200_000 + "</answer>" * 200_000,
+    "\\boxed{1}," * 100_000,
+    "x1 " * 500_000,
 ]
 
 
@@ -199,6 +281,7 @@ def test_extraction_is_linear(text):
     """A quadratic scan of these would take hours."""
     for extract in grading.EXTRACTORS.values():
         extract(text)
+    grading.reference_answer("final", text[:500_000])
 
 
 @settings(max_examples=200)

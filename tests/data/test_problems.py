@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import decimal
 import json
 import pickle
 
@@ -122,6 +123,31 @@ def test_directories_and_patterns(write, tmp_path):
     assert ids == ["a"]
 
 
+def test_hidden_copies_are_not_read(write, tmp_path):
+    write(ROW, name="d/a.jsonl")
+    write(ROW | {"id": "b"}, name="d/.ipynb_checkpoints/a-checkpoint.jsonl")
+    write(ROW | {"id": "c"}, name="d/._a.jsonl")
+    for path in (tmp_path / "d", tmp_path / "d" / "*.jsonl", tmp_path / "d" / "**" / "*.jsonl"):
+        assert [p.id for p in JsonlProblems(str(path)).load().problems] == ["a"]
+    hidden = tmp_path / "d" / ".ipynb_checkpoints"  # named outright it is not hidden
+    assert [p.id for p in JsonlProblems(str(hidden)).load().problems] == ["b"]
+
+
+def test_a_path_with_brackets_is_a_path_where_it_is_there(write, tmp_path):
+    write(ROW, name="run [1]/a.jsonl")
+    write(ROW | {"id": "other"}, name="run 1/a.jsonl")
+    for path in ("run [1]", "run [1]/a.jsonl", "run [1]/*.jsonl", "run [[]1]/*.jsonl"):
+        loaded = JsonlProblems(str(tmp_path / path)).load()
+        assert [p.id for p in loaded.problems] == ["a"], path
+    assert [p.id for p in JsonlProblems(str(tmp_path / "run [0-9]/*")).load().problems] == ["other"]
+
+
+def test_a_folder_that_only_looks_like_a_file_is_not_read(write, tmp_path):
+    write(ROW, name="d/a.jsonl")
+    (tmp_path / "d" / "old.jsonl").mkdir()
+    assert len(JsonlProblems(str(tmp_path / "d")).load()) == 1
+
+
 def test_slices_hold_rows_out(write):
     path = write(*(ROW | {"id": str(i)} for i in range(5)))
     train, held_out = JsonlProblems(path, stop=3).load(), JsonlProblems(path, start=3).load()
@@ -163,6 +189,48 @@ def test_an_answer_that_is_not_where_it_should_be_is_told(write):
         JsonlProblems(write(ROW), answer_column="solution", answer_from="boxed").load()
 
 
+@pytest.mark.parametrize(
+    ("key", "settings", "answer"),
+    [
+        ("$5$", {}, "$5$"),
+        (1.5e-07, {}, "0.00000015"),
+        (1e22, {}, "1" + "0" * 22),
+        (0.1, {}, "0.1"),
+        (-0.0, {}, "0"),
+        (2**60 + 1, {}, str(2**60 + 1)),
+        (2.50, {"grader": "last_number"}, "2.5"),
+    ],
+)
+def test_keys_in_any_notation_are_found(write, key, settings, answer):
+    loaded = JsonlProblems(write(ROW | {"answer": key}), **settings).load()
+    problem = loaded[0]
+    assert problem.answer == answer
+    for text in (answer, answer.strip("$"), f"${answer.strip('$')}$"):
+        assert loaded.grade(problem, rf"so \boxed{{{text}}}") == 1.0
+    assert loaded.grade(problem, r"so \boxed{7}") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("key", "settings", "words"),
+    [
+        ("The answer is five.", {}, "'The answer is five.' is prose.*grader = 'boxed'"),
+        ("five", {"grader": "last_number"}, "not one number.*grader = 'last_number'"),
+        ("9" * 2001, {}, r"'9+\.\.\.' is longer than 2,000 characters"),
+        (r"so \boxed{5}", {}, "box of its own.*answer_from"),
+        (
+            r"\boxed{2}, hence \boxed{5}",
+            {"answer_from": "boxed"},
+            "`answer` has several boxes, '2' and '5' among them; keep",
+        ),
+    ],
+)
+def test_a_key_that_no_completion_can_match_is_named(write, key, settings, words):
+    with pytest.raises(UserError, match=f"rows.jsonl:2: .*{words}") as caught:
+        fine = ROW | {"answer": r"\boxed{2}" if "answer_from" in settings else "2"}
+        JsonlProblems(write(fine, ROW | {"id": "b", "answer": key}), **settings).load()
+    assert "\n" not in str(caught.value)
+
+
 def test_graders_travel_without_the_problems(write):
     loaded = JsonlProblems(write(*(ROW | {"id": str(i)} for i in range(999)))).load()
     assert len(pickle.dumps(loaded.grade)) < 1000
@@ -196,6 +264,29 @@ def test_bad_parquet_is_told(write_parquet, tmp_path):
     broken.write_bytes(b"PAR1 not really PAR1")
     with pytest.raises(UserError, match="broken.parquet: not a readable parquet file"):
         ParquetProblems(str(broken)).load()
+
+
+def test_a_doubled_parquet_column_is_told(tmp_path):
+    names, columns = zip(*ROW.items(), strict=True)
+    path = str(tmp_path / "rows.parquet")
+    values = [pyarrow.array([column]) for column in (*columns, "other")]
+    table = pyarrow.Table.from_arrays(values, names=[*names, "answer"])
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(UserError, match="rows.parquet has two columns `answer`"):
+        ParquetProblems(path).load()
+    unread = pyarrow.Table.from_arrays(values[:-1] * 2, names=[*names, *(f"x{n}" for n in "1111")])
+    pyarrow.parquet.write_table(unread, path)
+    assert ParquetProblems(path).load()[0] == Problem(**ROW)
+
+
+def test_numbers_of_parquet_files(tmp_path):
+    path = str(tmp_path / "rows.parquet")
+    rows = [ROW | {"answer": decimal.Decimal("1.50")}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert ParquetProblems(path).load()[0].answer == "1.5"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROW | {"answer": float("inf")}]), path)
+    with pytest.raises(UserError, match="rows.parquet:1: `answer` must be text.*float"):
+        ParquetProblems(path).load()
 
 
 def test_other_references_keep_the_answers(write):

@@ -89,6 +89,33 @@ def test_a_scorer_that_evaluates_text_is_kept_in_its_pool():
     assert grades[2] == Grade(1.0, answer=texts[2])
 
 
+@pytest.mark.parametrize(
+    ("completion", "grade"),
+    [
+        (r"<answer>\boxed{%s}</answer>", 1),
+        ("<answer>$%s$</answer>", 1),
+        ("<think>is it 0?</think>\n%s", 1),
+        (r"<think>\boxed{%s}", 0),
+        ("<answer>%s1</answer>", 0),
+    ],
+)
+def test_answers_are_found_in_tags_and_boxes_and_behind_thoughts(cache_dir, completion, grade):
+    problems = ReasoningGym("chain_sum", SUMS, num_problems=3, seed=0).load(cache_dir)
+    for problem in problems.problems:
+        found = problems.grade(problem, completion % problem.answer)
+        assert (found == 1.0) == bool(grade)
+
+
+def test_a_scorer_that_reads_one_notation_is_shown_a_plain_number():
+    params = {"min_terms": 2, "max_terms": 2, "min_digits": 4, "max_digits": 4}
+    problems = ReasoningGym("chain_sum", params, num_problems=5).load()
+    for problem in problems.problems:
+        grouped = f"{int(problem.answer):,}"
+        for text in (grouped, grouped.replace(",", "{,}").replace("-", "\u2212")):
+            assert problems.grade(problem, f"\\boxed{{{text}}}") == 1.0
+        assert problems.grade(problem, f"\\boxed{{{grouped}.5}}") < 1.0
+
+
 def test_answers_vote_by_value_or_by_text():
     same = ReasoningScorer("chain_sum", {}, "final").same
     assert same("1,234", "1234.0") and same("a b", "a  b")
