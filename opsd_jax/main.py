@@ -10,51 +10,66 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from opsd_jax.errors import UserError
 from opsd_jax.fields import Count, Seed, check, hints_of
+from opsd_jax.run import flags
+
+MOST_ROLLOUTS_SHOWN = 1024  # of opsd tokens, in one batch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command and runs it; returns the exit status."""
-    arguments = parser().parse_args(argv)
+    try:
+        arguments = parser().parse_args(argv)
+    except UserError as error:
+        return ended(str(error), 2)
+    command = f"opsd {arguments.command}"
     try:
         arguments.run(arguments)
     except UserError as error:
-        print(f"opsd {arguments.command}: {error}", file=sys.stderr)
-        return 2
+        return ended(f"{command}: {error}", 2)
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
-        print(f"opsd {arguments.command}: interrupted", file=sys.stderr)
-        return 130
+        return ended(f"{command}: interrupted", 130)
     except OSError as error:
         # A full disk or a forbidden folder is the user's to mend; anything else is a bug.
         if error.filename is None and error.errno is None:
             raise
-        print(f"opsd {arguments.command}: {error}", file=sys.stderr)
-        return 2
+        return ended(f"{command}: {error}", 2)
     return 0
+
+
+def ended(why: str, status: int) -> int:
+    """Says why, on one line, escaping what a terminal could not show; returns the status."""
+    print(why.encode(errors="backslashreplace").decode(), file=sys.stderr)
+    return status
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands and flags."""
-    root = argparse.ArgumentParser(
+    root = flags.Parser(
         prog="opsd", description="On-policy self-distillation of language models, in JAX."
     )
     commands = root.add_subparsers(dest="command", required=True)
 
     train = commands.add_parser("train", help="run an experiment; resumes a workdir")
     add_gin(train, required=True)
-    train.add_argument("--workdir", required=True, help="made if missing; resumed if it has a run")
+    train.add_argument(
+        "--workdir",
+        type=flags.folder,
+        required=True,
+        help="made if missing; resumed if it has a run",
+    )
     add_distributed(train)
     train.set_defaults(run=run_train)
 
     export = commands.add_parser("export", help="write a model for transformers, vLLM or PEFT")
-    export.add_argument("--workdir", required=True)
+    export.add_argument("--workdir", type=flags.folder, required=True)
     add_step(export)
-    export.add_argument("--out", required=True, help="folder to write")
+    export.add_argument("--out", type=flags.folder, required=True, help="folder to write")
     export.add_argument("--format", choices=("hf", "peft"), default="hf")
     export.set_defaults(run=run_export)
 
@@ -70,63 +85,91 @@ def add_asking(commands: Any) -> None:
     add_model(evaluate).add_argument(
         "--compare",
         nargs=2,
+        type=flags.folder,
         metavar=("A", "B"),
         help="two folders of opsd eval: B minus A with an interval over problems",
     )
-    evaluate.add_argument("--out", help="folder of the generations (default: WORKDIR/eval/NAME)")
+    evaluate.add_argument(
+        "--out", type=flags.folder, help="folder of the generations (default: WORKDIR/eval/NAME)"
+    )
     add_distributed(evaluate)
     evaluate.set_defaults(run=run_eval)
 
     generate = commands.add_parser("generate", help="stream an answer to the terminal")
     add_model(generate)
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
-    generate.add_argument("--top_k", type=int, default=0)
-    generate.add_argument("--top_p", type=float, default=1.0)
-    generate.add_argument("--min_p", type=float, default=0.0)
-    generate.add_argument("--repetition_penalty", type=float, default=1.0)
-    generate.add_argument("--presence_penalty", type=float, default=0.0)
-    generate.add_argument("--stop", action="append", default=[], help="end before this text")
-    generate.add_argument("--max_tokens", type=int, default=256)
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--prompt", type=flags.text, required=True)
+    for name, kind, default, words in (
+        ("temperature", flags.number, 0.0, "0 = greedy"),
+        ("top_k", flags.integer, 0, "entries kept; 0 = all"),
+        ("top_p", flags.number, 1.0, "probability kept; 1 = all"),
+        ("min_p", flags.number, 0.0, "least share of the largest probability"),
+        ("repetition_penalty", flags.number, 1.0, "1 = off"),
+        ("presence_penalty", flags.number, 0.0, "0 = off"),
+        ("max_tokens", flags.integer, 256, "of the answer, at most"),
+        ("seed", flags.integer, 0, "of the sampling"),
+    ):
+        generate.add_argument(
+            f"--{name}", type=kind, default=default, help=f"{words} (default {default})"
+        )
+    generate.add_argument(
+        "--stop", type=flags.some_text, action="append", default=[], help="end before this text"
+    )
     generate.set_defaults(run=run_generate)
 
 
 def add_looking(commands: Any) -> None:
     """`tokens` and `report`: what runs did."""
     tokens = commands.add_parser("tokens", help="where the teacher disagrees, token by token")
-    tokens.add_argument("--workdir", required=True, help="a training run; `report` shows the file")
+    tokens.add_argument(
+        "--workdir",
+        type=flags.folder,
+        required=True,
+        help="a training run; `report` shows the file",
+    )
     add_step(tokens)
-    tokens.add_argument("--num", type=int, default=8, help="rollouts")
-    tokens.add_argument("--seed", type=int, default=0)
+    tokens.add_argument("--num", type=flags.integer, default=8, help="rollouts")
+    tokens.add_argument("--seed", type=flags.integer, default=0)
     tokens.set_defaults(run=run_tokens)
 
     report = commands.add_parser("report", help="many runs on one html page")
     report.add_argument(
         "--workdir",
+        type=flags.labelled_folder,
         action="append",
         required=True,
         help="DIR, or LABEL=DIR to group by label; repeatable, the first method is the reference",
     )
-    report.add_argument("--out", required=True, help="the html file to write")
-    report.add_argument("--name", default="", help="title of the page")
-    report.add_argument("--levels", type=float, nargs="+", default=[0.7, 0.8, 0.9])
+    report.add_argument("--out", type=flags.file, required=True, help="the html file to write")
+    report.add_argument("--name", type=flags.text, default="", help="title of the page")
+    report.add_argument(
+        "--levels", type=flags.level, nargs="+", default=[0.7, 0.8, 0.9], help="accuracies to reach"
+    )
     report.set_defaults(run=run_report)
 
 
 def add_gin(command: argparse.ArgumentParser, required: bool) -> None:
     """--gin_file and --gin_bindings, both repeatable."""
-    command.add_argument("--gin_file", action="append", default=[], required=required)
     command.add_argument(
-        "--gin_bindings", action="append", default=[], help="e.g. 'train.num_steps = 3'"
+        "--gin_file", type=flags.file, action="append", default=[], required=required
+    )
+    command.add_argument(
+        "--gin_bindings",
+        type=flags.text,
+        action="append",
+        default=[],
+        help="e.g. 'train.num_steps = 3'",
     )
 
 
 def add_model(command: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
     """Exactly one of --workdir [--step] and --model."""
     which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("--workdir", help="a training run")
-    which.add_argument("--model", help="a Hugging Face directory, a .gguf file, or 'smollm2'")
+    which.add_argument("--workdir", type=flags.folder, help="a training run")
+    which.add_argument(
+        "--model",
+        type=flags.file_or_folder,
+        help="a Hugging Face directory, a .gguf file, or 'smollm2'",
+    )
     add_step(command)
     return which
 
@@ -135,18 +178,10 @@ def add_step(command: argparse.ArgumentParser) -> None:
     """--step of a --workdir."""
     command.add_argument(
         "--step",
-        type=number_or_best,
+        type=flags.step,
         metavar="N|best",
         help="a checkpoint; 0 is the base (default: the guard's choice, else the latest)",
     )
-
-
-def number_or_best(text: str) -> int | str:
-    if text == "best":
-        return text
-    if text.isdecimal():
-        return int(text)
-    raise argparse.ArgumentTypeError(f"must be a number or 'best', not {text!r}")
 
 
 def add_distributed(command: argparse.ArgumentParser) -> None:
@@ -165,7 +200,14 @@ def join_pod(arguments: argparse.Namespace) -> None:
     if arguments.distributed:
         import jax
 
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"--distributed: {reason} (JAX finds the other processes under SLURM, Open MPI, "
+                "Kubernetes and on Cloud TPU; a single process needs no --distributed)"
+            ) from None
 
 
 def refuse(arguments: argparse.Namespace, chosen: str, *flags: str) -> None:
@@ -244,9 +286,10 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_tokens(arguments: argparse.Namespace) -> None:
+    check("--seed", arguments.seed, Seed)
+    check("--num", arguments.num, Annotated[int, ">= 1", f"<= {MOST_ROLLOUTS_SHOWN}"])
     from opsd_jax.run.token_view import tokens_command
 
-    check("--seed", arguments.seed, Seed)
     tokens_command(arguments.workdir, arguments.step, arguments.num, arguments.seed)
 
 

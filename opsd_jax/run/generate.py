@@ -48,6 +48,7 @@ def generate_command(
             raise UserError(f"--model={model}: no tokenizer files there")
         decoder, tokenizer, variables = found.model, found.tokenizer, {"params": found.params}
         ids = tokenizer.render(prompt)
+    check_length(len(ids), settings.max_new_tokens, decoder.config.max_positions)
     settings = settings.for_tokenizer(tokenizer.stop_ids, tokenizer.pad_id)
     lengths = jnp.array([len(ids)], jnp.int32)
     tokens = stream(
@@ -56,6 +57,20 @@ def generate_command(
     for text in texts(tokens, tokenizer, stop):
         print(text, end="", flush=True)
     print()
+
+
+def check_length(prompt_len: int, max_tokens: int, max_positions: int) -> None:
+    """Refuses an answer without a prompt, or beyond the positions that the model was trained for.
+
+    The KV cache is allocated for all of them at once.
+    """
+    if not prompt_len:
+        raise UserError("--prompt must not be empty: this model adds no tokens of its own")
+    if prompt_len + max_tokens > max_positions:
+        raise UserError(
+            f"--max_tokens must be at most {max_positions - prompt_len}, not {max_tokens}: the "
+            f"model has {max_positions} positions, of which the prompt takes {prompt_len}"
+        )
 
 
 def texts(tokens: Iterable[int], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[str]:

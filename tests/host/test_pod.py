@@ -20,7 +20,7 @@ def commands(workdir, method: str, *num_steps: int) -> list[list[str]]:
 # of the first; or the two processes side by side along `model`.
 ORDERED = """
 import json, numpy as np
-from opsd_jax import sharding
+from opsd_jax.model import sharding
 make, order = jax.make_mesh, json.loads(arguments.pop(0))
 def make_mesh(shape, names, types, devices):
     return make(shape, names, types, devices=[devices[i] for i in order])

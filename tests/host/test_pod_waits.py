@@ -8,7 +8,8 @@ from tests.two_processes import run_pair
 MADE_ONCE = """
 import json
 import numpy as np
-from opsd_jax import base_model, warm_start
+from opsd_jax.run import base_model
+from opsd_jax.testbed import warm_start
 from opsd_jax.errors import UserError
 from opsd_jax.model.sharding import FULLY_SHARDED, MeshConfig, make_mesh
 

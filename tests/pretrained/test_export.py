@@ -162,7 +162,7 @@ def test_each_device_reads_its_own_slices_only(family, tmp_path, monkeypatch):
 PROCESS = """
 import sys, jax
 from jax.sharding import AxisType
-from opsd_jax.pretrained import SafetensorsDirectory, load_pretrained
+from opsd_jax.pretrained.load import SafetensorsDirectory, load_pretrained
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
 read, original = [], SafetensorsDirectory.read

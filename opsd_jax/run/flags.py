@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Types of the command line's values: what argparse asks of each before anything is loaded.
+
+Each takes the text behind a flag and raises argparse.ArgumentTypeError, which the parser tells with
+the flag's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from typing import Any
+
+from opsd_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a usage error in one sentence, as every other one."""
+
+    def error(self, message: str) -> Any:
+        message = re.sub(r"^argument (\S+): (?=must|cannot)", r"\1 ", " ".join(message.split()))
+        shortened = message if len(message) <= 300 else message[:300] + "..."
+        raise UserError(f"{self.prog}: {shortened}; see {self.prog} --help")
+
+
+def text(value: str) -> str:
+    """Text that can be encoded and written."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"must be valid Unicode, not {_shown(value)}") from None
+    if "\0" in value:
+        raise argparse.ArgumentTypeError(f"must hold no NUL character, not {_shown(value)}")
+    return value
+
+
+def some_text(value: str) -> str:
+    if not value:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text(value)
+
+
+def integer(value: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,40}", value.strip()):  # int() gives up at 4,300 digits
+        raise argparse.ArgumentTypeError(f"must be an integer, not {_shown(value)}")
+    return int(value)
+
+
+def number(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, not {_shown(value)}") from None
+
+
+def level(value: str) -> float:
+    """An accuracy to reach."""
+    found = number(value)
+    if not 0 < found <= 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], not {value}")
+    return found
+
+
+def step(value: str) -> int | str:
+    """A checkpoint's number, or "best"."""
+    if value == "best":
+        return value
+    if re.fullmatch(r"[0-9]{1,9}", value):
+        return int(value)
+    raise argparse.ArgumentTypeError(f"must be a number or 'best', not {_shown(value)}")
+
+
+def folder(value: str) -> str:
+    """A folder that is there or can be made."""
+    if _exists(value) and not os.path.isdir(value):
+        raise argparse.ArgumentTypeError(f"must be a folder, and {_shown(value)} is none")
+    return value
+
+
+def file(value: str) -> str:
+    """A file to read or to write; whether it is there is told by its reader."""
+    if _exists(value) and not os.path.isfile(value):
+        raise argparse.ArgumentTypeError(f"must be a file, and {_shown(value)} is none")
+    return value
+
+
+def file_or_folder(value: str) -> str:
+    """Not a pipe or a device, whose reading may never end."""
+    if _exists(value) and not (os.path.isdir(value) or os.path.isfile(value)):
+        raise argparse.ArgumentTypeError(f"must be a folder or a file, and {_shown(value)} is none")
+    return value
+
+
+def labelled_folder(value: str) -> str:
+    """DIR or LABEL=DIR."""
+    if not os.path.isdir(some_text(value)):
+        folder(value.rpartition("=")[2] if "=" in value else value)
+    return value
+
+
+def _exists(value: str) -> bool:
+    """Whether there is something of that name; refuses what no file system takes for a name."""
+    try:
+        os.stat(some_text(value))
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot be {_shown(value)}: {error.strerror}") from None
+    return True
+
+
+def _shown(value: str) -> str:
+    return ascii(value if len(value) <= 60 else value[:60] + "...")
