@@ -241,7 +241,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
         return
     if arguments.model:
         refuse(arguments, "model", "step")
-    from opsd_jax.run.finished_run import evaluate_command
+    from opsd_jax.run.eval import evaluate_command
 
     join_pod(arguments)
     evaluate_command(
@@ -280,7 +280,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    from opsd_jax.run.finished_run import export_command
+    from opsd_jax.run.export import export_command
 
     export_command(arguments.workdir, arguments.step, arguments.out, arguments.format)
 
@@ -288,7 +288,7 @@ def run_export(arguments: argparse.Namespace) -> None:
 def run_tokens(arguments: argparse.Namespace) -> None:
     check("--seed", arguments.seed, Seed)
     check("--num", arguments.num, Annotated[int, ">= 1", f"<= {MOST_ROLLOUTS_SHOWN}"])
-    from opsd_jax.run.token_view import tokens_command
+    from opsd_jax.run.tokens import tokens_command
 
     tokens_command(arguments.workdir, arguments.step, arguments.num, arguments.seed)
 

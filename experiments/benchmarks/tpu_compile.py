@@ -28,10 +28,10 @@ from jax.sharding import AxisType, Mesh
 from opsd_jax.errors import UserError
 from opsd_jax.method.batch import Batch
 from opsd_jax.method.train_step import jitted_step
-from opsd_jax.model.sharding import batch_sharding, on_mesh
+from opsd_jax.model.sharding import batch_sharding, check_batch, on_mesh
 from opsd_jax.pretrained.config import config_from_hf
+from opsd_jax.run.assembly import assemble
 from opsd_jax.run.config import load_experiment
-from opsd_jax.run.experiment import assemble
 from opsd_jax.sampling.prompts import Context
 
 
@@ -52,6 +52,7 @@ def compiled_step(experiment, config, mesh, widths):
     tokenizer = SimpleNamespace(
         vocab_size=config.vocab_size, pad_id=0, stop_ids=(0,), encode=lambda text: [0]
     )
+    check_batch(experiment.train.batch_size, experiment.train.num_micro_batches, mesh)
     parts = assemble(experiment, config, tokenizer, mesh)
     rows = batch_sharding(mesh)
 

@@ -36,8 +36,8 @@ _Key = tuple[str, str, str]  # scope, name, parameter; without a parameter it is
 
 
 def finished_run(workdir: str, step: int | None = None) -> Any:
-    """@FinishedRun(): the student of a run as a model (`finished_base.FinishedRun`)."""
-    from opsd_jax.run.finished_base import FinishedRun
+    """@FinishedRun(): the student of a run as a model (`finished_run.FinishedRun`)."""
+    from opsd_jax.run.finished_run import FinishedRun
 
     return FinishedRun(workdir, _load_beside, step)
 

@@ -32,7 +32,9 @@ def generate_command(
     if "" in stop:
         raise UserError("--stop must not be empty")
     if workdir:
-        from opsd_jax.run.finished_run import restore_run  # late: a model from files needs no gin
+        # Late: a model from files needs no gin.
+        from opsd_jax.run.config import load_run
+        from opsd_jax.run.finished_run import restore_run
 
         run = restore_run(workdir, step, with_teacher=False)
         decoder, tokenizer, variables = run.parts.model, run.tokenizer, run.student

@@ -31,7 +31,8 @@ from opsd_jax.host.progress import ProgressLine
 from opsd_jax.method.batch import Batch
 from opsd_jax.method.train_step import TrainState
 from opsd_jax.model.sharding import shard_batch
-from opsd_jax.run.experiment import Assembly, Experiment, teacher_variables
+from opsd_jax.run.assembly import Assembly, teacher_variables
+from opsd_jax.run.experiment import Experiment
 from opsd_jax.run.stepping import (
     GradeAll,
     Taken,

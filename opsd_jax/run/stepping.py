@@ -17,7 +17,7 @@ from opsd_jax.errors import UserError
 from opsd_jax.method.batch import Batch
 from opsd_jax.method.train_step import TrainState, jit_halves, jit_sample, jit_step
 from opsd_jax.model.sharding import gathered_rows, local_rows, shard_batch
-from opsd_jax.run.experiment import Assembly
+from opsd_jax.run.assembly import Assembly
 from opsd_jax.sampling.prompts import Completion, Context
 
 GradeAll = Callable[[list[Problem], list[str]], list[Grade]]

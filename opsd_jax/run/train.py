@@ -31,17 +31,15 @@ from opsd_jax.host.preemption import Preemption
 from opsd_jax.host.progress import ProgressLine
 from opsd_jax.method.completions import References
 from opsd_jax.method.train_step import TrainState
-from opsd_jax.model.sharding import num_bytes
-from opsd_jax.run.experiment import (
+from opsd_jax.model.sharding import check_batch, num_bytes
+from opsd_jax.run.assembly import (
     Assembly,
-    Base,
-    Experiment,
-    assemble,
     external_variables,
     frozen_variables,
     initial_state,
-    load_teacher,
+    load_models,
 )
+from opsd_jax.run.experiment import Base, Experiment
 from opsd_jax.run.loop import BEST_METRIC, Loop, saved
 from opsd_jax.run.stepping import GradeAll, check_answers
 from opsd_jax.sampling.slots import Sampler
@@ -60,50 +58,65 @@ def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict
         fit, a full disk, or a loss that is not finite.
     """
     workdir = Path(workdir)
-    settings = experiment.train
-    mesh = connected_mesh(experiment.mesh)
     with ExitStack() as stack:
-        progress = stack.enter_context(ProgressLine(settings.num_steps))
-        say, bases = progress.note, str(workdir / "base")
-        stack.enter_context(only_writer(workdir, say))
+        progress = stack.enter_context(ProgressLine(experiment.train.num_steps))
+        stack.enter_context(only_writer(workdir, progress.note))
         check_config(workdir, config_text)
-        base = settings.model.load(mesh, experiment.mesh.rules, bases, say)
-        external = load_teacher(experiment, base.tokenizer, mesh, bases, say)
-        parts = assemble(
-            experiment, base.config, base.tokenizer, mesh, external and external.config
-        )
-        problems = settings.problems.load(str(workdir / "problems"))
-        batches = training_batches(experiment, problems, base.tokenizer, say)
-        evaluator = make_evaluator(experiment, parts, base.tokenizer, workdir, stack)
-        tell_contamination(problems, evaluator, say)
-        wait_for_all()
-        folder, kept = workdir / "checkpoints", settings.keep_checkpoints
-        checkpoints = stack.enter_context(Checkpoints(folder, kept, BEST_METRIC, say))
-        state, tokens, start = start_or_resume(
-            checkpoints, parts, batches, base, external, settings.seed
-        )
-        base = base._replace(params={})  # a bfloat16 base has been copied to be trained
-        write_config(workdir, config_text)
-        say(
-            f"{num_bytes(state.trainable) // 4:,} trainable parameters, {len(problems):,} "
-            f"problems, mesh {dict(mesh.shape)}, from step {start}"
-        )
-        loop = Loop(
-            experiment,
-            workdir,
-            parts,
-            base.tokenizer,
-            problems,
-            grading(problems, settings.grader_workers, stack),
-            evaluator,
-            make_writers(experiment, workdir, start, config_text, stack),
-            checkpoints,
-            progress,
-            guard_of(experiment, workdir, start),
-            tokens_total=tokens,
-            meta={"config": config_text},
-        )
+        loop, state, batches, start = prepare(experiment, config_text, workdir, progress, stack)
         return loop.run(state, batches, start, stack.enter_context(Preemption()))
+
+
+def prepare(
+    experiment: Experiment,
+    config_text: str,
+    workdir: Path,
+    progress: ProgressLine,
+    stack: ExitStack,
+) -> tuple[Loop, TrainState, Any, int]:
+    """Loads all that a run is made of and restores what it left: (loop, state, batches, step).
+
+    config.gin is written last, when all that can be wrong with the input has been seen.
+
+    Args:
+      experiment, config_text, workdir: as in `train`.
+      progress: told what happens meanwhile.
+      stack: what has to be closed after the run is entered there.
+    """
+    settings, say = experiment.train, progress.note
+    mesh = connected_mesh(experiment.mesh)
+    check_batch(settings.batch_size, settings.num_micro_batches, mesh)
+    base, external, parts = load_models(experiment, workdir, say)
+    problems = settings.problems.load(str(workdir / "problems"))
+    batches = training_batches(experiment, problems, base.tokenizer, say)
+    evaluator = make_evaluator(experiment, parts, base.tokenizer, workdir, stack)
+    tell_contamination(problems, evaluator, say)
+    wait_for_all()
+    folder, kept = workdir / "checkpoints", settings.keep_checkpoints
+    checkpoints = stack.enter_context(Checkpoints(folder, kept, BEST_METRIC, say))
+    state, tokens, start = start_or_resume(
+        checkpoints, parts, batches, base, external, settings.seed
+    )
+    write_config(workdir, config_text)
+    say(
+        f"{num_bytes(state.trainable) // 4:,} trainable parameters, {len(problems):,} "
+        f"problems, mesh {dict(mesh.shape)}, from step {start}"
+    )
+    loop = Loop(
+        experiment,
+        workdir,
+        parts,
+        base.tokenizer,
+        problems,
+        grading(problems, settings.grader_workers, stack),
+        evaluator,
+        make_writers(experiment, workdir, start, config_text, stack),
+        checkpoints,
+        progress,
+        guard_of(experiment, workdir, start),
+        tokens_total=tokens,
+        meta={"config": config_text},
+    )
+    return loop, state, batches, start
 
 
 def train_whole(experiment: Experiment, config_text: str, workdir: Path) -> Run:

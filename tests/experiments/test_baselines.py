@@ -28,8 +28,8 @@ from opsd_jax.model.sharding import (
     shard_batch,
     variable_shardings,
 )
+from opsd_jax.run.assembly import same_tokens, split_trainable
 from opsd_jax.run.config import load_experiment
-from opsd_jax.run.experiment import same_tokens, split
 from opsd_jax.run.stepping import to_batch
 from opsd_jax.sampling.prompts import Context
 from opsd_jax.testbed.world import ChainTokenizer
@@ -45,7 +45,10 @@ def sampled(source, **changes):
     method = method_of(Distillation(), completions=source, group_size=1, **changes)
     external = tiny_variables(changes["external"].config) if "external" in changes else None
     state = init_state(
-        method, *split(tiny_variables(tiny_config())), jax.random.key(0), external=external
+        method,
+        *split_trainable(tiny_variables(tiny_config())),
+        jax.random.key(0),
+        external=external,
     )
     return jax.jit(partial(sample_completion, method))(state, tiny_batch(8))
 
@@ -96,7 +99,9 @@ def graded_steps(method, devices, num_micro_batches=1, num_steps=2):
     mesh = make_mesh(MeshConfig(), devices)
     boxed = jax.eval_shape(lambda k: init_variables(method.model, k), jax.random.key(0))
     variables = variable_shardings(boxed, mesh, FULLY_SHARDED)
-    start = init_state(method, *split(tiny_variables(method.model.config)), jax.random.key(0))
+    start = init_state(
+        method, *split_trainable(tiny_variables(method.model.config)), jax.random.key(0)
+    )
     shardings = state_shardings(method, start, variables, mesh)
     state = jax.device_put(jax.tree.map(jax.numpy.copy, start), shardings)
     sample, learn = jit_halves(method, shardings, mesh, FULLY_SHARDED)

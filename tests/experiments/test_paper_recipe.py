@@ -15,8 +15,8 @@ from opsd_jax.method.batch import Batch
 from opsd_jax.method.train_step import train_step
 from opsd_jax.model.sharding import MeshConfig, make_mesh
 from opsd_jax.pretrained.config import config_from_hf
+from opsd_jax.run.assembly import assemble
 from opsd_jax.run.config import load_experiment
-from opsd_jax.run.experiment import assemble
 from opsd_jax.sampling.prompts import Context
 from tests.tiny import WordTokenizer
 

@@ -24,7 +24,7 @@ from opsd_jax.method.teacher import TeacherConfig
 from opsd_jax.method.train_step import Method, init_state, sample_completion, update
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.head import Head, head_logits, output_head
-from opsd_jax.run.experiment import split
+from opsd_jax.run.assembly import split_trainable
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.prompts import Completion
 from tests.tiny import tiny_batch, tiny_config, tiny_variables
@@ -227,8 +227,8 @@ def rollouts():
     variables = tiny_variables(method.model.config)
     rng = np.random.default_rng(1)
     older = jax.tree.map(lambda x: x + 0.03 * rng.normal(size=x.shape).astype(x.dtype), variables)
-    state = init_state(method, *split(variables), jax.random.key(0))
-    old_state = init_state(method, *split(older), jax.random.key(0))
+    state = init_state(method, *split_trainable(variables), jax.random.key(0))
+    old_state = init_state(method, *split_trainable(older), jax.random.key(0))
     batch = tiny_batch(8)
     completion = jax.jit(partial(sample_completion, method))(old_state, batch)
     rewards = jnp.array([1, 0, 1, 1, 0, 0, 0, 0], jnp.float32)

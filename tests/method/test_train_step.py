@@ -32,7 +32,7 @@ from opsd_jax.model.sharding import (
     shard_batch,
     variable_shardings,
 )
-from opsd_jax.run.experiment import split
+from opsd_jax.run.assembly import split_trainable
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.prompts import Completion
 from tests.tiny import tiny_batch, tiny_config, tiny_variables
@@ -50,7 +50,9 @@ def method_of(config, teacher="initial", **changes) -> Method:
 
 
 def state_of(method: Method, seed: int = 0):
-    return init_state(method, *split(tiny_variables(method.model.config)), jax.random.key(seed))
+    return init_state(
+        method, *split_trainable(tiny_variables(method.model.config)), jax.random.key(seed)
+    )
 
 
 @partial(jax.jit, static_argnums=0)

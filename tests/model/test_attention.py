@@ -18,7 +18,7 @@ from opsd_jax.model.config import NO_WINDOW
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.kv_cache import KV
 from opsd_jax.model.sharding import FULLY_SHARDED, MeshConfig, make_mesh
-from opsd_jax.run.experiment import check_attention
+from opsd_jax.run.assembly import check_attention
 from opsd_jax.sampling.config import RolloutConfig
 from tests.tiny import tiny_batch, tiny_config, tiny_variables
 

@@ -9,8 +9,8 @@ import pytest
 from opsd_jax.errors import UserError
 from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.model.sharding import make_mesh
+from opsd_jax.run.assembly import assemble, frozen_variables, initial_state
 from opsd_jax.run.config import load_experiment
-from opsd_jax.run.experiment import assemble, frozen_variables, initial_state
 from opsd_jax.run.loop import saved
 from tests.tiny import WordTokenizer, tiny_config, tiny_variables
 

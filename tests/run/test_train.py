@@ -187,7 +187,7 @@ def test_eval_generate_export_of_a_run(whole, tmp_path, capsys, monkeypatch):
     # 16 problems, sampled and greedy, student and teacher.
     assert (folder / "generations.jsonl").read_text().count("\n") == 64
     # The student alone is asked and exported: a teacher may be large, or gone.
-    monkeypatch.setattr("opsd_jax.run.finished_run.load_teacher", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("opsd_jax.run.assembly.load_teacher", lambda *_: pytest.fail("loaded"))
     assert main(["generate", f"--workdir={whole}", "--prompt=1+2*3+4", "--max_tokens=5"]) == 0
     assert main(["export", f"--workdir={whole}", f"--out={tmp_path / 'hf'}"]) == 0
     assert (tmp_path / "hf" / "model.safetensors").exists()

@@ -14,7 +14,7 @@ import pytest
 from opsd_jax.data.tokenizer import HFTokenizer
 from opsd_jax.main import main
 from opsd_jax.pretrained.export import save_pretrained
-from opsd_jax.run.finished_run import plain_model
+from opsd_jax.run.eval import plain_model
 from tests.data.test_tokenizer import byte_tokenizer
 from tests.tiny import tiny_config, tiny_variables
 from tests.two_processes import run_pair

@@ -33,6 +33,7 @@ from opsd_jax.method.scoring import completion_hidden
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.head import head_logits, output_head
 from opsd_jax.model.sharding import on_mesh
+from opsd_jax.run.config import load_run
 from opsd_jax.run.finished_run import Restored, restore_run
 from opsd_jax.run.train import grading
 from opsd_jax.sampling.config import RolloutConfig
@@ -259,7 +260,7 @@ def tokens_command(workdir: str, step: int | str | None, num: int, seed: int) ->
     """
     if num < 1:
         raise UserError(f"--num must be at least 1, not {num}")
-    run = restore_run(workdir, step)
+    run = restore_run(workdir, step, load_run)
     if run.teacher is None:
         raise UserError(
             f"--workdir={workdir}: its teacher.model is of another shape than the student, and "

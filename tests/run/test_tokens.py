@@ -20,7 +20,7 @@ from opsd_jax.main import main
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.head import output_head
 from opsd_jax.pretrained.export import save_pretrained
-from opsd_jax.run.token_view import TokenComparison, compare_tokens, token_rows, token_texts
+from opsd_jax.run.tokens import TokenComparison, compare_tokens, token_rows, token_texts
 from opsd_jax.sampling.prompts import Completion
 from tests.data.test_tokenizer import SPECIAL, byte_tokenizer
 from tests.divergence.oracle import Choice, probabilities, report, top_k
@@ -270,6 +270,6 @@ def test_bad_input_is_one_line_and_status_2(workdir, capsys):
 
 def test_a_teacher_of_another_shape_is_refused(monkeypatch, capsys):
     found = SimpleNamespace(teacher=None)
-    monkeypatch.setattr("opsd_jax.run.token_view.restore_run", lambda workdir, step: found)
+    monkeypatch.setattr("opsd_jax.run.tokens.restore_run", lambda *_: found)
     assert main(["tokens", "--workdir=runs/x"]) == 2
     assert "runs/x: its teacher.model is of another shape" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from opsd_jax.errors import UserError
 from opsd_jax.main import main
 from opsd_jax.model.sharding import FULLY_SHARDED, MeshConfig, make_mesh
 from opsd_jax.pretrained.export import merge_lora
-from opsd_jax.run.config import finished_run
+from opsd_jax.run.config import finished_run, load_run
 from opsd_jax.run.finished_run import restore_run
 from tests.run.test_train import command
 
@@ -25,7 +25,7 @@ def test_its_adapters_are_merged_and_its_step_is_the_guards(tmp_path):
     mesh, said = make_mesh(MeshConfig()), []
     found = {}
     for step in (1, 2):
-        expected = restore_run(str(tmp_path / "run"), step)
+        expected = restore_run(tmp_path / "run", step, load_run)
         config, variables = expected.parts.model.config, expected.student
         assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(variables["lora"]))
         found[step] = merge_lora(config, variables)

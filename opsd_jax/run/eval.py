@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`opsd eval`: held-out accuracy of a run or of a model from files, sample by sample."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from opsd_jax.errors import UserError
+from opsd_jax.evaluation.evaluate import Evaluator
+from opsd_jax.evaluation.generations import BY_PROBLEM_FILE, GenerationLog
+from opsd_jax.evaluation.statistics import table
+from opsd_jax.host.checkpoint_record import checksums
+from opsd_jax.host.files import write_json_lines, write_whole
+from opsd_jax.host.lock import only_writer
+from opsd_jax.host.metrics import plain
+from opsd_jax.run.assembly import load_models
+from opsd_jax.run.config import load_experiment, load_run
+from opsd_jax.run.finished_run import Restored, restore_run, say
+from opsd_jax.run.train import make_evaluator
+
+
+def plain_model(path: str, gin_files: Sequence[str] = (), bindings: Sequence[str] = ()) -> Restored:
+    """A model from files in the place of a run: student and teacher are the same weights."""
+    if not gin_files:
+        raise UserError("--model needs --gin_file, which says on what and how it is evaluated")
+    # What an experiment must bind and the evaluation of a model from files does not look at.
+    untrained = (
+        "train.problems = @ChainArithmetic()",
+        "train.num_steps = 1",
+        "train.batch_size = 1",
+        "train.learning_rate = 1.0",
+        "rollout.max_new_tokens = 1024",
+    )
+    chosen = (
+        "train.model = @PretrainedModel()",
+        f"PretrainedModel.path = {path!r}",
+        "train.lora = None",
+    )
+    experiment, _ = load_experiment(gin_files, [*bindings, *chosen], untrained)
+    base, _, parts = load_models(experiment, "", say, with_teacher=False)
+    variables = {"params": base.params}
+    return Restored(experiment, parts, base.tokenizer, variables, variables, 0)
+
+
+def evaluate_command(
+    gin_files: Sequence[str],
+    bindings: Sequence[str],
+    workdir: str | None,
+    model: str | None,
+    step: int | str | None,
+    out: str | None,
+) -> dict[str, float]:
+    """`opsd eval`: samples, grades and counts; run again, it goes on where it was stopped.
+
+    The folder has evaluation.json (what was evaluated), generations.jsonl (one line each, written
+    as they come), by_problem.jsonl and summary.json.
+    """
+    if workdir:
+        run = restore_run(workdir, step, lambda own: load_run(own, gin_files, bindings))
+    else:
+        run = plain_model(str(model), gin_files, bindings)
+    what = Path(gin_files[-1]).stem if gin_files else "heldout"
+    which = f"step_{run.step:06d}" if workdir else Path(str(model)).name
+    folder = Path(out) if out else Path(workdir or ".") / "eval" / f"{what}_{which}"
+    with ExitStack() as stack:
+        cache = Path(workdir) if workdir else folder
+        evaluator = make_evaluator(run.experiment, run.parts, run.tokenizer, cache, stack)
+        if evaluator is None:
+            raise UserError("train.heldout is None: bind it to the problems to evaluate on")
+        writes = jax.process_index() == 0
+        stack.enter_context(only_writer(folder, say))
+        log = stack.enter_context(GenerationLog(folder, record_of(run, evaluator), writes))
+        check_same_folder(folder, log)
+        if log.found:
+            say(f"{folder}: going on after {len(log.found):,} generations")
+        found = evaluator(run.student, run.teacher, log)
+    if writes:
+        write_json_lines(folder / BY_PROBLEM_FILE, found.by_problem)
+        text = json.dumps(plain({"step": run.step} | found.metrics), indent=1, allow_nan=False)
+        write_whole(folder / "summary.json", text + "\n")
+        say(table(found.metrics))
+        print(text)
+    return found.metrics
+
+
+def check_same_folder(folder: Path, log: GenerationLog) -> None:
+    """Waits until every process has read the generations so far: the same for all.
+
+    Raises:
+      UserError: they are not, and the processes would wait for each other for ever.
+    """
+    if jax.process_count() > 1:
+        number = zlib.crc32(json.dumps(sorted(log.found)).encode())
+        seen = multihost_utils.process_allgather(np.uint32(number))
+        if len(set(seen.tolist())) > 1:
+            raise UserError(
+                f"--out: {folder} has other generations on other hosts; it must be a folder that "
+                "all of them see"
+            )
+
+
+def record_of(run: Restored, evaluator: Evaluator) -> dict[str, Any]:
+    """All that decides what an evaluation samples and how it is graded, one flat level."""
+    config = evaluator.config
+    record: dict[str, Any] = {
+        "step": run.step,
+        "problems": re.sub(r" at 0x[0-9a-f]+", "", repr(run.experiment.train.heldout)),
+        "dtype": run.experiment.train.dtype,
+        "roles": list(config.roles),
+        "num_samples": config.num_samples,
+        "greedy": config.greedy,
+        "seed": config.seed,
+    }
+    for name, value in dataclasses.asdict(evaluator.settings).items():
+        record[f"sampling.{name}"] = value
+    for name, variables in (("student", run.student), ("teacher", run.teacher)):
+        record[f"{name}.weights"] = _digest(sorted(checksums(variables).items()))
+    for role, prompts in evaluator.prompts.items():
+        record[f"{role}.prompts"] = _digest([(p.problem.id, p.ids) for p in prompts])
+        record[f"{role}.answers"] = _digest([(p.problem.id, p.problem.answer) for p in prompts])
+    return record
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
