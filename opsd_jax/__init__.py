@@ -19,16 +19,44 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+# name -> where it is defined. None of them is the name of a submodule of opsd_jax, whose import
+# would put the module in its place.
 _HOME = {
+    # Whole runs.
+    "train": "opsd_jax.run.notebook",
+    "evaluate": "opsd_jax.run.notebook",
+    "load_run": "opsd_jax.run.notebook",
+    "plot": "opsd_jax.evaluation.plot",
+    "load_experiment": "opsd_jax.run.config",
+    "UserError": "opsd_jax.errors",
+    # Models.
     "load_model": "opsd_jax.pretrained.interface",
     "forward": "opsd_jax.pretrained.interface",
+    "load_tokenizer": "opsd_jax.data.tokenizer",
+    "Decoder": "opsd_jax.model.decoder",
+    "ModelConfig": "opsd_jax.model.config",
+    "LoraConfig": "opsd_jax.model.config",
+    "random_variables": "opsd_jax.run.by_hand",
+    "MeshConfig": "opsd_jax.model.sharding",
+    "make_mesh": "opsd_jax.model.sharding",
+    # Problems and what each role sees of them.
+    "Problem": "opsd_jax.data.problems",
+    "ContextConfig": "opsd_jax.data.contexts",
+    "make_batch": "opsd_jax.run.by_hand",
+    "ChainArithmetic": "opsd_jax.testbed.problems",
+    "ChainTokenizer": "opsd_jax.testbed.world",
+    # One step.
+    "Context": "opsd_jax.sampling.prompts",
+    "Batch": "opsd_jax.method.batch",
     "rollout": "opsd_jax.sampling.rollout",
     "RolloutConfig": "opsd_jax.sampling.config",
     "Completion": "opsd_jax.sampling.prompts",
-    "DivergenceConfig": "opsd_jax.divergence.losses",
+    "compare": "opsd_jax.method.objective",
+    "DivergenceConfig": "opsd_jax.divergence.config",
     "train_step": "opsd_jax.method.train_step",
-    "load_experiment": "opsd_jax.run.config",
-    "UserError": "opsd_jax.errors",
+    "Method": "opsd_jax.method.train_step",
+    "init_state": "opsd_jax.method.train_step",
+    "TeacherConfig": "opsd_jax.method.teacher",
 }
 _MODULES = ("divergence",)
 
@@ -39,9 +67,11 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"opsd_jax.{name}")
     if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
+        found = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = found
+        return found
     raise AttributeError(f"module 'opsd_jax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__})
