@@ -23,10 +23,6 @@ __version__ = "0.1.0"
 # would put the module in its place.
 _HOME = {
     # Whole runs.
-    "train": "opsd_jax.run.notebook",
-    "evaluate": "opsd_jax.run.notebook",
-    "load_run": "opsd_jax.run.notebook",
-    "plot": "opsd_jax.evaluation.plot",
     "load_experiment": "opsd_jax.run.config",
     "UserError": "opsd_jax.errors",
     # Models.
