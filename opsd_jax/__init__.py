@@ -1,13 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """On-policy self-distillation in JAX (arXiv 2601.18734): one model is student and teacher.
 
-The names below are the stable Python interface. They are imported on first use, so that
-`import opsd_jax` costs nothing and the numerical core needs jax, flax and optax alone.
+Whole runs, as the command line has them; a call that is repeated goes on where it was stopped:
 
-    model, variables = opsd_jax.load_model(path)
+    run = opsd_jax.train("experiments/quickstart.gin", "runs/quick", ["train.num_steps = 60"])
+    run.metrics["eval/student/accuracy"]    # [N] float64, aligned with run.steps
+    run.samples()[0]["completion"], run.student, run.model, run.tokenizer
+    opsd_jax.evaluate("runs/quick", step="best")["eval/student/accuracy"]
+    opsd_jax.plot({"OPSD": "runs/quick", "GRPO": ["runs/grpo_1", "runs/grpo_2"]})
+
+`load_run(workdir)` reads a run that is there, `load_experiment(gin_files, bindings)` what would be
+run, an `Experiment` that `train` takes too. All that is wrong with an input is a `UserError`.
+
+A model:
+
+    model, variables = opsd_jax.load_model(path)  # or Decoder(ModelConfig(…)), random_variables
+    tokenizer = opsd_jax.load_tokenizer(path)     # or ChainTokenizer() of the built-in world
     logits = opsd_jax.forward(model, variables, ids, lengths)
-    completion = opsd_jax.rollout(model, variables, prompt_ids, prompt_lengths, key, config)
+
+One step by hand: problems (`Problem`, or `ChainArithmetic(…).load(None)`) under a `ContextConfig`
+become a `Batch` of two `Context`s, the student's rollout a `Completion`, and `compare` gives the
+divergence and entropies of every token of it:
+
+    batch = opsd_jax.make_batch(contexts, tokenizer, problems)
+    config = opsd_jax.RolloutConfig(64, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
+    completion = opsd_jax.rollout(
+        model, variables, batch.student.ids, batch.student.lengths, jax.random.key(0), config
+    )
+    terms = opsd_jax.compare(
+        model, opsd_jax.DivergenceConfig(), variables, teacher_variables, batch, completion
+    )
     opsd_jax.divergence.forward_kl(student_logits, teacher_logits)
+
+With an update: `train_step(method, state, batch)`, where method is a `Method`, built of a
+`TeacherConfig` and others, and state comes from `init_state`. Adapters are `LoraConfig`; a mesh of
+devices is `make_mesh(MeshConfig())`. notebooks/one_step.ipynb and experiments/minimal.py do this.
+
+Names are imported on first use, so that `import opsd_jax` costs nothing and the numerical core
+needs jax, flax and optax alone.
 
 The shape alphabet of the whole package: B batch, T tokens (queries), S keys, P student prompt,
 Q teacher prompt, C completion, V vocabulary, D model width, F MLP width, L layers, N query heads,
@@ -23,6 +53,10 @@ __version__ = "0.1.0"
 # would put the module in its place.
 _HOME = {
     # Whole runs.
+    "train": "opsd_jax.run.notebook",
+    "evaluate": "opsd_jax.run.notebook",
+    "load_run": "opsd_jax.run.notebook",
+    "plot": "opsd_jax.evaluation.plot",
     "load_experiment": "opsd_jax.run.config",
     "UserError": "opsd_jax.errors",
     # Models.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -87,6 +88,22 @@ class Run:
         points = ((number(line, x), number(line, y)) for line in self.history)
         kept = [p for p in points if None not in p]
         return np.array(kept, np.float64).reshape(-1, 2)
+
+
+class Columns(dict[str, np.ndarray]):
+    """Metrics by name; one that no step has is told with the nearest names."""
+
+    def __missing__(self, name: str) -> np.ndarray:
+        near = difflib.get_close_matches(str(name), self, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(f"no step has a metric {name!r}{hint}")
+
+
+def columns(run: Run) -> Columns:
+    """Every metric of a run as [N] float64 over its lines, NaN where a line has none."""
+    names = dict.fromkeys(name for line in run.history for name in line)
+    values = {name: [number(line, name) for line in run.history] for name in names}
+    return Columns({name: np.array(row, np.float64) for name, row in values.items()})
 
 
 class Group(NamedTuple):

@@ -54,7 +54,7 @@ def plain_model(path: str, gin_files: Sequence[str] = (), bindings: Sequence[str
     return Restored(experiment, parts, base.tokenizer, variables, variables, 0)
 
 
-def evaluate_command(
+def evaluate_held_out(
     gin_files: Sequence[str],
     bindings: Sequence[str],
     workdir: str | None,
@@ -62,10 +62,13 @@ def evaluate_command(
     step: int | str | None,
     out: str | None,
 ) -> dict[str, float]:
-    """`opsd eval`: samples, grades and counts; run again, it goes on where it was stopped.
+    """Samples, grades and counts; called again, it goes on where it was stopped.
 
     The folder has evaluation.json (what was evaluated), generations.jsonl (one line each, written
     as they come), by_problem.jsonl and summary.json.
+
+    Returns:
+      "step" and the metrics of the evaluation.
     """
     if workdir:
         run = restore_run(workdir, step, lambda own: load_run(own, gin_files, bindings))
@@ -86,13 +89,23 @@ def evaluate_command(
         if log.found:
             say(f"{folder}: going on after {len(log.found):,} generations")
         found = evaluator(run.student, run.teacher, log)
+    metrics = {"step": run.step} | found.metrics
     if writes:
         write_json_lines(folder / BY_PROBLEM_FILE, found.by_problem)
-        text = json.dumps(plain({"step": run.step} | found.metrics), indent=1, allow_nan=False)
-        write_whole(folder / "summary.json", text + "\n")
-        say(table(found.metrics))
-        print(text)
-    return found.metrics
+        write_whole(folder / "summary.json", as_json(metrics) + "\n")
+    return metrics
+
+
+def evaluate_command(*arguments: Any) -> None:
+    """`opsd eval`: `evaluate_held_out`, shown as a table and printed as json."""
+    metrics = evaluate_held_out(*arguments)
+    if jax.process_index() == 0:
+        say(table(metrics))
+        print(as_json(metrics))
+
+
+def as_json(metrics: dict[str, float]) -> str:
+    return json.dumps(plain(metrics), indent=1, allow_nan=False)
 
 
 def check_same_folder(folder: Path, log: GenerationLog) -> None:

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs from Python, for notebooks and scripts: `train`, `evaluate` and `load_run`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opsd_jax.data.tokenizer import Tokenizer
+from opsd_jax.errors import UserError
+from opsd_jax.evaluation.runs import ACCURACY, Columns, Run, columns, newest, read_run
+from opsd_jax.host.files import read_json_lines
+from opsd_jax.model.decoder import Decoder
+from opsd_jax.run.config import load_experiment
+from opsd_jax.run.config import load_run as load_config
+from opsd_jax.run.eval import evaluate_held_out
+from opsd_jax.run.experiment import Experiment
+from opsd_jax.run.finished_run import Restored, restore_run
+from opsd_jax.run.gin_text import gin_lines
+from opsd_jax.run.train import train as train_in
+
+Lines = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+class TrainingRun(Run):
+    """A workdir as one looks at it in a notebook; what needs the model is loaded on first use.
+
+    Attributes:
+      workdir: the folder.
+      config: text of config.gin; `settings` has its bindings by name.
+      history: the lines of metrics.jsonl as dicts.
+    """
+
+    @cached_property
+    def metrics(self) -> Columns:
+        """Every metric by name, [N] float64, aligned with `steps`; NaN where a step has none."""
+        return columns(self)
+
+    @property
+    def steps(self) -> np.ndarray:
+        """[N] int64, the steps that were logged."""
+        return np.array([line["step"] for line in self.history], np.int64)
+
+    def samples(self, step: int | None = None) -> list[dict[str, Any]]:
+        """Graded completions of an evaluation (role, question, completion, reward, …).
+
+        Args:
+          step: of the evaluation; None is the latest.
+        """
+        folder = self.workdir / "samples"
+        path = newest(folder) if step is None else folder / f"step_{step:06d}.jsonl"
+        if path is None or not path.exists():
+            known = sorted(int(p.stem.removeprefix("step_")) for p in folder.glob("step_*.jsonl"))
+            raise UserError(f"{folder} has no samples of step {step}; it has steps {known}")
+        return read_json_lines(path)
+
+    @cached_property
+    def restored(self) -> Restored:
+        """Student, decoder and tokenizer after the guard's choice or the latest checkpoint."""
+        return restore_run(self.workdir, None, load_config, with_teacher=False)
+
+    @property
+    def student(self) -> dict:
+        """The student's variables, {"params"[, "lora"]}."""
+        return self.restored.student
+
+    @property
+    def model(self) -> Decoder:
+        return self.restored.parts.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.restored.tokenizer
+
+    def __repr__(self) -> str:
+        parts = [repr(str(self.workdir)), f"step {self.last_step}"]
+        if total := self.settings.get("train.num_steps"):
+            parts[1] += f" of {total}"
+        if self.num_tokens:
+            parts.append(
+                f"{self.num_tokens:,.0f} {'generated' if self.generates else 'target'} tokens"
+            )
+        if len(accuracy := self.series(ACCURACY)):
+            parts.append(f"{ACCURACY} {accuracy[0, 1]:.3f} -> {accuracy[-1, 1]:.3f}")
+        return f"TrainingRun({', '.join(parts)})"
+
+
+def load_run(workdir: str | os.PathLike[str]) -> TrainingRun:
+    """Reads a workdir of `train`, finished or not: `load_run(workdir).metrics["loss/divergence"]`.
+
+    Raises:
+      UserError: no such folder, or one that no run has written to.
+    """
+    return TrainingRun(**vars(read_run(Path(workdir))))
+
+
+def train(
+    experiment: Lines | Experiment, workdir: str | os.PathLike[str], bindings: Lines = ()
+) -> TrainingRun:
+    """Runs or resumes an experiment, as `opsd train` does; returns the run.
+
+    Called again with the same arguments it goes on where it was stopped. An interrupted call
+    (Ctrl-C, a notebook's stop button, SIGTERM) saves after the current step and returns.
+
+    Args:
+      experiment: a gin file or several, or an `Experiment` (of `load_experiment`, say).
+      workdir: made if missing; resumed if it holds the same experiment.
+      bindings: one gin binding or several, such as "train.num_steps = 3".
+
+    Raises:
+      UserError: what is wrong, in one sentence.
+    """
+    if isinstance(experiment, Experiment):
+        lines = [*gin_lines(experiment), *_listed(bindings)]
+        found, text = load_experiment([], lines)
+        if not bindings and found != experiment:
+            raise UserError("this Experiment cannot be written as gin; train from a gin file")
+    else:
+        found, text = load_experiment(_listed(experiment), _listed(bindings))
+    train_in(found, text, Path(workdir))
+    return load_run(workdir)
+
+
+def evaluate(
+    workdir_or_model: str | os.PathLike[str],
+    gin_file: Lines | None = None,
+    bindings: Lines = (),
+    step: int | str | None = None,
+    out: str | None = None,
+) -> dict[str, float]:
+    """Held-out accuracy of a run or a model from files, as `opsd eval` has it; returns metrics.
+
+    Args:
+      workdir_or_model: a workdir of `train`, or what `load_model` reads.
+      gin_file: what to evaluate on; a run's own held-out problems without one.
+      bindings: one gin binding or several, after the files.
+      step: of a run: a checkpoint, 0 for the base, "best"; None as in `load_run`.
+      out: folder of the generations; None is WORKDIR/eval/NAME.
+
+    Returns:
+      "step" and eval/* metrics, as summary.json has them.
+
+    Raises:
+      UserError: what is wrong, in one sentence.
+    """
+    path = os.fspath(workdir_or_model)
+    is_run = (Path(path) / "config.gin").exists()
+    if not is_run and step is not None:
+        raise UserError(f"step = {step!r} does not apply to {path}, which is no training workdir")
+    files = [] if gin_file is None else _listed(gin_file)
+    workdir, model = (path, None) if is_run else (None, path)
+    return evaluate_held_out(files, _listed(bindings), workdir, model, step, out)
+
+
+def _listed(lines: Lines) -> list[str]:
+    """One line or path, or several."""
+    several = [lines] if isinstance(lines, str | os.PathLike) else lines
+    return [str(line) for line in several]
