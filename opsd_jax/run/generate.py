@@ -36,7 +36,7 @@ def generate_command(
         from opsd_jax.run.config import load_run
         from opsd_jax.run.finished_run import restore_run
 
-        run = restore_run(workdir, step, with_teacher=False)
+        run = restore_run(workdir, step, load_run, with_teacher=False)
         decoder, tokenizer, variables = run.parts.model, run.tokenizer, run.student
         contexts = run.experiment.contexts
         text = contexts.prompt(Problem("prompt", prompt, "", ""), "evaluation")

@@ -8,9 +8,9 @@ import inspect
 from typing import Any
 
 from opsd_jax.errors import UserError
-from opsd_jax.run.config import AREAS, FUNCTIONS, SOURCES
 from opsd_jax.run.experiment import Experiment
 from opsd_jax.run.finished_run import FinishedRun
+from opsd_jax.run.registry import AREAS, FUNCTIONS, SOURCES
 
 
 def gin_lines(experiment: Experiment) -> list[str]:
@@ -61,13 +61,9 @@ def _value(lines: list[str], value: Any, place: str) -> str:
     )
 
 
-def _name_of(of: Any, named: dict[str, Any]) -> str | None:
+def _name_of(of: Any, named: dict[str, str]) -> str | None:
     """The gin name of a class or function of ours."""
     if of is FinishedRun:
         return "FinishedRun"
     place = f"{of.__module__}:{of.__qualname__}"
-    return next((name for name, other in named.items() if _place(other) == place), None)
-
-
-def _place(of: Any) -> str:
-    return of if isinstance(of, str) else f"{of.__module__}:{of.__qualname__}"
+    return next((name for name, other in named.items() if other == place), None)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs from Python: what a notebook does with `train`, `evaluate`, `load_run` and `plot`."""
+
+import dataclasses
+import json
+import signal
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import opsd_jax
+from opsd_jax.evaluation.runs import ACCURACY, TOKENS
+from opsd_jax.run.gin_text import gin_lines
+from opsd_jax.run.loop import Loop
+from tests.run.test_train import QUICKSTART, TINY
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Two steps of one run, trained in two calls of one process."""
+    workdir = tmp_path_factory.mktemp("run")
+    for num_steps in (1, 2):
+        run = opsd_jax.train(QUICKSTART, workdir, [*TINY, f"train.num_steps = {num_steps}"])
+        assert run.last_step == num_steps
+    return workdir
+
+
+def test_metrics_are_arrays_that_keep_in_step(workdir):
+    run = opsd_jax.load_run(workdir)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    np.testing.assert_array_equal(run.steps, [0, 1, 2])
+    for name in ("loss/divergence", ACCURACY, TOKENS):
+        wanted = [line.get(name) for line in lines]
+        assert run.metrics[name].dtype == np.float64
+        np.testing.assert_array_equal(run.metrics[name], np.array(wanted, float))
+    assert np.isnan(run.metrics["loss/divergence"][0])
+    with pytest.raises(opsd_jax.UserError, match="no step has .* did you mean eval/student/acc"):
+        run.metrics["eval/student/acuracy"]
+    assert run.settings["train.num_steps"] == "2"
+
+
+def test_a_run_shows_samples_itself_and_its_student(workdir):
+    run = opsd_jax.load_run(str(workdir))
+    assert {row["role"] for row in run.samples()} == {"student", "teacher"}
+    assert run.samples(0) != run.samples()
+    with pytest.raises(opsd_jax.UserError, match=r"no samples of step 7; it has steps \[0, 1, 2\]"):
+        run.samples(7)
+    tokens, accuracy = run.metrics[TOKENS][-1], run.metrics[ACCURACY]
+    assert repr(run) == (
+        f"TrainingRun({str(workdir)!r}, step 2 of 2, {tokens:,.0f} generated tokens, "
+        f"{ACCURACY} {accuracy[0]:.3f} -> {accuracy[-1]:.3f})"
+    )
+    logits = opsd_jax.forward(run.model, run.student, [run.tokenizer.encode("1+2?")])
+    assert logits.shape == (1, 3, 37) and np.isfinite(logits).all()
+
+
+def test_evaluate_gives_what_training_logged(workdir, capsys):
+    run = opsd_jax.load_run(workdir)
+    found = opsd_jax.evaluate(workdir)
+    assert found["step"] == 2 and found[ACCURACY] == run.metrics[ACCURACY][-1]
+    assert opsd_jax.evaluate(workdir, step=0)[ACCURACY] == run.metrics[ACCURACY][0]
+    assert capsys.readouterr().out == ""
+    few = opsd_jax.evaluate(workdir, None, "evaluate.num_problems = 8", out=str(workdir / "few"))
+    assert few["eval/student/num_problems"] == 8
+
+
+def test_what_is_wrong_is_a_user_error(workdir, tmp_path):
+    for wrong, words in (
+        (lambda: opsd_jax.load_run(tmp_path / "none"), "no such folder"),
+        (lambda: opsd_jax.train("none.gin", tmp_path / "run"), "none.gin"),
+        (lambda: opsd_jax.train(QUICKSTART, workdir, TINY + ["train.seed = 5"]), "train.seed was"),
+        (lambda: opsd_jax.evaluate(tmp_path / "model"), "gin_file"),
+        (lambda: opsd_jax.evaluate("smollm2", step=3), "does not apply"),
+        (lambda: opsd_jax.plot([]), "at least one run"),
+        (lambda: opsd_jax.plot(workdir, y="eval/acuracy"), "did you mean"),
+    ):
+        with pytest.raises(opsd_jax.UserError, match=words):
+            wrong()
+
+
+def test_an_interrupt_saves_and_the_same_call_goes_on(tmp_path, monkeypatch):
+    """The stop button of a notebook is SIGINT, in the middle of a step."""
+    bindings = [*TINY, "train.num_steps = 4", "train.heldout = None", "train.eval_every_steps = 0"]
+    report = Loop.report
+
+    def stop_at_two(self, step, *rest):
+        if step.number == 2:
+            signal.raise_signal(signal.SIGINT)
+        return report(self, step, *rest)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "report", stop_at_two)
+        run = opsd_jax.train(QUICKSTART, tmp_path, bindings)
+    assert 2 <= run.last_step < 4 and signal.getsignal(signal.SIGINT) is before
+    assert (tmp_path / "checkpoints" / str(run.last_step)).is_dir()
+    assert opsd_jax.train(QUICKSTART, tmp_path, bindings).last_step == 4
+
+
+def test_an_experiment_changed_in_python_is_kept_as_gin(workdir, tmp_path):
+    experiment, _ = opsd_jax.load_experiment([QUICKSTART], [*TINY, "train.num_steps = 1"])
+    settings = dataclasses.replace(experiment.train, num_steps=3, learning_rate=0.25)
+    experiment = dataclasses.replace(experiment, train=settings)
+    found, text = opsd_jax.load_experiment([], gin_lines(experiment))
+    assert found == experiment and "train.learning_rate = 0.25" in text
+    with pytest.raises(opsd_jax.UserError, match="train.probes.0 = .* cannot be kept"):
+        mine = dataclasses.replace(settings, probes=(lambda *_: {},))
+        opsd_jax.train(dataclasses.replace(experiment, train=mine), tmp_path)
+    assert not (tmp_path / "config.gin").exists()
+
+
+def test_plot_draws_every_point_and_a_band_over_seeds(workdir):
+    pytest.importorskip("matplotlib")
+    run = opsd_jax.load_run(workdir)
+    figure = opsd_jax.plot(run, y=[ACCURACY, "loss/divergence"])
+    for axes, name in zip(figure.axes, (ACCURACY, "loss/divergence"), strict=True):
+        (line,) = axes.lines
+        np.testing.assert_array_equal(line.get_xydata(), run.series(name, TOKENS))
+    assert figure.axes[0].get_xlabel() == "generated tokens"
+    figure = opsd_jax.plot({"ours": [workdir, run], "other": str(workdir)}, x="step")
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["ours (2 runs)", "other"] and len(figure.axes[0].collections) == 1
+
+
+def test_plot_names_the_extra(workdir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(opsd_jax.UserError, match=r"needs matplotlib: pip install '\.\[plot\]'"):
+        opsd_jax.plot(workdir)
+
+
+def test_a_batch_by_hand_says_which_prompt_is_too_long():
+    problems = opsd_jax.ChainArithmetic(num_problems=3).load(None)
+    templates = dict(student="{question}?", teacher="{question}|{solution}?")
+    contexts = opsd_jax.ContextConfig(**templates, evaluation="{question}?", teacher_max_tokens=9)
+    with pytest.raises(opsd_jax.UserError, match="contexts.teacher_max_tokens = 9"):
+        opsd_jax.make_batch(contexts, opsd_jax.ChainTokenizer(), problems)
+    model = opsd_jax.Decoder(opsd_jax.ModelConfig(37, 1, 8, 1, 1, 8, 8))
+    variables = opsd_jax.random_variables(model, jax.random.key(0))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables))
