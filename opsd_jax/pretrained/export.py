@@ -6,8 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,6 @@ from opsd_jax.pretrained.config import config_to_hf
 from opsd_jax.pretrained.tensor_names import Leaf, file_shapes, leaves, to_file
 
 MAX_SHARD_BYTES = 5 * 10**9
-
-# What this module writes beside config.json, whatever the number of shards.
-_WEIGHT_FILES = re.compile(
-    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
-    r"|adapter_model\.safetensors|adapter_config\.json"
-)
 
 
 def merge_lora(config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,6 +66,7 @@ def save_pretrained(
     variables: Mapping[str, Any],
     tokenizer: Any = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    stop_ids: Sequence[int] = (),
 ) -> None:
     """Writes a directory that `transformers`, vLLM and `load_pretrained` read.
 
@@ -81,22 +75,22 @@ def save_pretrained(
     process 0 writes.
 
     Args:
-      out_dir: made if missing; the weights and adapters of an older export are removed first,
-        so that no reader ever finds two models, and other files of the same names are replaced.
+      out_dir: a new or empty folder; it has the whole model or, killed half-way, nothing.
       config: the model's.
       variables: {"params", "lora"?}; adapters are merged.
       tokenizer: an `HFTokenizer`; any other kind has no Hugging Face form and is left out.
       max_shard_bytes: a larger model is split.
+      stop_ids: those of a run, besides the tokenizer's own.
 
     Raises:
-      UserError: a full disk, say; nothing in `out_dir` has changed.
+      UserError: `out_dir` has files already, or the disk is full.
     """
     raw = config_to_hf(config)
     params = merge_lora(config, variables)
     plan = leaves(config, params)
     dtype = str(params["embed"].dtype)
     raw["torch_dtype"] = dtype
-    ids = _token_ids(tokenizer)
+    ids = _token_ids(tokenizer, stop_ids, config.vocab_size)
     itemsize = np.dtype(jnp.dtype(dtype)).itemsize
     shards = _shards(
         {n: int(np.prod(s)) * itemsize for n, s in file_shapes(plan).items()}, max_shard_bytes
@@ -125,8 +119,6 @@ def save_pretrained(
         if len(shards) > 1 and scratch:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             _write_json(scratch, "model.safetensors.index.json", index)
-        if scratch:  # Only now: the new weights are whole.
-            _remove_weights(out_dir)
 
 
 def save_adapter(
@@ -135,13 +127,14 @@ def save_adapter(
     """Writes adapter_config.json and adapter_model.safetensors, which `peft` loads on the base.
 
     Args:
-      out_dir: made if missing.
+      out_dir: a new or empty folder.
       config: the model's, with `lora`.
       variables: {"params", "lora"}.
-      base: name or path of the base model, kept in adapter_config.json.
+      base: path of the base model, which adapter_config.json has in full, or its name on a hub.
 
     Raises:
-      UserError: no adapters, or a family whose file merges the adapted projections.
+      UserError: no adapters, a family whose file merges the adapted projections, or `out_dir` has
+        files already.
     """
     if config.lora is None or not variables.get("lora"):
         raise UserError("--format=peft: this model has no adapters; export with --format=hf")
@@ -152,7 +145,9 @@ def save_adapter(
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        # PEFT looks it up from wherever it runs: a relative path would be another one there.
+        "base_model_name_or_path": (os.path.abspath(base) if os.path.exists(base) else base)
+        or None,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
@@ -193,13 +188,23 @@ def _rows(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x.T)
 
 
-def _token_ids(tokenizer: Any) -> dict[str, Any]:
-    """Explicit even where unknown: an absent id means the family's, maybe beyond the vocabulary."""
-    stop_ids = list(tokenizer.stop_ids) if tokenizer else []
+def _token_ids(tokenizer: Any, stop_ids: Sequence[int], vocab_size: int) -> dict[str, Any]:
+    """Explicit even where unknown: an absent id means the family's, maybe beyond the vocabulary.
+
+    An id without a row in the embedding is unknown: transformers refuses such a config.json.
+    """
+
+    def known(*ids: int | None) -> list[int]:
+        return [i for i in dict.fromkeys(ids) if i is not None and 0 <= i < vocab_size]
+
+    own = tokenizer.stop_ids if tokenizer else ()
+    stops = known(*own, *stop_ids)
+    bos = known(getattr(getattr(tokenizer, "inner", None), "bos_token_id", None))
+    pad = known(tokenizer.pad_id if tokenizer else None)
     return {
-        "bos_token_id": getattr(getattr(tokenizer, "inner", None), "bos_token_id", None),
-        "eos_token_id": stop_ids if len(stop_ids) > 1 else next(iter(stop_ids), None),
-        "pad_token_id": tokenizer.pad_id if tokenizer else None,
+        "bos_token_id": next(iter(bos), None),
+        "eos_token_id": stops if len(stops) > 1 else next(iter(stops), None),
+        "pad_token_id": next(iter(pad), None),
     }
 
 
@@ -224,25 +229,46 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _remove_weights(directory: str) -> None:
-    """The index goes first: without it no reader takes the shards for a model."""
-    names = sorted(os.listdir(directory), key=lambda name: not name.endswith(".index.json"))
-    for name in filter(_WEIGHT_FILES.fullmatch, names):
-        os.remove(os.path.join(directory, name))
+def new_folder(out_dir: str, apart_from: str = "") -> Path:
+    """Where an export goes, with links followed: a folder that is missing or empty.
+
+    Files of another model beside those of this one would be read as part of it, and the folder of
+    a run's base has files.
+
+    Args:
+      out_dir: as the user said it.
+      apart_from: a folder in which it must not lie, the run's own.
+
+    Raises:
+      UserError: it is none.
+    """
+    target = Path(out_dir).resolve()
+    if apart_from and target.is_relative_to(Path(apart_from).resolve()):
+        raise UserError(f"--out={out_dir}: it lies in the run's folder {apart_from}; take another")
+    try:
+        found = next(target.iterdir(), None) if target.exists() else None
+    except OSError as error:
+        raise UserError(f"--out={out_dir}: cannot be read: {error.strerror}") from error
+    if found is not None:
+        raise UserError(
+            f"--out={out_dir}: it must be a new or an empty folder, and has {found.name}; an "
+            "export is never mixed with other files"
+        )
+    return target
 
 
 @contextlib.contextmanager
 def _written_whole(out_dir: str) -> Iterator[str | None]:
-    """A folder whose files move into `out_dir` once all are there; None where process 0 writes."""
+    """A folder that becomes `out_dir` once all is there; None where process 0 writes."""
     if jax.process_index() != 0:
         yield None
         return
-    with scratch_folder(Path(out_dir), ".export_") as scratch:
-        yield str(scratch)
-        for path in [path for path in scratch.rglob("*") if path.is_file()]:
-            target = Path(out_dir) / path.relative_to(scratch)
-            target.parent.mkdir(exist_ok=True)
-            path.replace(target)
+    target = new_folder(out_dir)
+    with scratch_folder(target.parent, f".{target.name}_") as scratch:
+        whole = scratch / "whole"  # with the rights of any new folder; a scratch folder is private
+        whole.mkdir()
+        yield str(whole)
+        whole.replace(target)
 
 
 def _save_file(path: str, tensors: Mapping[str, np.ndarray]) -> None:

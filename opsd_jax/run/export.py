@@ -6,13 +6,15 @@ from __future__ import annotations
 from flax import linen as nn
 
 from opsd_jax.errors import UserError
-from opsd_jax.pretrained.export import save_adapter, save_pretrained
+from opsd_jax.pretrained.export import new_folder, save_adapter, save_pretrained
+from opsd_jax.pretrained.smollm2 import smollm2_path
 from opsd_jax.run.config import load_run
 from opsd_jax.run.finished_run import restore_run, say
 
 
 def export_command(workdir: str, step: int | str | None, out: str, form: str) -> None:
     """`opsd export`: a Hugging Face directory (adapters merged) or a PEFT adapter."""
+    new_folder(out, apart_from=workdir)  # before minutes are spent
     run = restore_run(workdir, step, load_run, with_teacher=False)
     config = run.parts.model.config
     if form == "peft":
@@ -21,8 +23,9 @@ def export_command(workdir: str, step: int | str | None, out: str, form: str) ->
                 f"--format=peft: {workdir} trains all parameters and has no adapter; use "
                 "--format=hf"
             )
-        base = getattr(run.experiment.train.model, "path", "")
-        save_adapter(out, config, run.student, base)
+        path = getattr(run.experiment.train.model, "path", "")
+        save_adapter(out, config, run.student, smollm2_path() if path == "smollm2" else path)
     else:
-        save_pretrained(out, config, nn.meta.unbox(run.student), run.tokenizer)
+        params, stop_ids = nn.meta.unbox(run.student), run.experiment.rollout.stop_ids
+        save_pretrained(out, config, params, run.tokenizer, stop_ids=stop_ids)
     say(f"step {run.step} written to {out}")

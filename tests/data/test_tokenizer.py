@@ -130,7 +130,9 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(directory):
     config = config_from_hf({"model_type": "llama", "num_attention_heads": 2, **shape})
     shapes = jax.eval_shape(lambda: init_variables(Decoder(config), jax.random.key(0)))
     params = jax.tree.map(lambda x: jnp.zeros(x.shape), nn.meta.unbox(shapes))["params"]
-    save_pretrained(str(directory), config, {"params": params})
+    save_pretrained(str(directory / "model"), config, {"params": params})
+    for file in (directory / "model").iterdir():
+        file.replace(directory / file.name)
     with pytest.raises(UserError, match="261 ids but the embedding only 200 rows"):
         load_pretrained(str(directory))
     (directory / "tokenizer.json").unlink()

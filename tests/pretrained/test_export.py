@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,13 @@ from flax import linen as nn
 from jax.sharding import AxisType
 from safetensors.numpy import load_file, save_file
 
+from opsd_jax.data.tokenizer import HFTokenizer
 from opsd_jax.errors import UserError
 from opsd_jax.model.config import LoraConfig
 from opsd_jax.model.decoder import Decoder, init_variables
+from opsd_jax.model.head import head_logits, output_head
 from opsd_jax.pretrained.config import config_from_hf
-from opsd_jax.pretrained.export import merge_lora, save_adapter, save_pretrained
+from opsd_jax.pretrained.export import merge_lora, new_folder, save_adapter, save_pretrained
 from opsd_jax.pretrained.load import SafetensorsDirectory, load_pretrained
 from tests.small_disk import small_disk
 
@@ -106,34 +109,47 @@ def test_shards_and_their_index(tmp_path):
     assert_same_bits(load_pretrained(str(tmp_path)).params, params)
 
 
-@pytest.mark.parametrize("sizes", [(20_000, 10**9), (10**9, 20_000), (20_000, 40_000)])
-def test_nothing_of_an_older_export_is_left_to_be_read(sizes, tmp_path):
-    config = model_config(lora=LoraConfig(2, 2.0))
-    old, new = variables_of(config), variables_of(config, seed=1)
-    save_adapter(str(tmp_path), config, old)
-    (tmp_path / "my_model.safetensors").write_text("somebody's own")
-    for variables, size in zip((old, new), sizes, strict=True):
-        save_pretrained(str(tmp_path), config, {"params": variables["params"]}, None, size)
-    assert_same_bits(load_pretrained(str(tmp_path)).params, new["params"])
-    whole = {"model.safetensors"}
-    if (tmp_path / "model.safetensors.index.json").exists():
-        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-        whole = set(index["weight_map"].values())
-    found = {path.name for path in tmp_path.glob("*.safetensors")}
-    assert found == whole | {"my_model.safetensors"}
-    assert not (tmp_path / "adapter_config.json").exists()
-
-
-def test_a_full_disk_leaves_the_older_export(tmp_path):
+def test_an_export_is_never_mixed_with_other_files(tmp_path):
+    """Nor does it replace any: the folder may be the base of the run or another model's."""
     config = model_config(lora=LORA)
     variables = variables_of(config)
-    save_pretrained(str(tmp_path), config, {"params": variables["params"]})
-    save_adapter(str(tmp_path), config, variables)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    out, link = tmp_path / "out", tmp_path / "link"
+    out.mkdir()
+    link.symlink_to(out)
+    save_pretrained(str(link), config, {"params": variables["params"]})  # empty: taken
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    relative = os.path.relpath(out)
+    for save in (save_pretrained, save_adapter):
+        for name in (str(out), str(link), relative, str(out / "config.json")):
+            with pytest.raises(UserError, match=f"--out={name}: "):
+                save(name, config, variables_of(config, seed=1))
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    with pytest.raises(UserError, match="lies in the run's folder"):
+        new_folder(str(tmp_path / "link" / "new"), apart_from=relative)
+    assert new_folder(str(tmp_path / "new"), apart_from=relative) == tmp_path / "new"
+
+
+def test_an_export_is_whole_or_is_not_there(tmp_path, monkeypatch):
+    """Whatever ends it: a full disk, an error in the last shard, or the interrupt key."""
+    config = model_config(lora=LORA)
+    variables = variables_of(config)
     for save in (save_pretrained, save_adapter):
         with small_disk(2000), pytest.raises(UserError, match=f"cannot write {tmp_path}: File too"):
-            save(str(tmp_path), config, variables_of(config, seed=1))
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+            save(str(tmp_path / "out"), config, variables)
+        assert not list(tmp_path.iterdir())
+
+    def interrupted(path, tensors):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("opsd_jax.pretrained.export._save_file", interrupted)
+        for save in (save_pretrained, save_adapter):
+            with pytest.raises(KeyboardInterrupt):
+                save(str(tmp_path / "out"), config, variables)
+            assert not list(tmp_path.iterdir())
+    save_adapter(str(tmp_path / "out"), config, variables)
+    assert os.stat(tmp_path / "out").st_mode == os.stat(tmp_path).st_mode | 0o055
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "phi3"])
@@ -264,31 +280,69 @@ def test_experts_carry_no_adapters():
         model_config("qwen3_moe", lora=LoraConfig(2, 2.0, targets=("gate_proj",)))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
-def test_peft_loads_the_adapter(family, tmp_path):
+def odd_tokenizer(pad_id, eos_id, bos_id):
+    """Words w0 ... w63; ids may lie beyond the 64 rows of the embedding."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    names = {"bos_token": bos_id, "eos_token": eos_id}
+    inner = PreTrainedTokenizerFast(
+        tokenizer_object=core, **{k: f"w{i}" for k, i in names.items() if i is not None}
+    )
+    return HFTokenizer(inner, (), pad_id)
+
+
+def oddities(family):
+    """(pad id, end id, start id, stop ids of the run, their exported forms) from a fixed seed."""
+    rng = np.random.default_rng(sorted(FAMILY_VALUES).index(family))
+    pad = [63, 64, 151_643, -1, None][rng.integers(5)]
+    eos, bos = ([None, 5][rng.integers(2)] for _ in range(2))
+    stops = [(), (7,), (7, 9), (64,), (7, 151_645)][rng.integers(5)]
+    return pad, eos, bos, stops
+
+
+@pytest.mark.parametrize("family", FAMILY_VALUES)
+def test_exports_load_elsewhere_and_compute_the_same(family, tmp_path, monkeypatch):
+    """Whatever the ids of the tokenizer and the run: transformers and PEFT give our logits."""
     torch = pytest.importorskip("torch", reason="torch (test extra) is not installed")
     peft = pytest.importorskip("peft", reason="peft (test extra) is not installed")
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    lora = LoraConfig(3, 6.0, targets=("q_proj", "o_proj", "down_proj"), rank_stabilized=True)
+    targets = ("q_proj", "o_proj") if "moe" in family else ("q_proj", "o_proj", "down_proj")
+    lora = LoraConfig(3, 6.0, targets=targets, rank_stabilized=family < "o")
     config = model_config(family, lora=lora)
     variables = variables_of(config)
-    base_only = {"params": variables["params"]}
-    save_pretrained(str(tmp_path / "base"), config, base_only)
-    save_adapter(str(tmp_path / "adapter"), config, variables, base=str(tmp_path / "base"))
-    save_pretrained(str(tmp_path / "merged"), config, variables)
-    ids = torch.arange(20).reshape(2, 10) * 3
+    pad, eos, bos, stops = oddities(family)
+    tokenizer = odd_tokenizer(pad, eos, bos)
+    monkeypatch.chdir(tmp_path)
+    save_pretrained("merged", config, variables, tokenizer, stop_ids=stops)
+    ids = np.random.default_rng(3).integers(0, 64, (2, 7))
 
-    def logits(model):
+    def theirs(model):
         with torch.no_grad():
-            return model.eval()(ids).logits.numpy()
+            return model.eval()(torch.tensor(ids)).logits.numpy()
 
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    plain = logits(base)
-    adapted = logits(peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")))
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    np.testing.assert_allclose(adapted, logits(merged), atol=2e-5)
-    assert np.abs(adapted - plain).max() > 1e-2
+    hidden = jnp.asarray(hidden_of(config, variables))
+    ours = head_logits(output_head(variables["params"], config), hidden)
+    merged = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
+    np.testing.assert_allclose(ours, theirs(merged), atol=2e-5)
+    found = GenerationConfig.from_pretrained("merged")
+    wanted = [i for i in ((eos,) if eos is not None else ()) + stops if i < 64]
+    assert found.eos_token_id in (wanted, *wanted, None) and bool(wanted) == bool(
+        found.eos_token_id
+    )
+    assert found.pad_token_id in range(64) or found.pad_token_id is None
+
+    if family == "phi3":  # one matrix for q, k, v
+        return
+    save_pretrained("base", config, {"params": variables["params"]}, tokenizer)
+    save_adapter("adapter", config, variables, base="base")
+    monkeypatch.chdir("/")  # where a relative path would be another one
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(
+        str(tmp_path / "adapter"), dtype=torch.float32
+    )
+    np.testing.assert_allclose(ours, theirs(model), atol=2e-5)
 
 
 def test_peft_needs_adapters_and_separate_projections(tmp_path):

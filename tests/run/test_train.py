@@ -193,6 +193,9 @@ def test_eval_generate_export_of_a_run(whole, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "hf" / "model.safetensors").exists()
     assert main(["export", f"--workdir={whole}", f"--out={tmp_path}/p", "--format=peft"]) == 2
     assert "no adapter" in capsys.readouterr().err
+    for taken in (tmp_path / "hf", whole, whole / "base", whole / "checkpoints" / "new"):
+        assert main(["export", f"--workdir={whole}", f"--out={taken}"]) == 2
+        assert f"opsd export: --out={taken}: it" in capsys.readouterr().err
 
 
 def test_the_base_of_a_run_is_evaluated_as_step_0(whole, capsys):
