@@ -2,6 +2,7 @@
 """Eight virtual devices for every test, and fixtures that several files share."""
 
 import atexit
+import collections
 import os
 import shutil
 import tempfile
@@ -12,8 +13,9 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Many tests and their subprocesses compile the same tiny programs.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # A folder that was given is not ours to remove.
+# Many tests, the workers of pytest-xdist and their subprocesses compile the same tiny programs.
+# A folder that was given (.ci/run gives one to the fast and the slow tests) is not ours to remove.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="opsd_jax_compiled_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
@@ -50,3 +52,14 @@ def smollm2_file() -> str:
         if os.environ.get("OPSD_REQUIRE_SMOLLM2") == "1":
             raise
         pytest.skip(str(error))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The ten slowest files: set-up, tests and tear-down, summed over the workers."""
+    seconds: collections.Counter[str] = collections.Counter()
+    for report in (r for reports in terminalreporter.stats.values() for r in reports):
+        if hasattr(report, "duration"):
+            seconds[report.nodeid.split("::")[0]] += report.duration
+    terminalreporter.section("slowest files")
+    for name, spent in seconds.most_common(10):
+        terminalreporter.write_line(f"{spent:7.1f} s  {name}")
