@@ -14,7 +14,7 @@ REQUIRED = [
     "tensorflow-datasets>=4.9.10",  # without TensorFlow: array_record files only
     "importlib_resources",  # tensorflow-datasets imports it and does not declare it
     "transformers>=5.23",
-    "jinja2",  # transformers' chat templates
+    "jinja2",  # the report, and transformers' chat templates
     "safetensors>=0.8",
     "gguf>=0.19",
     "gin-config==0.5.0",
@@ -46,7 +46,7 @@ setup(
     packages=find_packages(include=["opsd_jax", "opsd_jax.*"]),
     package_data={
         "opsd_jax": ["py.typed"],
-        "opsd_jax.evaluation": ["report_page.css", "report_page.js"],
+        "opsd_jax.evaluation": ["report_page.css", "report_page.html", "report_page.js"],
     },
     install_requires=REQUIRED,
     extras_require=EXTRAS,

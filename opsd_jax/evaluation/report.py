@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """`opsd report`: many runs on one self-contained page, accuracy against what it cost.
 
-Tables and warnings are written here; charts and the token view are drawn by report_page.js from
-the data embedded in the page. The page names no address, and its content security policy
-forbids the browser to ask for any and to run any script but ours: completions are hostile text.
+Tables and warnings are in the template report_page.html, which escapes every text; charts and the
+token view are drawn by report_page.js from the data embedded in the page. The page names no
+address, and its content security policy forbids the browser to ask for any and to run any script
+but ours: completions are hostile text.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import html
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
 
 from opsd_jax.errors import UserError
@@ -35,7 +35,7 @@ from opsd_jax.evaluation.runs import (
     token_ratio,
 )
 from opsd_jax.host.files import read_json_lines, write_whole
-from opsd_jax.host.guard import alarms
+from opsd_jax.host.guard import Alarm, alarms
 
 # x axis -> its metric, and what its numbers are multiplied by.
 COSTS = {
@@ -89,62 +89,51 @@ def report_command(
 
 
 def page(groups: Sequence[Group], name: str, levels: Sequence[float]) -> str:
-    """The whole page as text."""
+    """The whole page as text, from the template report_page.html."""
     here = Path(__file__).parent
-    style = (here / "report_page.css").read_text(encoding="utf-8")
-    script = (here / "report_page.js").read_text(encoding="utf-8")
-    views = [view for group in groups for run in group.runs for view in token_view(group, run)]
-    data = {
-        "groups": [group.label for group in groups],
-        "charts": [*accuracy_charts(groups), *curve_charts(groups)],
-        "views": views,
-    }
-    policy = f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'"
-    runs = counted(sum(len(group.runs) for group in groups), "run")
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width">
-<title>{html.escape(name)}</title>
-<style>{style}</style></head><body>
-<h1>{html.escape(name)}</h1>
-<p>{runs} of {counted(len(groups), "method")}. A thin line is one seed, a thick line their mean, a
-band their standard deviation; bars on a single run are standard errors over problems.</p>
-{alarm_list(groups)}
-<div class="legend" id="legend"></div>
-<h2>Held-out accuracy against what it cost</h2>
-<div class="charts" id="accuracy"></div>
-<h2>Generated tokens to reach an accuracy</h2>
-{level_table(groups, levels)}
-<h2>Runs</h2>
-{summary_table(groups)}
-{settings_table(groups)}
-<h2>Training curves, against steps</h2>
-<div class="charts" id="curves"></div>
-<h2{"" if views else " hidden"}>Where the privileged model disagrees</h2>
-<p{"" if views else " hidden"}>The student's own rollouts, each token shaded by its divergence;
-dotted where the two sides prefer different tokens. Point at a token for both sides' alternatives;
-■ is the end, · a part of a character.</p>
-<div id="views"></div>
-<h2>Held-out samples</h2>
-{sample_list(groups)}
-<div id="tip" hidden></div>
-<noscript><p>The charts need JavaScript.</p></noscript>
-<script type="application/json" id="data">{embedded(data)}</script>
-<script>{script}</script>
-</body></html>
-"""
+    template, style, script = (
+        (here / f"report_page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+    )
+    return (
+        environment()
+        .from_string(template)
+        .render(
+            name=name,
+            style=style,
+            script=script,
+            num_runs=counted(sum(len(group.runs) for group in groups), "run"),
+            num_methods=counted(len(groups), "method"),
+            first=groups[0].label,
+            alarms=list(all_alarms(groups)),
+            level_names=["", *(f"{level:g}" for level in levels)],
+            levels=[level_row(groups, group, levels) for group in groups],
+            summary=[summary_row(group) for group in groups],
+            settings_header=["", *(group.label for group in groups)],
+            settings=list(setting_rows(groups)),
+            samples=list(samples(groups)),
+            data={
+                "groups": [group.label for group in groups],
+                "charts": [*accuracy_charts(groups), *curve_charts(groups)],
+                "views": [
+                    v for group in groups for run in group.runs for v in token_view(group, run)
+                ],
+            },
+        )
+    )
+
+
+def environment() -> jinja2.Environment:
+    """jinja2 that escapes every text and knows the two filters of the page."""
+    found = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    found.filters |= {"digest": digest, "clipped": clipped}
+    dense = {"separators": (",", ":"), "allow_nan": False, "sort_keys": False}
+    found.policies["json.dumps_kwargs"] = dense
+    return found
 
 
 def digest(text: str) -> str:
     """The content security policy's name of an inline script or style."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def embedded(data: Any) -> str:
-    """json that no text in it can end: `<`, `>` and `&` are written as escapes."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def rounded(points: np.ndarray) -> list[list[float]]:
@@ -190,79 +179,58 @@ def curve_charts(groups: Sequence[Group]) -> Iterable[dict[str, Any]]:
             yield {"place": "curves", "title": title, "x": "steps", "series": series}
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """An html table; cells are html already."""
-    head = "".join(f"<th>{cell}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
-    return f'<table class="{kind}"><tr>{head}</tr>{body}</table>'
+class Cell(NamedTuple):
+    """Of a table: text, and what stands below it in small print."""
+
+    text: str
+    note: str = ""
 
 
-def alarm_list(groups: Sequence[Group]) -> str:
-    """What went wrong, where and why; a sentence when nothing did."""
-    rows = []
+def all_alarms(groups: Sequence[Group]) -> Iterable[tuple[str, Alarm]]:
+    """(run, what went wrong with it)."""
     for group in groups:
         for run in group.runs:
-            for alarm in alarms(run.guard, run.history):
-                where = f"{group.label}, {run.workdir.name}" if len(group.runs) > 1 else group.label
-                rows.append(
-                    f"<li><b>{html.escape(where)}: {alarm.name}</b> at step {alarm.step}: "
-                    f"{html.escape(alarm.reason)}</li>"
-                )
-    if not rows:
-        return "<p>No run shows a sign of collapse (thresholds: guard.* of each run).</p>"
-    return f'<ul class="alarms">{"".join(rows)}</ul>'
+            where = f"{group.label}, {run.workdir.name}" if len(group.runs) > 1 else group.label
+            yield from ((where, alarm) for alarm in alarms(run.guard, run.history))
 
 
-def level_table(groups: Sequence[Group], levels: Sequence[float]) -> str:
+def level_row(groups: Sequence[Group], group: Group, levels: Sequence[float]) -> list[Cell]:
     """Tokens to each level, mean ± sd over seeds, and the ratio to the first method."""
-    rows = []
-    for number, group in enumerate(groups):
-        cells = [heading(group)]
-        for level in levels:
-            first, own = reach(groups[0], level), reach(group, level)
-            if own.num_reached == 0:
-                text = "not reached"
-                note = f"within {own.at_least:,.0f}"
-            else:
-                text = own.spread
-                short = own.num_reached < own.num_runs
-                note = f"{own.num_reached} of {own.num_runs} runs reached it" if short else ""
-            ratio = token_ratio(first, own) if number else None
-            if ratio is not None:
-                note += ("; " if note else "") + ("&gt; " if ratio[1] else "") + f"{ratio[0]:.2f} ×"
-            cells.append(text + f"<small>{note}</small>")
-        rows.append(cells)
-    header = ["", *(f"{level:g}" for level in levels)]
-    return table(header, rows) + (
-        '<p class="note">Rollout tokens at the first crossing, linear between evaluations; mean ± '
-        "sd over the runs that reached it. × is the ratio to "
-        f"{html.escape(groups[0].label)}; &gt; where some run did not get there and counts with "
-        "all it generated.</p>"
-    )
+    cells = [heading(group)]
+    for level in levels:
+        first, own = reach(groups[0], level), reach(group, level)
+        if own.num_reached == 0:
+            text, note = "not reached", f"within {own.at_least:,.0f}"
+        else:
+            text, short = own.spread, own.num_reached < own.num_runs
+            note = f"{own.num_reached} of {own.num_runs} runs reached it" if short else ""
+        ratio = token_ratio(first, own) if group is not groups[0] else None
+        if ratio is not None:
+            note += ("; " if note else "") + ("> " if ratio[1] else "") + f"{ratio[0]:.2f} ×"
+        cells.append(Cell(text, note))
+    return cells
 
 
-def summary_table(groups: Sequence[Group]) -> str:
-    """One row per method: runs, length, cost, accuracy at the start, the best and the end."""
-    rows = []
-    for group in groups:
-        accuracy = [run.series(ACCURACY) for run in group.runs]
-        accuracy = [points[:, 1] for points in accuracy if len(points)]
-        last = [run.history[-1] for run in group.runs if run.history]
-        row = [heading(group), str(len(group.runs))]
-        row.append(spread([line["step"] for line in last], ",.0f"))
-        row.append(spread([run.num_tokens for run in group.runs], ",.0f"))
-        row.append(spread([(line.get("wall_s") or 0) / 60 for line in last], ".1f"))
-        for pick in (lambda a: a[0], max, lambda a: a[-1]):
-            row.append(spread([pick(values) for values in accuracy], ".3f"))
-        rows.append(row)
-    header = ["", "runs", "steps", "tokens", "minutes", "first accuracy", "best", "last"]
-    return table(header, rows)
+def summary_row(group: Group) -> list[Cell]:
+    """Runs, length, cost, accuracy at the start, the best and the end."""
+    accuracy = [run.series(ACCURACY) for run in group.runs]
+    accuracy = [points[:, 1] for points in accuracy if len(points)]
+    last = [run.history[-1] for run in group.runs if run.history]
+    row = [
+        str(len(group.runs)),
+        spread([line["step"] for line in last], ",.0f"),
+        spread([run.num_tokens for run in group.runs], ",.0f"),
+        spread([(line.get("wall_s") or 0) / 60 for line in last], ".1f"),
+    ]
+    for pick in (lambda a: a[0], max, lambda a: a[-1]):
+        row.append(spread([pick(values) for values in accuracy], ".3f"))
+    return [heading(group), *map(Cell, row)]
 
 
-def heading(group: Group) -> str:
+def heading(group: Group) -> Cell:
     """A method's name at the head of its row; says so where its tokens are not generated."""
-    read = "" if group.runs[0].generates else "<small>target tokens; none is generated</small>"
-    return html.escape(group.label) + read
+    generates = group.runs[0].generates
+    return Cell(group.label, "" if generates else "target tokens; none is generated")
 
 
 def counted(number: int, noun: str) -> str:
@@ -278,46 +246,29 @@ def spread(values: Sequence[float], form: str) -> str:
     return mean if equal else f"{mean} ± {format(np.std(values, ddof=1), form)}"
 
 
-def settings_table(groups: Sequence[Group]) -> str:
-    """The bindings in which the methods differ, folded away."""
-    found = differing_settings(groups)
-    if not found:
-        return ""
-    rows = [
-        [html.escape(name), *("–" if v is None else html.escape(v) for v in values)]
-        for name, values in found.items()
-    ]
-    header = ["", *(html.escape(group.label) for group in groups)]
-    body = table(header, rows, "settings")
-    return (
-        f"<details><summary>settings in which they differ ({len(rows)})</summary>{body}</details>"
-    )
+def setting_rows(groups: Sequence[Group]) -> Iterable[list[Cell]]:
+    """The bindings in which the methods differ."""
+    for name, values in differing_settings(groups).items():
+        yield [Cell(name), *(Cell("–" if value is None else value) for value in values)]
 
 
-def sample_list(groups: Sequence[Group]) -> str:
-    """A few graded completions of the newest evaluation of each group's first run."""
-    parts = []
+def samples(groups: Sequence[Group]) -> Iterable[tuple[str, list[dict[str, Any]]]]:
+    """(title, a few graded completions of the newest evaluation) of each group's first run."""
     for group in groups:
         path = newest(group.runs[0].workdir / "samples")
         rows = [] if path is None else read_json_lines(path)
         shown = [row for row in rows if row.get("role", "student") == "student"][:NUM_SAMPLES]
-        if path is None or not shown:
-            continue
-        texts = "".join(
-            f'<div class="sample"><div class="text">{clipped(row.get("question"))}</div>'
-            f'<pre>{clipped(row.get("completion"))}</pre><div class="note">answer '
-            f"{clipped(row.get('answer'))}; graded {clipped(row.get('reward'))}</div></div>"
-            for row in shown
-        )
-        title = f"{html.escape(group.label)}, step {int(path.stem.removeprefix('step_'))}"
-        parts.append(f"<details><summary>{title}</summary>{texts}</details>")
-    return "".join(parts) or "<p>None were kept.</p>"
+        if path is not None and shown:
+            keys = ("question", "completion", "answer", "reward")
+            step = path.stem.removeprefix("step_").lstrip("0") or "0"
+            title = f"{group.label}, step {step}"
+            yield title, [{key: row.get(key) for key in keys} for row in shown]
 
 
 def clipped(value: Any) -> str:
-    """Any text, escaped, at most MAX_TEXT characters."""
+    """Any value as text of at most MAX_TEXT characters; the template escapes it."""
     text = "" if value is None else str(value)
-    return html.escape(text[:MAX_TEXT] + (" …" if len(text) > MAX_TEXT else ""))
+    return text[:MAX_TEXT] + (" …" if len(text) > MAX_TEXT else "")
 
 
 def token_view(group: Group, run: Run) -> Iterable[dict[str, Any]]:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page: its tables as text, and the whole of it in a real browser."""
 
+import base64
+import hashlib
+import html
 import json
 import re
 import subprocess
@@ -9,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from opsd_jax.evaluation.report import page
+from opsd_jax.evaluation.runs import Group, read_run
 from opsd_jax.main import main
 from tests.browser import Page
 
@@ -106,8 +111,46 @@ def test_nothing_in_the_page_can_end_its_script_or_leave_it(written):
     assert text.count("<script") == text.count("</script>") == 2
     assert "<img" not in text and "http://" not in text.replace("http://www.w3.org/2000/svg", "")
     assert "https://" not in text and "default-src 'none'" in text
+    for kind in ("style", "script"):  # the browser runs what has the digest of the policy, alone
+        inline = text.split(f"<{kind}>")[1].split(f"</{kind}>")[0]
+        digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in text
     data = re.search(r'id="data">(.*?)</script>', text, re.S)
     assert json.loads(data.group(1))["views"][0]["samples"][0]["question"] == EVIL
+
+
+def test_hostile_text_stays_text_wherever_it_enters(tmp_path):
+    """Label, folder, settings and their names, samples with any type, name of the page, alarms."""
+    evil = "<script>window.broken=1</script><b>&amp;\"'"
+    groups = []
+    for number in (0, 1):
+        folder = tmp_path / evil.replace("/", "∕") / str(number)
+        length = lambda step: 10.0 + 2 * step  # noqa: E731
+        run = write_run(folder, number, 0.01 + number, rollout__length_mean=length)
+        (run / "config.gin").write_text(f"{evil}.{evil}{number} = '{evil}'\n")
+        rows = [{key: evil for key in ("question", "completion", "answer", "reward")}]
+        rows += [{evil: evil}, {"question": [evil], "completion": {evil: 1}, "answer": None}]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (run / "samples" / "step_000031<i>.jsonl").write_text(text)
+        groups.append(Group(evil + str(number), [read_run(run, evil + str(number))]))
+    text = page(groups, evil, (0.6,))
+    assert text.count("<script") == 2 and "<b>&amp;" not in text and "<i>" not in text
+    shown = re.sub(r"<script.*?</script>|<style.*?</style>", "", text, flags=re.S)
+    tags = {tag for tag in re.findall(r"<[/!]?([a-z1-6]+)", shown)}
+    ours = (
+        "doctype html head meta title body h1 h2 p b div table tr th td small details summary pre"
+    )
+    assert tags <= set(f"{ours} ul li noscript".split())
+    # It is all there: twice on top, then per group in alarm, two tables' rows, header, samples.
+    assert html.unescape(shown).count(evil) >= 2 + 2 * (1 + 2 + 1 + 6)
+
+
+def test_the_newline_that_begins_a_completion_is_shown(tmp_path):
+    run = write_run(tmp_path / "run", 0, 0.01)
+    line = json.dumps({"question": "q", "completion": "\n two", "answer": "", "reward": 1.0})
+    (run / "samples" / "step_000031.jsonl").write_text(line + "\n")
+    text = page([Group("run", [read_run(run)])], "", (0.6,))
+    assert "<pre>\n\n two</pre>" in text and "step 31" in text and "graded 1.0" in text
 
 
 def test_in_a_browser(written, tmp_path):
@@ -161,7 +204,7 @@ def test_in_a_browser(written, tmp_path):
         (["--workdir={tmp}/none"], "no such folder"),
         (["--workdir={tmp}"], "is it a workdir"),
         (["--workdir={run}", "--levels", "80"], "--levels"),
-        (["--workdir={run}", "--out={tmp}"], "Is a directory"),
+        (["--workdir={run}", "--out={tmp}"], "--out must be a file"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(flags, words, tmp_path, written, capsys):
