@@ -220,8 +220,9 @@ def refuse(arguments: argparse.Namespace, chosen: str, *flags: str) -> None:
 def run_train(arguments: argparse.Namespace) -> None:
     import jax
 
+    from opsd_jax.evaluation.summary import summary
     from opsd_jax.run.config import load_experiment
-    from opsd_jax.run.train import summary, train
+    from opsd_jax.run.train import train
 
     join_pod(arguments)
     experiment, text = load_experiment(arguments.gin_file, arguments.gin_bindings)

@@ -28,6 +28,22 @@ def test_files_that_are_named_exist():
     assert len(named) > 3 and not missing
 
 
+def minimal_step() -> str:
+    """The step function of experiments/minimal.py, between its markers."""
+    text = (ROOT / "experiments" / "minimal.py").read_text()
+    inside = re.search(r"^# minimal: begin\n(def .*?)^ *# minimal: end\n", text, re.S | re.M)
+    assert inside, "experiments/minimal.py has no markers"
+    return inside.group(1)
+
+
+def test_the_method_on_one_screen_is_that_of_the_file():
+    step = minimal_step()
+    assert step.count("\n") <= 30 and "optax.apply_updates" in step
+    quoted = re.search(r"<!-- minimal -->\n```python\n(.*?)```\n<!-- /minimal -->", README, re.S)
+    assert ("<!-- minimal" in README) == bool(quoted)
+    assert not quoted or quoted.group(1) == step
+
+
 def test_ci_runs_the_readmes_test_command():
     assert "pytest" in block("test") and "pip install" in block("test")
     assert "ci:test" in (ROOT / ".ci" / "run").read_text()

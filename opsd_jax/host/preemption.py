@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A polite end: SIGTERM and Ctrl-C ask the loop to save and stop after the current step."""
+"""SIGTERM and Ctrl-C ask the loop to save and stop after the current step."""
 
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -14,7 +15,8 @@ from jax.experimental import multihost_utils
 class Preemption:
     """Tells the training loop, at the same step on every process, that it should stop.
 
-    Alone, a process listens to SIGTERM and SIGINT itself; the second signal kills as usual.
+    Alone, a process listens to SIGTERM and SIGINT itself; the second signal kills as usual, and
+    in a notebook raises KeyboardInterrupt, which leaves the kernel alive.
     After jax.distributed.initialize JAX owns SIGTERM: whichever process receives it, all agree
     on one later step. Ctrl-C is then handed on as SIGTERM, for the same agreement.
 
@@ -47,8 +49,9 @@ class Preemption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, _: FrameType | None) -> None:
-        for each in self._previous:
-            signal.signal(each, signal.SIG_DFL)  # also when the main thread is stuck in C++
+        for each, handler in self._previous.items():
+            # The default kills also when the main thread is stuck in C++.
+            signal.signal(each, handler if "ipykernel" in sys.modules else signal.SIG_DFL)
         # Not print: a handler may interrupt one.
         os.write(2, b"\nstopping after this step to save; the same signal again kills\n")
         if self._distributed:

@@ -15,9 +15,9 @@ import jax
 class ProgressLine:
     """`step 12/60  1,234 tok/s  divergence 0.123  accuracy 0.510  2:31 left`.
 
-    One line that updates itself on a terminal; elsewhere (a log file, a notebook) a plain line
-    every `every_s` seconds and one at the end. Speed and time left come from the last 20
-    updates, so that compilation is soon forgotten.
+    One line that updates itself on a terminal and in a notebook; in a log file a plain line every
+    `every_s` seconds and one at the end. Speed and time left come from the last 20 updates, so
+    that compilation is soon forgotten.
     """
 
     def __init__(
@@ -29,14 +29,17 @@ class ProgressLine:
     ):
         self._total = total_steps
         self._stream = sys.stderr if stream is None else stream
-        self._live = self._stream.isatty()
-        self._every_s = 0.1 if self._live else every_s
+        # Jupyter obeys carriage returns, and keeps all that was written: seldom, then.
+        notebook = stream is None and "ipykernel" in sys.modules
+        self._live = notebook or self._stream.isatty()
+        self._every_s = every_s if not self._live else 1.0 if notebook else 0.1
         self._clock = clock
         self._recent: collections.deque[tuple[float, int, float]] = collections.deque(maxlen=21)
         self._shown: dict[str, float] = {}
         self._line = ""  # the latest state
         self._drawn = ""  # what of it stands on the terminal
         self._stale = False  # the reader has not seen the latest state
+        self._before_steps = False  # it is that of something before the steps
         self._drawn_s = -math.inf
         self._active = jax.process_index() == 0
 
@@ -51,12 +54,23 @@ class ProgressLine:
                 self._shown[label] = float(metrics[name])
         self._recent.append((now, step, float(metrics.get("rollout/tokens_total", math.nan))))
         self._line = "  ".join(self._parts(step))
-        self._stale = True
+        self._stale, self._before_steps = True, False
         if now - self._drawn_s >= self._every_s or (self._live and step == self._total):
             self._draw(now)
 
     def note(self, text: str) -> None:
-        """Prints a line of its own, above the live one."""
+        """Prints a line of its own, above the live one.
+
+        A text that begins with a carriage return is the state of something that goes on before
+        the steps, such as a warm start: it becomes the live line until a text without one.
+        """
+        if text.startswith("\r"):
+            self._line, self._stale, self._before_steps = text[1:], True, True
+            if (now := self._clock()) - self._drawn_s >= self._every_s:
+                self._draw(now)
+            return
+        if self._before_steps:
+            self._line, self._stale, self._before_steps = "", False, False
         if not self._active:
             return
         self._stream.write(f"{self._erase()}{text}\n")

@@ -273,25 +273,3 @@ def start_or_resume(
     teacher = external_variables(parts, teacher_params)
     state = dataclasses.replace(state, frozen=frozen, external=teacher)
     return state, meta["tokens_total"], step
-
-
-def summary(workdir: str | Path) -> str:
-    """Before and after, from the first and the last evaluation in metrics.jsonl."""
-    run = read_run(Path(workdir))
-    found = [line for line in run.history if BEST_METRIC in line]
-    if not found:
-        return "no evaluation was made (train.heldout or train.eval_every_steps is unset)"
-    first, last = found[0], found[-1]
-    rows = [f"{'':34}{'step ' + str(first['step']):>14}{'step ' + str(last['step']):>14}"]
-    hidden = ("_se", "/num_problems", "/num_dropped", "/ungraded_fraction")
-    for name in (n for n in first if n.startswith(("eval/", "probe/")) and not n.endswith(hidden)):
-        cells = []
-        for line in (first, last):
-            error = line.get(f"{name}_se")
-            value = line.get(name)
-            text = "-" if value is None else f"{value:.3f}"
-            cells.append(text + (f" ±{error:.3f}" if error is not None else ""))
-        rows.append(f"{name:34}{cells[0]:>14}{cells[1]:>14}")
-    tokens = "generated tokens" if run.generates else "target tokens"
-    rows.append(f"{tokens:34}{0:>14,}{last['rollout/tokens_total']:>14,}")
-    return "\n".join(rows)

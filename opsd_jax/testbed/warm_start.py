@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Callable
 
 import flax
@@ -261,14 +262,19 @@ def _train_round(config, model, params, rng, round_number, say):
     # Donation needs its own buffers.
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     opt_state = optimizer.init(params)
+    start = 0.0
     for done in range(0, steps, _STEPS_PER_CALL):
         rows = tuple(
             _corpus_rows(config, rng, num_rows, hinted)
             for num_rows, hinted in ((config.hinted_rows, True), (config.plain_rows, False))
         )
         params, opt_state, loss = train(params, opt_state, rows)
-        if done % (5 * _STEPS_PER_CALL) == 0:
-            say(f"warm start: step {done + _STEPS_PER_CALL}/{steps}, excess loss {float(loss):.4f}")
+        said = f"warm start: step {done + _STEPS_PER_CALL}/{steps}, excess loss {float(loss):.4f}"
+        start = start or time.monotonic()  # Compilation is not counted.
+        if done:
+            left = (time.monotonic() - start) * (steps - done - _STEPS_PER_CALL) / done
+            said += f", {left:.0f} s left"
+        say(f"\r{said}")  # A live line, see host/progress.py.
     return params
 
 

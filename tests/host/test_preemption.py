@@ -48,6 +48,14 @@ def test_a_signal_is_a_request_and_handlers_come_back(number):
     assert signal.getsignal(number) is before
 
 
+def test_the_second_stop_of_a_notebook_leaves_the_kernel_alive(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    with pytest.raises(KeyboardInterrupt), Preemption() as preemption:
+        signal.raise_signal(signal.SIGINT)
+        assert preemption.requested(1)
+        signal.raise_signal(signal.SIGINT)
+
+
 def test_the_second_ctrl_c_kills_even_within_a_step():
     child = start(step_s="60")
     child.stdout.readline()

@@ -2,6 +2,8 @@
 """The progress line as a reader sees it, on a terminal and in a log file."""
 
 import io
+import itertools
+import sys
 
 import pytest
 
@@ -56,6 +58,34 @@ def test_a_log_file_gets_a_plain_line_now_and_then_and_at_the_end():
         *("1/60", "16/60", "25/60")
     ]
     assert "accuracy 0.510" in lines[-1]
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_what_goes_on_before_the_steps_is_live_too(stream):
+    """A warm start: one line on a terminal; in a log one every 30 s, and none after its end."""
+    now = [0.0]
+    with ProgressLine(60, stream, clock=lambda: now[0]) as line:
+        for step in range(1, 41):
+            now[0] += 2.0
+            line.note(f"\rwarm start: step {step}/40")
+            if step == 20:
+                assert on_screen(stream.getvalue())[-1 - (not line._live)].endswith(
+                    f"step {20 if line._live else 16}/40"
+                )
+        line.note("warm start: done")
+        now[0] += 2.0
+        line.update(1, {})
+    seen = [] if stream.isatty() else [f"warm start: step {step}/40" for step in (1, 16, 31)]
+    assert on_screen(stream.getvalue()) == [*seen, "warm start: done", "step 1/60", ""]
+
+
+def test_a_notebook_gets_one_line_too(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    with ProgressLine(60, clock=itertools.count(0.0, 0.6).__next__) as line:
+        for step in range(1, 9):
+            line.update(step, {})
+    text = capsys.readouterr().err
+    assert on_screen(text)[0].startswith("step 8/60") and text.count("step") == 5
 
 
 def test_long_times_and_narrow_terminals(monkeypatch):
