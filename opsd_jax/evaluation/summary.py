@@ -57,10 +57,9 @@ def _role_rows(role: str, first: Line, last: Line) -> Iterator[str]:
         name = f"eval/{role}/{short}"
         if name not in first and name not in last:
             continue
-        before, after = number(first, name), number(last, name)
+        before, after = _cell(first, name), _cell(last, name)
         if short not in _MOVING or before != after:
-            cells = "".join(f"{_cell(line, name):>{_WIDTH}}" for line in (first, last))
-            yield f"{f'{role}: {words}':30}{cells}"
+            yield f"{f'{role}: {words}':30}{before:>{_WIDTH}}{after:>{_WIDTH}}"
 
 
 def _cell(line: Line, name: str) -> str:

@@ -17,7 +17,7 @@ def test_accuracies_always_lengths_and_probes_where_they_move(tmp_path):
                 f"eval/{role}/greedy_accuracy": accuracy,
                 f"eval/{role}/length_mean": length if role == "student" else 18.0,
                 f"eval/{role}/length_p90": length,
-                f"eval/{role}/truncated_fraction": 0.0,
+                f"eval/{role}/truncated_fraction": step / 1e6,
                 f"eval/{role}/num_problems": 512.0,
             }
         return found

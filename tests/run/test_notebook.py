@@ -19,18 +19,31 @@ from tests.run.test_train import QUICKSTART, TINY
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Two steps of one run, trained in two calls of one process."""
-    workdir = tmp_path_factory.mktemp("run")
-    for num_steps in (1, 2):
-        run = opsd_jax.train(QUICKSTART, workdir, [*TINY, f"train.num_steps = {num_steps}"])
-        assert run.last_step == num_steps
+    """Three steps in two calls of one process: the first is stopped in the middle of step 1.
+
+    The stop button of a notebook is SIGINT.
+    """
+    workdir, report = tmp_path_factory.mktemp("run"), Loop.report
+
+    def stop(self, step, *rest):
+        if step.number == 1:
+            signal.raise_signal(signal.SIGINT)
+        return report(self, step, *rest)
+
+    before, bindings = signal.getsignal(signal.SIGINT), [*TINY, "train.num_steps = 3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "report", stop)
+        run = opsd_jax.train(QUICKSTART, workdir, bindings)
+    assert 1 <= run.last_step < 3 and signal.getsignal(signal.SIGINT) is before
+    assert (workdir / "checkpoints" / str(run.last_step)).is_dir()
+    assert opsd_jax.train(QUICKSTART, workdir, bindings).last_step == 3
     return workdir
 
 
 def test_metrics_are_arrays_that_keep_in_step(workdir):
     run = opsd_jax.load_run(workdir)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
-    np.testing.assert_array_equal(run.steps, [0, 1, 2])
+    np.testing.assert_array_equal(run.steps, [0, 1, 2, 3])
     for name in ("loss/divergence", ACCURACY, TOKENS):
         wanted = [line.get(name) for line in lines]
         assert run.metrics[name].dtype == np.float64
@@ -38,18 +51,18 @@ def test_metrics_are_arrays_that_keep_in_step(workdir):
     assert np.isnan(run.metrics["loss/divergence"][0])
     with pytest.raises(opsd_jax.UserError, match="no step has .* did you mean eval/student/acc"):
         run.metrics["eval/student/acuracy"]
-    assert run.settings["train.num_steps"] == "2"
+    assert run.settings["train.num_steps"] == "3"
 
 
 def test_a_run_shows_samples_itself_and_its_student(workdir):
     run = opsd_jax.load_run(str(workdir))
     assert {row["role"] for row in run.samples()} == {"student", "teacher"}
     assert run.samples(0) != run.samples()
-    with pytest.raises(opsd_jax.UserError, match=r"no samples of step 7; it has steps \[0, 1, 2\]"):
+    with pytest.raises(opsd_jax.UserError, match=r"no samples of step 7; it has steps \[0, 3\]"):
         run.samples(7)
     tokens, accuracy = run.metrics[TOKENS][-1], run.metrics[ACCURACY]
     assert repr(run) == (
-        f"TrainingRun({str(workdir)!r}, step 2 of 2, {tokens:,.0f} generated tokens, "
+        f"TrainingRun({str(workdir)!r}, step 3 of 3, {tokens:,.0f} generated tokens, "
         f"{ACCURACY} {accuracy[0]:.3f} -> {accuracy[-1]:.3f})"
     )
     logits = opsd_jax.forward(run.model, run.student, [run.tokenizer.encode("1+2?")])
@@ -59,11 +72,10 @@ def test_a_run_shows_samples_itself_and_its_student(workdir):
 def test_evaluate_gives_what_training_logged(workdir, capsys):
     run = opsd_jax.load_run(workdir)
     found = opsd_jax.evaluate(workdir)
-    assert found["step"] == 2 and found[ACCURACY] == run.metrics[ACCURACY][-1]
-    assert opsd_jax.evaluate(workdir, step=0)[ACCURACY] == run.metrics[ACCURACY][0]
+    assert found["step"] == 3 and found[ACCURACY] == run.metrics[ACCURACY][-1]
+    few = opsd_jax.evaluate(workdir, bindings="evaluate.num_problems = 8", step=0)
+    assert few["step"] == 0 and few["eval/student/num_problems"] == 8
     assert capsys.readouterr().out == ""
-    few = opsd_jax.evaluate(workdir, None, "evaluate.num_problems = 8", out=str(workdir / "few"))
-    assert few["eval/student/num_problems"] == 8
 
 
 def test_what_is_wrong_is_a_user_error(workdir, tmp_path):
@@ -78,25 +90,6 @@ def test_what_is_wrong_is_a_user_error(workdir, tmp_path):
     ):
         with pytest.raises(opsd_jax.UserError, match=words):
             wrong()
-
-
-def test_an_interrupt_saves_and_the_same_call_goes_on(tmp_path, monkeypatch):
-    """The stop button of a notebook is SIGINT, in the middle of a step."""
-    bindings = [*TINY, "train.num_steps = 4", "train.heldout = None", "train.eval_every_steps = 0"]
-    report = Loop.report
-
-    def stop_at_two(self, step, *rest):
-        if step.number == 2:
-            signal.raise_signal(signal.SIGINT)
-        return report(self, step, *rest)
-
-    before = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "report", stop_at_two)
-        run = opsd_jax.train(QUICKSTART, tmp_path, bindings)
-    assert 2 <= run.last_step < 4 and signal.getsignal(signal.SIGINT) is before
-    assert (tmp_path / "checkpoints" / str(run.last_step)).is_dir()
-    assert opsd_jax.train(QUICKSTART, tmp_path, bindings).last_step == 4
 
 
 def test_an_experiment_changed_in_python_is_kept_as_gin(workdir, tmp_path):
