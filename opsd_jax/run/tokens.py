@@ -258,8 +258,6 @@ def tokens_command(workdir: str, step: int | str | None, num: int, seed: int) ->
 
     Problems are the held-out ones, or the training problems where there are none.
     """
-    if num < 1:
-        raise UserError(f"--num must be at least 1, not {num}")
     run = restore_run(workdir, step, load_run)
     if run.teacher is None:
         raise UserError(

@@ -263,7 +263,7 @@ def test_the_command_writes_whole_lines_which_the_page_shows(workdir, capsys):
 
 def test_bad_input_is_one_line_and_status_2(workdir, capsys):
     assert main(["tokens", f"--workdir={workdir}", "--num=0"]) == 2
-    assert "--num must be at least 1" in capsys.readouterr().err
+    assert "--num must be an integer >= 1" in capsys.readouterr().err
     assert main(["tokens", f"--workdir={workdir}", "--step=7"]) == 2
     assert "7" in capsys.readouterr().err
 
