@@ -139,7 +139,7 @@ def test_wild_values_together_and_flags_that_are_none(places, capsys):
         ),
         (
             ["generate", "--model=a_pipe", "--prompt=x"],
-            "--model must be a folder or a file, and",
+            "--model must be a folder or a file, not the pipe",
         ),
         (
             ["report", "--workdir=r", "--out="],
@@ -147,7 +147,7 @@ def test_wild_values_together_and_flags_that_are_none(places, capsys):
         ),
         (
             ["report", "--workdir=r", "--out=a_folder"],
-            "--out must be a file, and 'a_folder'",
+            "--out must be a file, not the folder 'a_",
         ),
         (
             ["report", "--workdir=r", "--out=r", "--levels", "nan"],
@@ -155,11 +155,11 @@ def test_wild_values_together_and_flags_that_are_none(places, capsys):
         ),
         (
             ["train", "--gin_file=a_folder", "--workdir=r"],
-            "--gin_file must be a file, and",
+            "--gin_file must be a file, not",
         ),
         (
             ["train", "--gin_file=no.gin", "--workdir=a_file"],
-            "--workdir must be a folder, an",
+            "--workdir must be a folder, not",
         ),
         (["tokens", "--workdir=r", "--step=1.5"], "--step must be a number or 'best', not '1.5'"),
         (["tokens", "--workdir=r", "--num=0"], "--num must be an integer >= 1 and <= 1024, not 0"),

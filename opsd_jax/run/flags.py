@@ -74,21 +74,21 @@ def step(value: str) -> int | str:
 def folder(value: str) -> str:
     """A folder that is there or can be made."""
     if _exists(value) and not os.path.isdir(value):
-        raise argparse.ArgumentTypeError(f"must be a folder, and {_shown(value)} is none")
+        raise argparse.ArgumentTypeError(f"must be a folder, not {_kind(value)}")
     return value
 
 
 def file(value: str) -> str:
     """A file to read or to write; whether it is there is told by its reader."""
     if _exists(value) and not os.path.isfile(value):
-        raise argparse.ArgumentTypeError(f"must be a file, and {_shown(value)} is none")
+        raise argparse.ArgumentTypeError(f"must be a file, not {_kind(value)}")
     return value
 
 
 def file_or_folder(value: str) -> str:
     """Not a pipe or a device, whose reading may never end."""
     if _exists(value) and not (os.path.isdir(value) or os.path.isfile(value)):
-        raise argparse.ArgumentTypeError(f"must be a folder or a file, and {_shown(value)} is none")
+        raise argparse.ArgumentTypeError(f"must be a folder or a file, not {_kind(value)}")
     return value
 
 
@@ -108,6 +108,13 @@ def _exists(value: str) -> bool:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot be {_shown(value)}: {error.strerror}") from None
     return True
+
+
+def _kind(value: str) -> str:
+    what = (
+        "folder" if os.path.isdir(value) else "file" if os.path.isfile(value) else "pipe or device"
+    )
+    return f"the {what} {_shown(value)}"
 
 
 def _shown(value: str) -> str:

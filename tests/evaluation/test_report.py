@@ -204,7 +204,7 @@ def test_in_a_browser(written, tmp_path):
         (["--workdir={tmp}/none"], "no such folder"),
         (["--workdir={tmp}"], "is it a workdir"),
         (["--workdir={run}", "--levels", "80"], "--levels"),
-        (["--workdir={run}", "--out={tmp}"], "--out must be a file"),
+        (["--workdir={run}", "--out={tmp}"], "--out must be a file, not the folder"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(flags, words, tmp_path, written, capsys):
