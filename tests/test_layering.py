@@ -136,3 +136,23 @@ for folder in ("model", "sampling", "divergence", "method"):
 print(opsd_jax.train_step.__name__, opsd_jax.method.train_step.train_step is opsd_jax.train_step)
 """
     assert run(code) == "train_step True"
+
+
+def test_the_testbed_can_be_removed():
+    code = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("opsd_jax.testbed") or name == "opsd_jax.run.testbed_base":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+import opsd_jax, opsd_jax.run.notebook
+lines = ["train.model = @RandomModel()", "RandomModel.config = @ModelConfig()",
+    "RandomModel.tokenizer = 'nowhere'", "train.problems = @JsonlProblems()",
+    "JsonlProblems.path = 'x'", "ModelConfig.vocab_size = 8", "ModelConfig.num_layers = 1",
+    "ModelConfig.embed_dim = 8", "ModelConfig.num_heads = 1", "ModelConfig.num_kv_heads = 1",
+    "ModelConfig.head_dim = 8", "ModelConfig.mlp_dim = 8"]
+found, _ = opsd_jax.load_experiment(["{PACKAGE.parent}/experiments/base.gin"], lines)
+print(found.train.model.config.embed_dim)
+"""
+    assert run(code) == "8"

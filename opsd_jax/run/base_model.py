@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run's base model comes from: files, a random start, or the testbed's warm start."""
+"""Where a run's base model comes from: files or a random start."""
 
 from __future__ import annotations
 
@@ -16,15 +16,12 @@ from opsd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from opsd_jax.errors import UserError
 from opsd_jax.fields import Seed, require
 from opsd_jax.host.files import read_json
-from opsd_jax.host.pod import first_process_first
 from opsd_jax.model.config import DTYPES, ModelConfig
 from opsd_jax.model.decoder import Decoder, init_variables
 from opsd_jax.model.sharding import Rules, variable_shardings
 from opsd_jax.pretrained.config import config_from_hf
 from opsd_jax.pretrained.load import load_pretrained
 from opsd_jax.run.experiment import Base
-from opsd_jax.testbed.warm_start import TESTBED_MODEL, WarmStartConfig, load_or_train
-from opsd_jax.testbed.world import ChainTokenizer
 
 Say = Callable[[str], None]
 
@@ -59,12 +56,12 @@ class RandomModel:
 
     Args:
       tokenizer: "testbed", or a directory with tokenizer files.
-      config: a `ModelConfig`, or a directory whose config.json is read.
+      config: a `ModelConfig`, a directory whose config.json is read, or "testbed".
       seed: of the parameters.
     """
 
     tokenizer: str = "testbed"
-    config: ModelConfig | str = TESTBED_MODEL
+    config: ModelConfig | str = "testbed"
     seed: Seed = 0
 
     def __post_init__(self):
@@ -72,9 +69,7 @@ class RandomModel:
 
     def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Say) -> Base:
         del cache_dir
-        config = self.config
-        if isinstance(config, str):
-            config = config_from_hf(read_json(os.path.join(config, "config.json")))
+        config, tokenizer = _shape(self.config), _tokenizer(self.tokenizer)
         model = Decoder(config)
 
         def init(key: jax.Array) -> dict:
@@ -84,34 +79,25 @@ class RandomModel:
         shardings = variable_shardings(jax.eval_shape(init, key), mesh, rules)
         params = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(key)
         say(f"model: random, {config.num_layers} layers, width {config.embed_dim}")
-        tokenizer: Tokenizer = (
-            ChainTokenizer() if self.tokenizer == "testbed" else load_tokenizer(self.tokenizer)
-        )
         return Base(config, params, tokenizer)
 
 
-@dataclasses.dataclass(frozen=True)
-class TestbedBase:
-    """The testbed's warm-started base, trained on first use and kept below the cache directory.
+# The testbed is imported where it is named alone: the package works without its folder.
 
-    On a pod process 0 trains it and the others read it: all start from the same bits.
 
-    Args:
-      warm_start: the recipe.
-      cache_dir: where bases are kept, to share one between runs; None is the run's workdir. All
-        hosts of a pod must see it.
-    """
+def _shape(config: ModelConfig | str) -> ModelConfig:
+    if config == "testbed":
+        from opsd_jax.testbed.warm_start import TESTBED_MODEL
 
-    __test__ = False  # Not a test class, whatever pytest makes of its name.
+        return TESTBED_MODEL
+    if isinstance(config, str):
+        return config_from_hf(read_json(os.path.join(config, "config.json")))
+    return config
 
-    warm_start: WarmStartConfig = WarmStartConfig()
-    cache_dir: str | None = None
 
-    def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Say) -> Base:
-        del mesh, rules
-        folder = self.cache_dir or cache_dir
-        base = first_process_first(
-            lambda: load_or_train(self.warm_start, TESTBED_MODEL, folder, say),
-            f"the testbed's base below {folder}",
-        )
-        return Base(TESTBED_MODEL, base.params, ChainTokenizer())
+def _tokenizer(name: str) -> Tokenizer:
+    if name == "testbed":
+        from opsd_jax.testbed.world import ChainTokenizer
+
+        return ChainTokenizer()
+    return load_tokenizer(name)

@@ -37,7 +37,8 @@ def plain_model(path: str, gin_files: Sequence[str] = (), bindings: Sequence[str
         raise UserError("--model needs --gin_file, which says on what and how it is evaluated")
     # What an experiment must bind and the evaluation of a model from files does not look at.
     untrained = (
-        "train.problems = @ChainArithmetic()",
+        "train.problems = @JsonlProblems()",
+        "JsonlProblems.path = 'unused'",
         "train.num_steps = 1",
         "train.batch_size = 1",
         "train.learning_rate = 1.0",

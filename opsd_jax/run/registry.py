@@ -33,7 +33,7 @@ SOURCES = {
     "PretrainedModel": "opsd_jax.run.base_model:PretrainedModel",
     "FinishedRun": "opsd_jax.run.config:finished_run",
     "RandomModel": "opsd_jax.run.base_model:RandomModel",
-    "TestbedBase": "opsd_jax.run.base_model:TestbedBase",
+    "TestbedBase": "opsd_jax.run.testbed_base:TestbedBase",
     "StudentRollouts": "opsd_jax.method.completions:StudentRollouts",
     "TeacherRollouts": "opsd_jax.method.completions:TeacherRollouts",
     "MixedRollouts": "opsd_jax.method.completions:MixedRollouts",

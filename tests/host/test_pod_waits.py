@@ -8,7 +8,7 @@ from tests.two_processes import run_pair
 MADE_ONCE = """
 import json
 import numpy as np
-from opsd_jax.run import base_model
+from opsd_jax.run import testbed_base
 from opsd_jax.testbed import warm_start
 from opsd_jax.errors import UserError
 from opsd_jax.model.sharding import FULLY_SHARDED, MeshConfig, make_mesh
@@ -24,7 +24,7 @@ def train(config, model_config, say):
 warm_start.warm_start = train
 said = []
 for seed in (0, 1):
-    base = base_model.TestbedBase(warm_start.WarmStartConfig(seed=seed))
+    base = testbed_base.TestbedBase(warm_start.WarmStartConfig(seed=seed))
     try:
         loaded = base.load(make_mesh(MeshConfig()), FULLY_SHARDED, arguments[0], print)
         said.append(loaded.params["embed"].tolist())

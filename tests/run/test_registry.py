@@ -65,9 +65,12 @@ def test_a_command_imports_what_it_needs_alone(tmp_path):
         ["eval", "--compare", "nowhere", "nowhere"],
         ["generate", "--model=nowhere", "--prompt=x"],
         ["generate", f"--workdir={tmp_path}/run", "--prompt=x"],
+        ["eval", "--model=nowhere", f"--gin_file={tmp_path}/mine.gin"],
+        ["train", f"--gin_file={tmp_path}/mine.gin", f"--workdir={tmp_path}/new"],
     )
-    nothing, refused, report, compare, model, run = found
+    nothing, refused, report, compare, model, run, evaluate, train = found
     assert nothing == set()
     assert refused <= {"numpy"} and report == compare == {"numpy"}
     assert model == {"numpy", "jax", "flax", "optax"}
     assert run == model | {"gin", "orbax"}
+    assert evaluate == train == run | {"grain"}
