@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from opsd_jax.data.problems import Problem, ProblemSet
-from opsd_jax.data.tokenizer import Tokenizer
+from opsd_jax.data.tokenizer import Tokenizer, quoted
 from opsd_jax.errors import UserError
 from opsd_jax.fields import Count, require
 
@@ -82,6 +82,9 @@ class ContextConfig:
       student_max_tokens, teacher_max_tokens: budgets of the rendered prompts; a longer prompt is
         never cut.
       too_long: "drop" counts and leaves out problems over budget, "error" stops.
+      special_tokens: what becomes of the tokenizer's special tokens in questions, solutions and
+        answers: "text" encodes them as text, "error" stops and names the problem. Those in the
+        templates here, in `instruction` and in `transition` are left what they are.
       num_widths: how many widths the batches of a run may have; each is compiled. 1 pads every
         batch to the longest prompts of the data.
     """
@@ -99,6 +102,7 @@ class ContextConfig:
     student_max_tokens: Count = 1024
     teacher_max_tokens: Count = 4096
     too_long: Annotated[str, ("drop", "error")] = "drop"
+    special_tokens: Annotated[str, ("text", "error")] = "text"
     num_widths: Count = 3
 
     def __post_init__(self):
@@ -156,17 +160,54 @@ def shown(fields: Mapping[str, str], name: str, problem: Problem) -> str:
     return fields[name]
 
 
+def quoted_problem(config: ContextConfig, tokenizer: Tokenizer, problem: Problem) -> Problem:
+    """The problem with special tokens in its texts made text, as `contexts.special_tokens` says.
+
+    Raises:
+      UserError: it has some and they are refused, or a text is not valid Unicode.
+    """
+    fields = {}
+    for name in ("question", "solution", "answer"):
+        text = getattr(problem, name)
+        try:
+            fields[name] = quoted(tokenizer, text)
+        except UserError as error:
+            raise UserError(f"problem {problem.id!r}: its {name} is {error}") from None
+        if config.special_tokens == "error" and fields[name] != text:
+            raise UserError(
+                f"problem {problem.id!r}: its {name} has special tokens of the tokenizer; remove "
+                "them, or set contexts.special_tokens = 'text'"
+            )
+    return dataclasses.replace(problem, **fields)
+
+
+def prompt_ids(
+    config: ContextConfig, tokenizer: Tokenizer, problem: Problem, role: str
+) -> list[int]:
+    """Token ids of one role's prompt, whatever their number.
+
+    Raises:
+      UserError: the problem cannot be shown; it names the problem and the role.
+    """
+    text = config.prompt(quoted_problem(config, tokenizer, problem), role)
+    try:
+        ids = tokenizer.render(text, **config.switches(role))
+    except UserError as error:
+        raise UserError(f"problem {problem.id!r}: the {role} prompt: {error}") from None
+    if not ids:
+        raise UserError(f"problem {problem.id!r}: the {role} prompt is empty")
+    return ids
+
+
 def render(
     config: ContextConfig, tokenizer: Tokenizer, problem: Problem, role: str
 ) -> list[int] | None:
     """Token ids of one role's prompt, or None when it is over budget and may be dropped.
 
     Raises:
-      UserError: over budget with `too_long = "error"`, or an empty prompt.
+      UserError: over budget with `too_long = "error"`, or it cannot be rendered.
     """
-    ids = tokenizer.render(config.prompt(problem, role), **config.switches(role))
-    if not ids:
-        raise UserError(f"problem {problem.id!r}: the {role} prompt is empty")
+    ids = prompt_ids(config, tokenizer, problem, role)
     budget = config.budget(role)
     if len(ids) <= budget:
         return ids

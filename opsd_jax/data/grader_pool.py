@@ -10,38 +10,24 @@ files or start programs by ordinary means, and that is killed and replaced when 
 """
 
 import concurrent.futures
+import dataclasses
 import json
 import logging
 import math
-import os
 import pickle
-import resource
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterable
-from multiprocessing.connection import Connection, Pipe
 from typing import Any, NamedTuple
 
 import cloudpickle
 
 from opsd_jax.data.grading import MAX_ANSWER_LEN
+from opsd_jax.data.worker import Worker, describe
 from opsd_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
 _MAX_REPLY_BYTES = 2**16  # an answer of MAX_ANSWER_LEN characters takes at most 12 bytes for each
-_START_LIMIT_S = 120.0  # for imports; a busy host can take long over them
-_BOOT = (
-    "from opsd_jax.data import grader_pool; grader_pool.serve({fd}, {limit_s!r}, {memory_bytes})"
-)
-_REFUSED_EVENTS = frozenset(
-    "os.system os.exec os.posix_spawn os.spawn os.fork os.forkpty os.kill os.killpg os.remove "
-    "os.rename os.rmdir os.mkdir os.link os.symlink os.truncate os.chmod os.chown os.putenv "
-    "pty.spawn subprocess.Popen socket.connect socket.bind socket.sendto shutil.rmtree "
-    "shutil.move ctypes.dlsym ctypes.call_function".split()
-)
 
 
 class Grade(NamedTuple):
@@ -96,11 +82,11 @@ class GraderPool:
         self._in_process = num_workers == 0
         self._threads = concurrent.futures.ThreadPoolExecutor(num_workers or 1, "grader")
         self._own = threading.local()  # each thread talks to a worker of its own
-        self._workers: set[_Worker] = set()
+        self._workers: set[Worker] = set()
         self._closed = False
         self._error_told = False
         self._lock = threading.Lock()  # guards the three above
-        self._pickled = b"" if self._in_process else cloudpickle.dumps(grade)
+        self._pickled = b"" if self._in_process else cloudpickle.dumps(_Answers(grade))
 
     def submit(self, problem: Any, completion: str) -> concurrent.futures.Future[Grade]:
         """Starts grading and returns at once; the future holds the `Grade`."""
@@ -157,8 +143,8 @@ class GraderPool:
             self._workers.discard(worker)
         return {"outcome": "timeout" if worker.timed_out else "died"}
 
-    def _start_worker(self) -> "_Worker":
-        worker = _Worker(self._time_limit_s, self._memory_bytes)
+    def _start_worker(self) -> Worker:
+        worker = Worker(self._time_limit_s, self._memory_bytes, _MAX_REPLY_BYTES)
         with self._lock:
             self._workers.add(worker)
             if self._closed:
@@ -168,88 +154,17 @@ class GraderPool:
         return worker
 
 
-class _Worker:
-    """One child process and the pipe to it."""
+@dataclasses.dataclass(frozen=True)
+class _Answers:
+    """What a worker does with a message."""
 
-    def __init__(self, time_limit_s: float, memory_bytes: int):
-        self.timed_out = False
-        self._pipe, child_end = Pipe()
-        boot = _BOOT.format(fd=child_end.fileno(), limit_s=time_limit_s, memory_bytes=memory_bytes)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", "-c", boot],
-            pass_fds=[child_end.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the parent, which then closes the pool
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                "JAX_PLATFORMS": "cpu",  # the accelerator belongs to the parent
-            },
-        )
-        child_end.close()
+    grade: Any
 
-    def load(self, pickled_grader: bytes) -> None:
-        """Waits until the worker has the grader."""
-        ready = self.ask(pickled_grader, _START_LIMIT_S)
-        if ready != b"ready":
-            self.kill()
-            reason = ready.decode(errors="replace") if ready else "the process ended"
-            raise RuntimeError(f"A grader worker could not start: {reason}")
+    def warm_up(self) -> None:
+        getattr(self.grade, "warm_up", lambda: None)()
 
-    def ask(self, message: bytes, limit_s: float) -> bytes | None:
-        """The reply, or None once the worker is dead, which the limit makes sure of.
-
-        The limit covers sending too: a worker may be too busy to read.
-        """
-        timer = threading.Timer(limit_s, self._time_out)
-        timer.start()
-        try:
-            self._pipe.send_bytes(message)
-            reply = self._pipe.recv_bytes(_MAX_REPLY_BYTES)
-        except (OSError, EOFError):
-            reply = None
-        timer.cancel()
-        timer.join()  # or it might still kill the worker under the next question
-        if reply is None or self.timed_out:
-            self.kill()
-            return None
-        return reply
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def _time_out(self) -> None:
-        self.timed_out = True
-        self._process.kill()
-
-
-def serve(fd: int, time_limit_s: float, memory_bytes: int) -> None:
-    """The worker's life: read the grader, then grade one message after the other until the end."""
-    pipe = Connection(fd)
-    try:
-        grade = pickle.loads(pipe.recv_bytes())
-        getattr(grade, "warm_up", lambda: None)()
-    except EOFError:
-        return
-    except Exception as error:
-        pipe.send_bytes(_describe(error).encode())
-        return
-    logging.disable()  # what a scorer thinks of hostile text is no news to the user
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    sys.addaudithook(_refuse)
-    pipe.send_bytes(b"ready")
-    while True:
-        try:
-            message = pipe.recv_bytes()
-        except EOFError:
-            return
-        # The parent keeps the limit; should it be gone, the kernel ends a runaway orphan.
-        signal.setitimer(signal.ITIMER_REAL, 2 * time_limit_s)
-        pipe.send_bytes(_reply(grade, *pickle.loads(message)))
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    def __call__(self, message: bytes) -> bytes:
+        return _reply(self.grade, *pickle.loads(message))
 
 
 def _reply(grade: Any, what: str, *arguments: Any) -> bytes:
@@ -265,21 +180,4 @@ def _reply(grade: Any, what: str, *arguments: Any) -> bytes:
             answer = None
         return json.dumps({"value": value, "answer": answer}).encode()
     except Exception as error:
-        return json.dumps({"outcome": "error", "detail": _describe(error)}).encode()
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:500]
-
-
-def _refuse(event: str, args: tuple) -> None:
-    """Audit hook: no files written, no programs started, no connections. A fence, not a jail."""
-    if event in _REFUSED_EVENTS or (event == "open" and _writes(args)):
-        raise PermissionError(f"a grader may not use {event}")
-
-
-def _writes(open_args: tuple) -> bool:
-    _, mode, flags = open_args
-    if isinstance(mode, str) and set(mode) & set("wax+"):
-        return True
-    return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        return json.dumps({"outcome": "error", "detail": describe(error)}).encode()

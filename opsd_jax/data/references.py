@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 
 import numpy as np
 
-from opsd_jax.data.contexts import shown
+from opsd_jax.data.contexts import ContextConfig, quoted_problem, shown
 from opsd_jax.data.problems import Problem
 from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.errors import UserError
@@ -24,7 +25,8 @@ class ReferenceRows:
       template: text with {solution} and {answer}, or a function (problem) -> text.
       tokenizer: of the model.
       max_tokens: C, stop token included.
-      too_long: "drop" counts a longer reference and leaves its problem out, "error" stops.
+      contexts: `too_long` ("drop" counts a longer reference and leaves its problem out, "error"
+        stops) and `special_tokens` are of references too.
     """
 
     def __init__(
@@ -33,13 +35,13 @@ class ReferenceRows:
         template: str | Callable[[Problem], str],
         tokenizer: Tokenizer,
         max_tokens: int,
-        too_long: str,
+        contexts: ContextConfig,
     ):
         if not tokenizer.stop_ids:
             raise UserError("train.completions = @References() needs a tokenizer with a stop token")
         self._prompts, self._template, self._tokenizer = prompts, template, tokenizer
         self._end_id = getattr(tokenizer, "turn_end_id", tokenizer.stop_ids[0])
-        self._max_tokens, self._too_long = max_tokens, too_long
+        self._max_tokens, self._contexts = max_tokens, contexts
         self.dropped: set[str] = set()
 
     def __call__(self, problem: Problem) -> dict[str, np.ndarray] | None:
@@ -48,9 +50,13 @@ class ReferenceRows:
         if row is None:
             return None
         tokenizer = self._tokenizer
-        ids = [*tokenizer.encode(reference_text(self._template, problem)), self._end_id]
+        text = self._text(problem)
+        try:
+            ids = [*tokenizer.encode(text), self._end_id]
+        except UserError as error:
+            raise UserError(f"problem {problem.id!r}: its reference: {error}") from None
         if len(ids) > self._max_tokens:
-            if self._too_long == "error":
+            if self._contexts.too_long == "error":
                 raise UserError(
                     f"problem {problem.id!r}: its reference has {len(ids)} tokens with the stop "
                     f"token, over rollout.max_new_tokens = {self._max_tokens}; raise it, or set "
@@ -62,6 +68,17 @@ class ReferenceRows:
         filled[: len(ids)] = ids
         length = np.array(len(ids), np.int32)
         return row | {"reference_ids": filled, "reference_length": length}
+
+    def _text(self, problem: Problem) -> str:
+        """The reference, with special tokens of the data made text.
+
+        What a function writes is data too: it has put the problem's texts into its own.
+        """
+        if not callable(self._template):
+            shown_problem = quoted_problem(self._contexts, self._tokenizer, problem)
+            return reference_text(self._template, shown_problem)
+        whole = dataclasses.replace(problem, solution=reference_text(self._template, problem))
+        return quoted_problem(self._contexts, self._tokenizer, whole).solution
 
 
 def reference_text(template: str | Callable[[Problem], str], problem: Problem) -> str:

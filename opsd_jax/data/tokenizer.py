@@ -3,17 +3,24 @@
 
 from __future__ import annotations
 
+import datetime
+import itertools
 import os
+import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
+from opsd_jax.data.chat_template import render_template
 from opsd_jax.errors import UserError
 from opsd_jax.host.files import read_json
 
 # What a model without a chat template is shown; base models continue a dialogue written so.
 PLAIN_FORMAT = "User: {prompt}\nAssistant:"
+
+# Stands inside what is to be no special token. A lone surrogate: no valid text has one.
+_MARK = "\ud800"
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -31,13 +38,27 @@ class Tokenizer(Protocol):
     def stop_ids(self) -> tuple[int, ...]: ...
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the text itself, without any added start or end token."""
+        """The ids of the text itself, without any added start or end token.
+
+        Special tokens in it are read as such: text of others goes through `quoted` first.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, with stop and padding ids removed."""
+        """The text of the ids, without stop and padding ids at its end."""
 
     def render(self, prompt: str, **template_kwargs: Any) -> list[int]:
         """The ids of a user turn that says `prompt`, up to where the model answers."""
+
+
+def quoted(tokenizer: Tokenizer, text: str) -> str:
+    """Text of the data, to be encoded as text whatever it says; for tokenizers that tell apart."""
+    quote: Callable[[str], str] = getattr(tokenizer, "quoted", str)
+    return quote(text)
+
+
+def _harmless(text: str) -> str:
+    """The same without the special tokens that `quoted` has broken up."""
+    return re.sub(f".{_MARK}.?", "xx", text, flags=re.DOTALL)
 
 
 class HFTokenizer:
@@ -47,6 +68,9 @@ class HFTokenizer:
       inner: any `PreTrainedTokenizerBase`.
       stop_ids: every id that ends a turn; the tokenizer's own end-of-sequence id is added.
       pad_id: the id written after the end; None takes the tokenizer's, else a stop id.
+
+    Attributes:
+      now: what templates that write the date are told, the same for all prompts.
     """
 
     def __init__(self, inner: Any, stop_ids: Iterable[int] = (), pad_id: int | None = None):
@@ -55,46 +79,162 @@ class HFTokenizer:
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((*map(int, stop_ids), *own)))
         candidates = (pad_id, inner.pad_token_id, *self.stop_ids, 0)
         self.pad_id: int = int(next(i for i in candidates if i is not None))
-        self._silent = frozenset((*self.stop_ids, self.pad_id))
-        self._warned = False
+        self.now = datetime.datetime.now()
+        special = {i for i, token in inner.added_tokens_decoder.items() if token.special}
+        # A pad id may be an ordinary token, as 0 is "!" to some: then it is text.
+        self._endings = frozenset((*self.stop_ids, *({self.pad_id} & special)))
+        self._warned: set[str] = set()
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id the tokenizer can produce."""
         return max(len(self.inner), 1 + max(self.inner.get_vocab().values(), default=-1))
 
+    def quoted(self, text: str) -> str:
+        """The text for `encode` and `render`, with special tokens broken up: to them it is text.
+
+        Raises:
+          UserError: not valid Unicode.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"text that is not valid Unicode ({error})") from None
+        if self._control is None:
+            return text
+        found = self._control.search(text)
+        if found is None:
+            return text
+        self._tell(
+            f"special tokens in data, here {found[0]!r}, are encoded as text; "
+            "contexts.special_tokens = 'error' names the problem"
+        )
+        return self._control.sub(lambda m: m[0][0] + _MARK + m[0][1:], text)
+
     def encode(self, text: str) -> list[int]:
-        return self.inner.encode(text, add_special_tokens=False)
+        ids = self._encoded(text)
+        if _MARK in text:
+            self._check_controls(ids, self._encoded(_harmless(text)))
+        return ids
+
+    def _encoded(self, text: str) -> list[int]:
+        first, *others = text.split(_MARK)
+        ids = self.inner.encode(first, add_special_tokens=False)
+        for piece in others:
+            # Some tokenizers write a space before a text; none behind a line break.
+            continued = self.inner.encode(f"\n{piece}", add_special_tokens=False)
+            start = len(self._line_break)
+            if tuple(continued[:start]) == self._line_break:
+                ids += continued[start:]
+            else:
+                ids += self.inner.encode(piece, add_special_tokens=False)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        kept = [int(i) for i in ids if int(i) not in self._silent]
+        kept = list(map(int, ids))
+        while kept and kept[-1] in self._endings:
+            kept.pop()
         return self.inner.decode(kept, clean_up_tokenization_spaces=False)
 
     def render(self, prompt: str, **template_kwargs: Any) -> list[int]:
         """Renders one user turn and the opening of the assistant's, with the model's template.
 
         Args:
-          prompt: what the user says.
+          prompt: what the user says; text of others goes through `quoted` first.
           **template_kwargs: switches of the template, for example `enable_thinking=False`.
 
         Returns:
           Exactly the ids that `apply_chat_template(..., add_generation_prompt=True)` gives;
           without a template, the ids of `PLAIN_FORMAT`, with a warning the first time.
+
+        Raises:
+          UserError: the template fails, or special tokens that were quoted come out as such.
         """
         if not self.inner.chat_template:
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    "this tokenizer has no chat template: prompts are rendered as "
-                    f"{PLAIN_FORMAT!r}",
-                    stacklevel=2,
-                )
-            return self.inner.encode(PLAIN_FORMAT.format(prompt=prompt))
-        turns = [{"role": "user", "content": prompt}]
-        rendered = self.inner.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=True, **template_kwargs
+            self._tell(
+                f"this tokenizer has no chat template: prompts are rendered as {PLAIN_FORMAT!r}"
+            )
+            ids = [*self._prefix, *self.encode(PLAIN_FORMAT.format(prompt=prompt))]
+        else:
+            ids = self.encode(self.turns(prompt, **template_kwargs))
+        if _MARK in prompt:
+            self._check_controls(ids, self.render(_harmless(prompt), **template_kwargs))
+        return ids
+
+    def turns(self, *said: str, answered: bool = False, **template_kwargs: Any) -> str:
+        """The text of a dialogue that the user begins, by the chat template.
+
+        Args:
+          *said: by user and assistant in turn.
+          answered: whether it ends there; else the assistant's next turn is opened.
+          **template_kwargs: switches.
+        """
+        roles = itertools.cycle(("user", "assistant"))
+        return render_template(
+            self.inner.get_chat_template(),
+            [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)],
+            self.now,
+            **{
+                **self.inner.special_tokens_map,
+                "add_generation_prompt": not answered,
+                **template_kwargs,
+            },
         )
-        return list(rendered["input_ids"])
+
+    def _check_controls(self, ids: Sequence[int], wanted: Sequence[int]) -> None:
+        """Raises a UserError unless both have the same special tokens."""
+        here, there = ([i for i in row if i in self._control_ids] for row in (ids, wanted))
+        if here != there:
+            raise UserError(
+                "special tokens in it cannot be encoded as text with this tokenizer and chat "
+                "template; remove them"
+            )
+
+    def _tell(self, text: str) -> None:
+        """Warns of each kind of thing once."""
+        kind = text.split(",")[0]
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(text, stacklevel=3)
+
+    @cached_property
+    def _line_break(self) -> tuple[int, ...]:
+        return tuple(self.inner.encode("\n", add_special_tokens=False))
+
+    @cached_property
+    def _prefix(self) -> list[int]:
+        """What the tokenizer writes before a text; what it writes behind would end a prompt."""
+        bare = self.inner.encode("a", add_special_tokens=False)
+        whole = self.inner.encode("a")
+        at = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
+        return whole[: at[0]] if at else []
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        """Special tokens, and added ones that the chat template writes around turns."""
+        added = self.inner.added_tokens_decoder
+        found = {i for i, token in added.items() if token.special}
+        found |= set(self.stop_ids) & set(added)
+        if self.inner.chat_template:
+            try:
+                written = self.turns("Ask", "Answer", "Ask")
+            except UserError:  # Some take no such dialogue; a prompt is rendered all the same.
+                written = ""
+            # Thoughts are a part of what models say and of many references.
+            found |= {
+                i
+                for i, token in added.items()
+                if token.content in written and "think" not in token.content
+            }
+        return frozenset(found)
+
+    @cached_property
+    def _control(self) -> re.Pattern[str] | None:
+        """Matches what would be encoded as one of `_control_ids`."""
+        added = self.inner.added_tokens_decoder
+        texts = [added[i].content for i in self._control_ids if added[i].content]
+        longest_first = sorted(texts, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first))) if texts else None
 
     @cached_property
     def turn_end_id(self) -> int | None:
@@ -104,10 +244,9 @@ class HFTokenizer:
         tokenizer's own, else the first declared.
         """
         if self.inner.chat_template:
-            said = [{"role": "user", "content": "Ask"}, {"role": "assistant", "content": "Answer"}]
             try:
-                text = self.inner.apply_chat_template(said, tokenize=False)
-            except Exception:  # templates raise what they like, and some take no such dialogue
+                text = self.turns("Ask", "Answer", answered=True)
+            except UserError:  # Some templates take no such dialogue.
                 text = ""
             _, answer, end = text.rpartition("Answer")
             if ends := [i for i in self.encode(end) if answer and i in self.stop_ids]:

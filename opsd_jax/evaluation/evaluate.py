@@ -74,6 +74,8 @@ class EvaluateConfig:
         require("evaluate", self)
         if not self.roles:
             raise UserError("evaluate.roles must name a role, not ()")
+        if len(set(self.roles)) < len(self.roles):
+            raise UserError(f"evaluate.roles must name each role once, not {self.roles!r}")
 
 
 class Prompt(NamedTuple):
@@ -257,7 +259,9 @@ class Evaluator:
             sampled = self.sampler(variables, ids, settings, keys[np.array(missing)]) if ids else ()
             for found in sampled:
                 i = missing[found.prompt]
-                problem, text = asked[i].problem, self.tokenizer.decode(found.ids)
+                problem = asked[i].problem
+                # The stop token, which may be the run's own, is no part of the answer.
+                text = self.tokenizer.decode(found.ids[:-1] if found.stopped else found.ids)
                 ungraded = Generation(
                     problem, text, len(found.ids), found.stopped, 0.0, places[i].sample
                 )

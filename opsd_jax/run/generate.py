@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from opsd_jax.data.contexts import prompt_ids
 from opsd_jax.data.problems import Problem
-from opsd_jax.data.tokenizer import Tokenizer
+from opsd_jax.data.tokenizer import Tokenizer, quoted
 from opsd_jax.errors import UserError
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.rollout import stream
@@ -38,9 +40,8 @@ def generate_command(
 
         run = restore_run(workdir, step, load_run, with_teacher=False)
         decoder, tokenizer, variables = run.parts.model, run.tokenizer, run.student
-        contexts = run.experiment.contexts
-        text = contexts.prompt(Problem("prompt", prompt, "", ""), "evaluation")
-        ids = tokenizer.render(text, **contexts.switches("evaluation"))
+        problem = Problem("--prompt", prompt, "", "")
+        ids = prompt_ids(run.experiment.contexts, tokenizer, problem, "evaluation")
         settings = dataclasses.replace(settings, stop_ids=run.experiment.rollout.stop_ids)
     else:
         from opsd_jax.pretrained.load import load_pretrained
@@ -49,14 +50,15 @@ def generate_command(
         if found.tokenizer is None:
             raise UserError(f"--model={model}: no tokenizer files there")
         decoder, tokenizer, variables = found.model, found.tokenizer, {"params": found.params}
-        ids = tokenizer.render(prompt)
+        ids = tokenizer.render(quoted(tokenizer, prompt))
     check_length(len(ids), settings.max_new_tokens, decoder.config.max_positions)
     settings = settings.for_tokenizer(tokenizer.stop_ids, tokenizer.pad_id)
     lengths = jnp.array([len(ids)], jnp.int32)
     tokens = stream(
         decoder, variables, jnp.array([ids], jnp.int32), lengths, jax.random.key(seed), settings
     )
-    for text in texts(tokens, tokenizer, stop):
+    said = itertools.takewhile(lambda token: token not in settings.stop_ids, tokens)
+    for text in texts(said, tokenizer, stop):
         print(text, end="", flush=True)
     print()
 

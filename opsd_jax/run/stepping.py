@@ -99,9 +99,10 @@ def row_grader(problems: ProblemSet, tokenizer: Tokenizer, grade: GradeAll) -> G
 
     def grade_rows(completion: Completion, numbers: np.ndarray) -> Graded:
         (mine, ids), (_, mask) = local_rows(completion.ids), local_rows(completion.mask)
+        stopped = local_rows(completion.stopped)[1]  # at a stop id, which may be the run's own
         asked = [problems[int(i)] for i in numbers[mine]]
         answered = [i for i, problem in enumerate(asked) if problem.answer]
-        texts = [tokenizer.decode(ids[i][mask[i]].tolist()) for i in answered]
+        texts = [tokenizer.decode(ids[i][mask[i]][: -1 if stopped[i] else None]) for i in answered]
         found = grade([asked[i] for i in answered], texts)
         columns = (
             [given.value for given in found],

@@ -269,7 +269,8 @@ def tokens_command(workdir: str, step: int | str | None, num: int, seed: int) ->
     chosen, batch = view_problems(run, problems, num)
     completion, comparison = sample_and_compare(run, batch, seed)
     tokens = token_rows(run.tokenizer, completion, comparison)
-    texts = [run.tokenizer.decode([token["id"] for token in row]) for row in tokens]
+    said = [[token["id"] for token in row if not token["stop"]] for row in tokens]
+    texts = [run.tokenizer.decode(ids) for ids in said]
     with ExitStack() as stack:
         grades = grading(problems, train.grader_workers, stack)(chosen, texts)
     analyses = analysis_texts(run, completion)

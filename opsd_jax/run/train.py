@@ -172,7 +172,7 @@ def training_batches(
     render: Any = prompts
     if isinstance(settings.completions, References):
         template, limit = settings.completions.template, experiment.rollout.max_new_tokens
-        render = ReferenceRows(prompts, template, tokenizer, limit, contexts.too_long)
+        render = ReferenceRows(prompts, template, tokenizer, limit, contexts)
     num_problems = settings.batch_size // settings.group_size
     batches = make_batches(problems, render, num_problems, settings.seed, prompts.narrow)
     dropped = getattr(render, "dropped", ())

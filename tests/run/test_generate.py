@@ -61,7 +61,7 @@ def test_a_run_ends_where_its_rollouts_ended(monkeypatch, capsys):
 
     tokenizer = WordTokenizer()
     monkeypatch.setattr(tokenizer, "render", lambda *_, **__: [4, 5, 6])
-    contexts = SimpleNamespace(prompt=lambda *_: "", switches=lambda _: {})
+    contexts = SimpleNamespace(prompt=lambda *_: "", switches=lambda _: {}, special_tokens="text")
 
     def answer(own_stop_ids):
         run = SimpleNamespace(

@@ -22,7 +22,7 @@ def test_grades_that_failed_are_worth_nothing_and_are_counted():
     ids, mask = jnp.full((4, 2), 5), jnp.ones((4, 2), bool)
     with GraderPool(integer, num_workers=0) as pool:
         grade_rows = row_grader(PROBLEMS, WordTokenizer(), pool.grade)
-        grades = grade_rows(Completion(ids, mask, None, None), np.array([0, 1, 2, 0]))
+        grades = grade_rows(Completion(ids, mask, None, jnp.zeros(4, bool)), np.array([0, 1, 2, 0]))
     np.testing.assert_array_equal(grades.rewards, [1.0, 0.0, np.nan, 1.0])
     np.testing.assert_array_equal(grades.failed, [0.0, 1.0, np.nan, 0.0])
     rows = {"rows/divergence": np.arange(4.0), "rows/tokens": np.full(4, 2.0)}
