@@ -137,12 +137,12 @@ class _Written(ParserDelegate):
 
 
 def load_experiment(
-    gin_files: Sequence[str], bindings: Sequence[str] = (), defaults: Sequence[str] = ()
+    gin_files: str | Sequence[str], bindings: Sequence[str] = (), defaults: Sequence[str] = ()
 ) -> tuple[Experiment, str]:
     """Parses gin files and bindings, later ones winning.
 
     Args:
-      gin_files: paths; what they include and import is looked up beside them (`GinFiles`).
+      gin_files: path or paths; what they include and import is looked up beside them (`GinFiles`).
       bindings: lines such as "train.num_steps = 3".
       defaults: lines that files and bindings may override.
 
@@ -155,6 +155,7 @@ def load_experiment(
         the config does not name. Where the last file has such a line, or a binding is of something
         that another one has replaced, a warning says so.
     """
+    gin_files = [gin_files] if isinstance(gin_files, str) else gin_files
     for path in gin_files:
         if not os.path.isfile(path):
             what = "not a file" if os.path.exists(path) else "no such file"

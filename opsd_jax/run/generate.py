@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`opsd generate`: one answer, as it is being said."""
+"""`opsd generate`: streams one answer to the terminal."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop: it dispatches steps, reads their numbers one step late, evaluates, saves and watches.
+"""The training loop: dispatches steps, logs one step late, evaluates, saves and guards.
 
 Each step is dispatched before the numbers of the step before it are read, so the device never
 waits for grading, logging or the disk. A step's line in metrics.jsonl is written before the

@@ -115,13 +115,16 @@ def train(
     Raises:
       UserError: what is wrong, in one sentence.
     """
+    lines = _listed(bindings)
     if isinstance(experiment, Experiment):
-        lines = [*gin_lines(experiment), *_listed(bindings)]
-        found, text = load_experiment([], lines)
-        if not bindings and found != experiment:
+        written = gin_lines(experiment)
+        found, text = load_experiment([], written)
+        if found != experiment:
             raise UserError("this Experiment cannot be written as gin; train from a gin file")
+        if lines:
+            found, text = load_experiment([], [*written, *lines])
     else:
-        found, text = load_experiment(_listed(experiment), _listed(bindings))
+        found, text = load_experiment(_listed(experiment), lines)
     train_in(found, text, Path(workdir))
     return load_run(workdir)
 

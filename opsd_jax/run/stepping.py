@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step as the host takes it: in one piece on the device, or in two with grades between."""
+"""One training step as the host dispatches it: jitted whole, or in halves graded in between."""
 
 from __future__ import annotations
 

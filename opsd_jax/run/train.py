@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run: its parts are loaded, restored if there is something to restore, and put in the loop."""
+"""`opsd train`: loads the parts of a run, restores its checkpoint if it has one, and loops."""
 
 from __future__ import annotations
 

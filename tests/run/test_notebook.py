@@ -5,6 +5,7 @@ import dataclasses
 import json
 import signal
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -102,6 +103,17 @@ def test_an_experiment_changed_in_python_is_kept_as_gin(workdir, tmp_path):
         mine = dataclasses.replace(settings, probes=(lambda *_: {},))
         opsd_jax.train(dataclasses.replace(experiment, train=mine), tmp_path)
     assert not (tmp_path / "config.gin").exists()
+
+
+def test_every_experiment_is_the_same_after_it_was_written_as_gin():
+    count = 0
+    for path in sorted(Path(QUICKSTART).parent.rglob("*.gin")):
+        if path.parent.name == "eval" or path.name in ("base.gin", "recipe.gin"):
+            continue  # Parts of an experiment.
+        experiment, _ = opsd_jax.load_experiment(str(path))
+        assert opsd_jax.load_experiment([], gin_lines(experiment))[0] == experiment, path
+        count += 1
+    assert count > 20
 
 
 def test_plot_draws_every_point_and_a_band_over_seeds(workdir):
