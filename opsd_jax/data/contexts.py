@@ -234,6 +234,7 @@ class TrainingPrompts:
 
     Attributes:
       levels: (student's width, teacher's width), ascending.
+      longest: tokens of the student's and the teacher's longest prompt.
     """
 
     ROLES = ("student", "teacher")
@@ -248,6 +249,7 @@ class TrainingPrompts:
             self._rows[problem.id] = tuple(kept) if len(kept) == len(ids) else None
         fitting = [row for row in self._rows.values() if row is not None]
         longest = [max((len(row[role]) for row in fitting), default=1) for role in range(2)]
+        self.longest = (longest[0], longest[1])
         # A level that saves fewer than 32 columns is not worth a compilation.
         halvings = [n for n in range(config.num_widths) if n == 0 or sum(longest) >= 64 << (n - 1)]
         self.levels = [

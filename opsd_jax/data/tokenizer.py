@@ -237,22 +237,35 @@ class HFTokenizer:
         return re.compile("|".join(map(re.escape, longest_first))) if texts else None
 
     @cached_property
+    def turn_end(self) -> list[int] | None:
+        """The ids that the chat template writes behind an assistant's turn; None if unknown."""
+        if not self.inner.chat_template:
+            return None
+        try:
+            _, answer, end = self.turns("Ask", "Answer", answered=True).rpartition("Answer")
+        except UserError:  # Some templates take no such dialogue.
+            return None
+        return self.encode(end) if answer else None
+
+    @cached_property
     def turn_end_id(self) -> int | None:
         """The id that ends an assistant's turn: the first stop id that its template writes there.
 
         A model may declare several, the end of a document first. Without a template, the
         tokenizer's own, else the first declared.
         """
-        if self.inner.chat_template:
-            try:
-                text = self.turns("Ask", "Answer", answered=True)
-            except UserError:  # Some templates take no such dialogue.
-                text = ""
-            _, answer, end = text.rpartition("Answer")
-            if ends := [i for i in self.encode(end) if answer and i in self.stop_ids]:
-                return ends[0]
+        if ends := [i for i in self.turn_end or () if i in self.stop_ids]:
+            return ends[0]
         own = self.inner.eos_token_id
         return own if own is not None else next(iter(self.stop_ids), None)
+
+    @cached_property
+    def reads_thinking(self) -> bool:
+        """Whether `enable_thinking` changes a prompt."""
+        if not self.inner.chat_template:
+            return False
+        unset = self.turns("Ask")
+        return any(self.turns("Ask", enable_thinking=on) != unset for on in (True, False))
 
     def save(self, directory: str) -> None:
         self.inner.save_pretrained(directory)

@@ -28,7 +28,7 @@ from opsd_jax.host.metrics import plain
 from opsd_jax.run.assembly import load_models
 from opsd_jax.run.config import load_experiment, load_run
 from opsd_jax.run.finished_run import Restored, restore_run, say
-from opsd_jax.run.train import make_evaluator
+from opsd_jax.run.train import make_evaluator, start_notices
 
 
 def plain_model(path: str, gin_files: Sequence[str] = (), bindings: Sequence[str] = ()) -> Restored:
@@ -83,6 +83,8 @@ def evaluate_held_out(
         evaluator = make_evaluator(run.experiment, run.parts, run.tokenizer, cache, stack)
         if evaluator is None:
             raise UserError("train.heldout is None: bind it to the problems to evaluate on")
+        for notice in start_notices(run.experiment, run.parts, run.tokenizer, None, evaluator):
+            say(notice)
         writes = jax.process_index() == 0
         stack.enter_context(only_writer(folder, say))
         log = stack.enter_context(GenerationLog(folder, record_of(run, evaluator), writes))

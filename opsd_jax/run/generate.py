@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from opsd_jax.data.contexts import prompt_ids
+from opsd_jax.data.notices import unended_turns
 from opsd_jax.data.problems import Problem
 from opsd_jax.data.tokenizer import Tokenizer, quoted
 from opsd_jax.errors import UserError
@@ -53,6 +55,8 @@ def generate_command(
         ids = tokenizer.render(quoted(tokenizer, prompt))
     check_length(len(ids), settings.max_new_tokens, decoder.config.max_positions)
     settings = settings.for_tokenizer(tokenizer.stop_ids, tokenizer.pad_id)
+    for notice in unended_turns(tokenizer, settings.stop_ids):
+        print(notice, file=sys.stderr)
     lengths = jnp.array([len(ids)], jnp.int32)
     tokens = stream(
         decoder, variables, jnp.array([ids], jnp.int32), lengths, jax.random.key(seed), settings

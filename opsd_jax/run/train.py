@@ -13,12 +13,18 @@ import jax
 
 from opsd_jax.data.contexts import TrainingPrompts
 from opsd_jax.data.grader_pool import GraderPool
+from opsd_jax.data.notices import (
+    beyond_positions,
+    equal_prompts,
+    idle_switches,
+    unended_turns,
+)
 from opsd_jax.data.pipeline import make_batches
 from opsd_jax.data.problems import ProblemSet
 from opsd_jax.data.references import ReferenceRows
 from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.errors import UserError
-from opsd_jax.evaluation.evaluate import Evaluator
+from opsd_jax.evaluation.evaluate import ROLES, Evaluator
 from opsd_jax.evaluation.runs import Run, read_run
 from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.host.config_text import first_difference
@@ -87,9 +93,11 @@ def prepare(
     check_batch(settings.batch_size, settings.num_micro_batches, mesh)
     base, external, parts = load_models(experiment, workdir, say)
     problems = settings.problems.load(str(workdir / "problems"))
-    batches = training_batches(experiment, problems, base.tokenizer, say)
+    batches, longest = training_batches(experiment, problems, base.tokenizer, say)
     evaluator = make_evaluator(experiment, parts, base.tokenizer, workdir, stack)
     tell_contamination(problems, evaluator, say)
+    for notice in start_notices(experiment, parts, base.tokenizer, longest, evaluator):
+        say(notice)
     wait_for_all()
     folder, kept = workdir / "checkpoints", settings.keep_checkpoints
     checkpoints = stack.enter_context(Checkpoints(folder, kept, BEST_METRIC, say))
@@ -159,8 +167,8 @@ def training_batches(
     problems: ProblemSet,
     tokenizer: Tokenizer,
     say: Callable[[str], None],
-) -> Any:
-    """Global batches as a Grain iterator whose position can be saved.
+) -> tuple[Any, tuple[int, int]]:
+    """Global batches as a Grain iterator whose position can be saved, and the longest prompts.
 
     Raises:
       UserError: too few problems fit, or one cannot be graded where grades are needed.
@@ -178,7 +186,7 @@ def training_batches(
     dropped = getattr(render, "dropped", ())
     if dropped:
         say(f"{len(dropped):,} problems left out: their reference exceeds rollout.max_new_tokens")
-    return iter(batches)
+    return iter(batches), prompts.longest
 
 
 def grading(problems: ProblemSet, num_workers: int, stack: ExitStack) -> GradeAll:
@@ -210,6 +218,49 @@ def make_evaluator(
         problems,
         stack.enter_context(GraderPool(problems.grade, num_workers=settings.grader_workers)),
     )
+
+
+def start_notices(
+    experiment: Experiment,
+    parts: Assembly,
+    tokenizer: Tokenizer,
+    longest: tuple[int, int] | None,
+    evaluator: Evaluator | None,
+) -> list[str]:
+    """What is worth knowing before anything is computed, a sentence each (`data.notices`).
+
+    Args:
+      longest: tokens of the student's and the teacher's longest training prompt; None for an
+        evaluation alone.
+    """
+    contexts, rollout = experiment.contexts, parts.method.rollout
+    max_positions = parts.model.config.max_positions
+    roles: list[str] = []
+    told: list[str] = []
+    if evaluator is not None or experiment.train.completions.generates:
+        told += unended_turns(tokenizer, rollout.stop_ids)
+    if longest is not None:
+        reasoner = parts.method.reasoner
+        roles += ["student", "analysis" if reasoner else "teacher"]
+        num_new = rollout.max_new_tokens
+        read = reasoner.settings.max_new_tokens + len(reasoner.transition_ids) if reasoner else 0
+        for role, tokens, new in (
+            ("student", longest[0], num_new),
+            ("teacher", longest[1], num_new + read),
+        ):
+            lower = f"contexts.{role}_max_tokens or rollout.max_new_tokens"
+            told += beyond_positions(role, tokens, new, max_positions, lower)
+    if evaluator is not None:
+        num_new = evaluator.settings.max_new_tokens
+        for role, prompts in evaluator.prompts.items():
+            context, thinking = ROLES[role]
+            roles += [context] if thinking is None else []
+            tokens = max(len(prompt.ids) for prompt in prompts)
+            lower = "evaluate.max_new_tokens or the budgets of contexts"
+            told += beyond_positions(f"evaluated {role}", tokens, num_new, max_positions, lower)
+        asked = {role: [p.ids for p in prompts] for role, prompts in evaluator.prompts.items()}
+        told += equal_prompts(asked)
+    return told + idle_switches(contexts, tokenizer, roles)
 
 
 def tell_contamination(

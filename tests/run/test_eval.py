@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ import jax
 import pytest
 
 from opsd_jax.data.tokenizer import HFTokenizer
+from opsd_jax.errors import UserError
+from opsd_jax.evaluation.evaluate import Evaluator
 from opsd_jax.main import main
 from opsd_jax.pretrained.export import save_pretrained
 from opsd_jax.run.eval import plain_model
@@ -191,6 +194,7 @@ def test_roles_and_thinking_modes_side_by_side(folder, alone, capsys):
     out, err = capsys.readouterr()
     summary = json.loads((folder / "roles" / "summary.json").read_text())
     assert json.loads(out) == summary and all(role in err for role in ROLES)
+    assert "asked the same" not in err and "has no effect" not in err
     assert {name.split("/")[1] for name in summary if name != "step"} == set(ROLES)
     lines = lines_of(folder / "roles" / "generations.jsonl")
     assert len(lines) == len(ROLES) * 6 * (2 + 1)
@@ -213,6 +217,28 @@ def test_roles_and_thinking_modes_side_by_side(folder, alone, capsys):
     assert sorted(found, key=key_of) == sorted(expected, key=key_of)
     texts = {tuple(li["completion"] for li in lines if li["role"] == role) for role in ROLES}
     assert len(texts) == 3
+
+
+def test_what_has_no_effect_or_does_not_end_is_told_before_anything_is_sampled(
+    folder, tmp_path, capsys
+):
+    """A template without thinking, whose turns end in a token that is no stop id."""
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<pad>{% endfor %}assistant:"
+    (model / "chat_template.jinja").write_text(template)
+    roles = f"evaluate.roles = {ROLES[:2]}"
+    flags = command(folder, "told", *SMALL, roles, "contexts.evaluation_thinking = True")
+    flags[1] = f"--model={model}"
+    bindings = ["evaluate.max_new_tokens = 40000", "evaluate.num_problems = 1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "__call__", lambda *_: (_ for _ in ()).throw(UserError("sampled")))
+        assert main([*flags, *(f"--gin_bindings={b}" for b in bindings)]) == 2
+    err = capsys.readouterr().err
+    told = err[: err.index("sampled")]
+    assert "ends an assistant's turn with '<pad>' (id 0), none of the stop ids (3,)" in told
+    assert "'student_thinking' and 'student_no_thinking' are asked the same prompts" in told
+    assert "the evaluated student_thinking's longest prompt has" in told
 
 
 PAIR = """
