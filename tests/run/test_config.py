@@ -43,6 +43,15 @@ def test_every_experiment_carries_its_command(path):
     assert f"opsd train --gin_file={name}" in header
 
 
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.rglob("*.gin")), ids=lambda path: path.stem)
+def test_every_file_that_a_gin_file_names_exists(path):
+    named = re.findall(r"[\w./-]+\.(?:py|gin|md|svg|ipynb)\b", path.read_text())
+    for name in set(named) - {"experiments/X.gin"}:
+        beside = [folder / name for folder in (EXPERIMENTS.parent, EXPERIMENTS, path.parent)]
+        code = (EXPERIMENTS.parent / "opsd_jax").rglob(name)  # base.gin names some without folder
+        assert any(found.exists() for found in (*beside, *code)), f"{path} names {name}"
+
+
 def test_ablations_are_at_most_ten_bindings():
     for path in (EXPERIMENTS / "ablations").glob("*.gin"):
         lines = [line for line in path.read_text().splitlines() if " = " in line.split("#")[0]]
