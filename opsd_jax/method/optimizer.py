@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import optax
+from jax.sharding import Mesh
 
 from opsd_jax.errors import UserError
 from opsd_jax.fields import Natural, NotNegative, Positive, check, require
+from opsd_jax.model.sharding import replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,3 +82,23 @@ def make_optimizer(
     if not config.max_grad_norm:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+
+
+def optimizer_shardings(
+    optimizer: optax.GradientTransformation, opt_state: Any, trainable: Any, mesh: Mesh
+) -> Any:
+    """Moments live with their parameters; counters are replicated.
+
+    Args:
+      optimizer: the transformation that made `opt_state`.
+      opt_state: its (abstract) state.
+      trainable: the shardings of the trained parameters.
+      mesh: the mesh.
+    """
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        opt_state,
+        trainable,
+        transform_non_params=lambda _: replicated(mesh),
+    )

@@ -25,10 +25,11 @@ from opsd_jax.divergence.losses import DivergenceConfig
 from opsd_jax.method.batch import Batch, Policy
 from opsd_jax.method.completions import CompletionSource, StudentRollouts
 from opsd_jax.method.objective import Distillation, Loss, Objective, Reader
+from opsd_jax.method.optimizer import optimizer_shardings
 from opsd_jax.method.reason_first import Reasoner, analysis_metrics
 from opsd_jax.method.teacher import Teacher
 from opsd_jax.model.decoder import Decoder
-from opsd_jax.model.sharding import Rules, batch_sharding, on_mesh, optimizer_shardings, replicated
+from opsd_jax.model.sharding import Rules, batch_sharding, on_mesh, replicated
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.prompts import Completion
 from opsd_jax.sampling.rollout import split

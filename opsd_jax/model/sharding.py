@@ -16,7 +16,6 @@ from typing import Annotated, Any
 
 import jax
 import numpy as np
-import optax
 from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -105,26 +104,6 @@ def variable_shardings(boxed: Any, mesh: Mesh | AbstractMesh, rules: Any) -> Any
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(place, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
-
-
-def optimizer_shardings(
-    optimizer: optax.GradientTransformation, opt_state: Any, trainable: Any, mesh: Mesh
-) -> Any:
-    """Moments live with their parameters; counters are replicated.
-
-    Args:
-      optimizer: the transformation that made `opt_state`.
-      opt_state: its (abstract) state.
-      trainable: the shardings of the trained parameters.
-      mesh: the mesh.
-    """
-    return optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        opt_state,
-        trainable,
-        transform_non_params=lambda _: replicated(mesh),
-    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -10,8 +10,8 @@ import pytest
 from opsd_jax.errors import UserError
 from opsd_jax.host.lock import only_writer
 from opsd_jax.main import main
-from tests.run.test_eval_command import command as eval_command
-from tests.run.test_eval_command import folder  # noqa: F401
+from tests.run.test_eval import command as eval_command
+from tests.run.test_eval import folder  # noqa: F401
 from tests.run.test_train import command
 from tests.two_processes import run_pair
 

@@ -71,6 +71,6 @@ def test_a_command_imports_what_it_needs_alone(tmp_path):
     nothing, refused, report, compare, model, run, evaluate, train = found
     assert nothing == set()
     assert refused <= {"numpy"} and report == compare == {"numpy"}
-    assert model == {"numpy", "jax", "flax", "optax"}
-    assert run == model | {"gin", "orbax"}
+    assert model == {"numpy", "jax", "flax"}
+    assert run == model | {"optax", "gin", "orbax"}
     assert evaluate == train == run | {"grain"}
