@@ -272,8 +272,8 @@ def _train_round(config, model, params, rng, round_number, say):
         said = f"warm start: step {done + _STEPS_PER_CALL}/{steps}, excess loss {float(loss):.4f}"
         start = start or time.monotonic()  # Compilation is not counted.
         if done:
-            left = (time.monotonic() - start) * (steps - done - _STEPS_PER_CALL) / done
-            said += f", {left:.0f} s left"
+            left = round((time.monotonic() - start) * (steps - done - _STEPS_PER_CALL) / done)
+            said += f", {left // 60}:{left % 60:02d} left"
         say(f"\r{said}")  # A live line, see host/progress.py.
     return params
 
