@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from opsd_jax.data.grading import Grader
-from opsd_jax.data.problems import JsonlProblems, LoadedProblems, ParquetProblems
+from opsd_jax.data.problems import JsonlProblems, LoadedProblems, ParquetProblems, is_hidden
 from opsd_jax.errors import UserError
 from opsd_jax.fields import require
 
@@ -82,9 +82,9 @@ class Benchmark:
         path = Path(self.path).expanduser() if self.path else _fetch(published)
         # The published layout first: other splits lie beside the one that is evaluated.
         pattern = path / published.files
-        is_layout = any(path.glob(published.files)) if path.is_dir() else False
+        is_layout = _has_files(path, published.files)
         is_jsonl = path.suffix == ".jsonl" or (
-            path.is_dir() and not any(path.rglob("*.parquet")) and any(path.rglob("*.jsonl"))
+            not _has_files(path, "**/*.parquet") and _has_files(path, "**/*.jsonl")
         )
         if is_layout:
             is_jsonl = published.files.endswith(".jsonl")
@@ -106,6 +106,12 @@ class Benchmark:
             if name in told:
                 told += f" Benchmark fixes these: rows of another form are read with @{name}()."
             raise UserError(told) from None
+
+
+def _has_files(path: Path, pattern: str) -> bool:
+    """Whether a folder has such files that are not hidden."""
+    found = path.glob(pattern) if path.is_dir() else iter(())
+    return any(not is_hidden(each.relative_to(path)) for each in found)
 
 
 def _fetch(published: Published) -> Path:

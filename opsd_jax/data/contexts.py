@@ -64,6 +64,7 @@ TEMPLATES: dict[str, str] = {
 TRANSITION = "\n\nNow I solve the problem by my own reasoning.\n\n"
 
 _PLACEHOLDER = re.compile(r"\{(question|solution|answer|instruction)\}")
+_NEAR_PLACEHOLDER = re.compile(r"(?<![\w^])\{ *(?:question|solution|answer|instruction) *\}", re.I)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +115,10 @@ class ContextConfig:
                     f"contexts.{role} must be one of {sorted(TEMPLATES)} or a template with "
                     f"{{question}} in it, not {template!r}"
                 )
+            for near in _NEAR_PLACEHOLDER.findall(template):
+                if not _PLACEHOLDER.fullmatch(near):
+                    name = near.strip("{} ").lower()
+                    raise UserError(f"contexts.{role} must say {{{name}}}, not {near}")
             if "{instruction}" in template and not self.instruction:
                 raise UserError(
                     f"contexts.{role} uses {{instruction}}: set contexts.instruction to its text"
@@ -169,6 +174,10 @@ def quoted_problem(config: ContextConfig, tokenizer: Tokenizer, problem: Problem
     fields = {}
     for name in ("question", "solution", "answer"):
         text = getattr(problem, name)
+        if not isinstance(text, str):
+            raise UserError(
+                f"problem {problem.id!r}: its {name} must be text, not {type(text).__name__}"
+            )
         try:
             fields[name] = quoted(tokenizer, text)
         except UserError as error:

@@ -267,7 +267,7 @@ class _FileProblems(TableProblems):
         else:
             root, pattern = _split_pattern(path)
             found = [root / match for match in glob.glob(pattern, root_dir=root, recursive=True)]
-        found = sorted(p for p in found if p.is_file() and not _is_hidden(p.relative_to(root)))
+        found = sorted(p for p in found if p.is_file() and not is_hidden(p.relative_to(root)))
         if not found:
             raise UserError(
                 f"{type(self).__name__}.path: {self.path} is no file, and no directory or "
@@ -367,7 +367,7 @@ def _split_pattern(path: pathlib.Path) -> tuple[pathlib.Path, str]:
     return root, str(path.relative_to(root))
 
 
-def _is_hidden(path: pathlib.Path) -> bool:
+def is_hidden(path: pathlib.Path) -> bool:
     """Editors and file managers leave copies in `.ipynb_checkpoints` and `._name`."""
     return any(part.startswith(".") for part in path.parts)
 

@@ -15,6 +15,7 @@ from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.errors import UserError
 
 Render = Callable[[Problem], dict[str, np.ndarray] | None]
+_PLACEHOLDER = re.compile(r"\{(solution|answer)\}")
 
 
 class ReferenceRows:
@@ -90,9 +91,7 @@ def reference_text(template: str | Callable[[Problem], str], problem: Problem) -
         text = template(problem)
     else:
         fields = {"solution": problem.solution, "answer": problem.answer}
-        text = re.sub(
-            r"\{(solution|answer)\}", lambda m: shown(fields, m.group(1), problem), template
-        )
+        text = _PLACEHOLDER.sub(lambda m: shown(fields, m.group(1), problem), template)
     if not text:
         raise UserError(f"problem {problem.id!r} has no reference completion to learn from")
     return text

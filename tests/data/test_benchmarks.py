@@ -75,6 +75,8 @@ def test_published_rows_become_problems(name, tmp_path):
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_rows_alone_will_do(suffix, tmp_path):
     write(tmp_path / f"mine{suffix}", ROWS["aime24"][1])
+    for other in (".jsonl", ".parquet"):  # what a notebook leaves beside them
+        write(tmp_path / ".ipynb_checkpoints" / f"mine{other}", ROWS["aime24"][1] | {"id": 61})
     for path in (tmp_path, tmp_path / f"mine{suffix}"):
         assert len(Benchmark("aime24", str(path), grader="boxed").load()) == 1
 

@@ -112,6 +112,9 @@ def test_a_batch_is_as_wide_as_its_longest_prompt_needs_in_three_widths():
     [
         ({"student": "no placeholder"}, "contexts.student"),
         ({"teacher": "instruction"}, "contexts.instruction"),
+        ({"teacher": "{question} {Solution}"}, "contexts.teacher must say {solution}, not {Sol"),
+        ({"student": "{question} { answer }"}, "contexts.student must say {answer}, not { ans"),
+        ({"special_tokens": "keep"}, "contexts.special_tokens"),
         ({"too_long": "cut"}, "contexts.too_long"),
         ({"num_widths": 0}, "contexts.num_widths"),
     ],
@@ -121,9 +124,23 @@ def test_bad_settings_name_themselves(fields, words):
         ContextConfig(**fields)
 
 
+def test_the_names_of_placeholders_in_latex_are_left_alone():
+    config = ContextConfig(student=r"{question} \text{Answer} x_{Solution}")
+    assert config.prompt(PROBLEM, "student") == r"What is 2+2? \text{Answer} x_{Solution}"
+
+
 def test_a_problem_without_what_the_template_shows_is_named():
     with pytest.raises(UserError, match="'9' has no solution"):
         ContextConfig().prompt(Problem("9", "q", "", "a"), "teacher")
+
+
+@pytest.mark.parametrize("field", ["question", "solution", "answer"])
+@pytest.mark.parametrize("value", [None, 5, True, ["x"]])
+def test_a_problem_whose_texts_are_none_is_named(field, value):
+    """A source of the user's own may put anything there."""
+    problem = dataclasses.replace(PROBLEM, **{field: value})
+    with pytest.raises(UserError, match=f"problem '7': its {field} must be text, not "):
+        render(ContextConfig(), CharacterTokenizer(), problem, "student")
 
 
 def test_pad():
