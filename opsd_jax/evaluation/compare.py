@@ -17,11 +17,10 @@ import numpy as np
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.generations import BY_PROBLEM_FILE, GENERATIONS_FILE
 from opsd_jax.evaluation.statistics import pass_at_k, pass_ks
-from opsd_jax.host.files import read_json_lines
+from opsd_jax.host.files import is_count, is_number, parsed_lines
 
 NUM_RESAMPLES = 10_000
 LEVEL = 0.95
-_NEEDED = ("role", "id", "num_samples", "num_correct", "accuracy")
 
 
 class Difference(NamedTuple):
@@ -108,15 +107,37 @@ def read_evaluation(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     if not path.exists():
         raise UserError(f"{folder} is not finished; give its opsd eval command again")
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in read_json_lines(path):
-        missing = [name for name in _NEEDED if name not in row]
-        if missing:
+    for number, (_, row) in enumerate(parsed_lines(path), start=1):
+        wrong = _fault(row)
+        if row is not None and wrong is None:
+            problems = found.setdefault(row["role"], {})
+            wrong = "id" if row["id"] in problems else None
+            problems[row["id"]] = row
+            if row["num_samples"] != next(iter(problems.values()))["num_samples"]:
+                wrong = "num_samples"
+        if wrong is not None:
             raise UserError(
-                f"{path}: a line has no `{missing[0]}`; give the folder's opsd eval command again, "
-                "which counts anew without sampling"
+                f"{path}:{number}: {wrong} is not what an evaluation writes; give the folder's "
+                "opsd eval command again, which counts anew without sampling"
             )
-        found.setdefault(row["role"], {})[row["id"]] = row
+    if not found:
+        raise UserError(f"{path} has no line; give the folder's opsd eval command again")
     return found
+
+
+def _fault(row: dict[str, Any] | None) -> str | None:
+    """The first field of a line of by_problem.jsonl that cannot be counted with, or None."""
+    if row is None:
+        return "the line"
+    num_samples, num_correct = row.get("num_samples"), row.get("num_correct")
+    fine = {name: isinstance(row.get(name), str) for name in ("role", "id", "answer")}
+    fine["num_samples"] = is_count(num_samples) and 0 < num_samples < 2**16
+    fine["num_correct"] = (
+        fine["num_samples"] and is_count(num_correct) and num_correct <= (num_samples or 0)
+    )
+    for name in ("accuracy", *(n for n in ("majority", "greedy") if n in row)):
+        fine[name] = is_number(row.get(name)) and 0 <= row[name] <= 1
+    return next((name for name, is_fine in fine.items() if not is_fine), None)
 
 
 def table(differences: Mapping[str, Difference]) -> str:

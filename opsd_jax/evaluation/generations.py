@@ -9,17 +9,18 @@ key, so the numbers at the end are those of an evaluation that was never interru
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from opsd_jax.data.problems import Problem
 from opsd_jax.errors import UserError
-from opsd_jax.host.files import write_whole
+from opsd_jax.host.files import is_count, is_number, parsed_lines, read_text, write_whole
 
 RECORD_FILE = "evaluation.json"
 GENERATIONS_FILE = "generations.jsonl"
 BY_PROBLEM_FILE = "by_problem.jsonl"
+OUTCOMES = ("graded", "timeout", "died", "error")  # of `grader_pool.Grade`
 
 
 class Generation(NamedTuple):
@@ -138,16 +139,12 @@ def read_generations(path: Path) -> tuple[dict[Place, dict[str, Any]], int]:
     """
     found: dict[Place, dict[str, Any]] = {}
     whole_bytes = 0
-    content = path.read_bytes() if path.exists() else b""
-    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+    for number, (line, fields) in enumerate(parsed_lines(path), start=1):
         if not line.endswith(b"\n"):
             break
-        try:
-            fields = json.loads(line)
-            place = Place(*(fields[name] for name in Place._fields))
-            generation_of(Problem("", "", "", ""), place.sample, fields)
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}:{number}: not a generation; remove the line") from None
+        if fields is None or not all(fits(fields.get(name)) for name, fits in _FIELDS.items()):
+            raise UserError(f"{path}:{number}: not a generation; remove the line")
+        place = Place(*(fields[name] for name in Place._fields))
         if place in found:
             raise UserError(f"{path}:{number}: {place} occurs a second time; remove the line")
         found[place] = fields
@@ -155,20 +152,60 @@ def read_generations(path: Path) -> tuple[dict[Place, dict[str, Any]], int]:
     return found, whole_bytes
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# What the fields of a line must be: every number of an evaluation is counted from them.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("role", "id", "completion"), _is_text),
+    "sampling": lambda value: value in ("sampled", "greedy"),
+    **dict.fromkeys(("sample", "num_tokens"), is_count),
+    "stopped": lambda value: isinstance(value, bool),
+    "reward": lambda value: is_number(value) and 0 <= value <= 1,
+    "answer": lambda value: value is None or isinstance(value, str),
+    "outcome": lambda value: value in OUTCOMES,
+}
+
+
 def _check_record(folder: Path, record: dict[str, Any]) -> None:
     """Raises a UserError if the folder belongs to something else."""
-    path = folder / RECORD_FILE
-    if not path.exists():
+    old = read_record(folder)
+    if old is None:
         if (folder / GENERATIONS_FILE).exists():
             raise UserError(f"{folder} has generations but no {RECORD_FILE}; use another --out")
         return
-    try:
-        old = json.loads(path.read_text())
-    except ValueError:
-        old = {}
     for name in sorted(old.keys() | record.keys()):
-        if old.get(name) != record.get(name):
+        if name not in old or name not in record or old[name] != record[name]:
+            was, now = (_shown(side.get(name)) for side in (old, record))
             raise UserError(
-                f"{folder} holds another evaluation: {name} was {old.get(name)} and is now "
-                f"{record.get(name)}; use another --out"
+                f"{folder} holds another evaluation: {name} was {was} and is now {now}; use "
+                "another --out"
             )
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What `GenerationLog` wrote in a folder; None if there is no record.
+
+    Raises:
+      UserError: it is there and is no JSON object.
+    """
+    path = folder / RECORD_FILE
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(read_text(path))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged; use another --out")
+    return found
+
+
+def _shown(value: Any) -> str:
+    """Any JSON value on one short line."""
+    try:
+        text = str(value).replace("\n", " ")
+    except RecursionError:
+        text = "nested without end"
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -31,6 +31,7 @@ from opsd_jax.evaluation.runs import (
     parse_workdir,
     reach,
     read_run,
+    read_token_samples,
     thinned,
     token_ratio,
 )
@@ -274,7 +275,7 @@ def clipped(value: Any) -> str:
 def token_view(group: Group, run: Run) -> Iterable[dict[str, Any]]:
     """The newest file of `opsd tokens` in a workdir, if there is one."""
     path = newest(run.workdir / "tokens")
-    rows = [] if path is None else [r for r in read_json_lines(path) if r.get("tokens")]
+    rows = [] if path is None else read_token_samples(path)
     if rows:
         label = group.label if len(group.runs) == 1 else f"{group.label}, {run.workdir.name}"
-        yield {"label": label, "step": rows[0].get("step"), "samples": rows}
+        yield {"label": label, "step": rows[0]["step"], "samples": rows}

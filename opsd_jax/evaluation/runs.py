@@ -20,7 +20,7 @@ import numpy as np
 
 from opsd_jax.errors import UserError
 from opsd_jax.host.config_text import bindings, is_free
-from opsd_jax.host.files import read_json_lines
+from opsd_jax.host.files import is_count, is_number, read_json_lines, read_metrics, read_text
 from opsd_jax.host.guard import GuardConfig, number
 
 ACCURACY = "eval/student/accuracy"
@@ -137,13 +137,63 @@ def read_run(workdir: Path, label: str | None = None) -> Run:
             f"--workdir={workdir}: neither config.gin nor metrics.jsonl there; is it a workdir of "
             "opsd train?"
         )
-    text = config.read_text(errors="replace") if config.exists() else ""
-    return Run(workdir, label, text, read_json_lines(metrics, "step"))
+    text = read_text(config) if config.exists() else ""
+    return Run(workdir, label, text, read_metrics(metrics))
 
 
 def newest(folder: Path) -> Path | None:
     """The step_XXXXXX.jsonl of the highest step in a folder; None if there is none."""
-    return max(folder.glob("step_*.jsonl"), key=lambda path: path.name, default=None)
+    named = {p: p.stem.removeprefix("step_") for p in folder.glob("step_*.jsonl")}
+    steps = {path: int(step) for path, step in named.items() if re.fullmatch("[0-9]{1,15}", step)}
+    return max(steps, key=lambda path: steps[path], default=None)
+
+
+def read_token_samples(path: Path) -> list[dict[str, Any]]:
+    """What the page draws of a file of `opsd tokens`; samples that it cannot draw are left out."""
+    drawn = "step question answer teacher_prompt analysis reward tokens".split()
+    return [
+        {name: row.get(name) for name in drawn} for row in read_json_lines(path) if _is_sample(row)
+    ]
+
+
+def _is_sample(row: Line) -> bool:
+    texts = (row.get(name) for name in ("question", "answer", "teacher_prompt"))
+    maybe = isinstance(row.get("analysis"), str | None) and _is_number_or_none(row.get("reward"))
+    tokens = row.get("tokens")
+    return (
+        is_count(row.get("step"))
+        and all(isinstance(text, str) for text in texts)
+        and maybe
+        and isinstance(tokens, list)
+        and bool(tokens)
+        and all(isinstance(token, dict) and _is_token(token) for token in tokens)
+    )
+
+
+def _is_token(token: Line) -> bool:
+    numbers = "divergence student_logps teacher_logps student_entropy teacher_entropy".split()
+    return (
+        is_count(token.get("id"))
+        and isinstance(token.get("text"), str)
+        and isinstance(token.get("stop"), bool)
+        and all(_is_number_or_none(token.get(name, "")) for name in numbers)
+        and all(_are_alternatives(token.get(f"{role}_top")) for role in ("student", "teacher"))
+    )
+
+
+def _are_alternatives(rows: Any) -> bool:
+    """Whether these are [token id, its text, its probability] of at least one token."""
+    return (
+        isinstance(rows, list)
+        and bool(rows)
+        and all(isinstance(row, list) and len(row) == 3 for row in rows)
+        and all(is_count(row[0]) and isinstance(row[1], str) for row in rows)
+        and all(_is_number_or_none(row[2]) for row in rows)
+    )
+
+
+def _is_number_or_none(value: Any) -> bool:
+    return value is None or is_number(value)
 
 
 # What seeds of one method may differ in, besides all that a resumed run may change.

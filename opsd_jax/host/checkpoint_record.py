@@ -130,9 +130,12 @@ def _position_checksums(data_iterator: Any) -> list[int]:
 def read_record(folder: epath.Path) -> dict[str, Any]:
     """The record of the step in `folder`; raises Damaged if it is not the one written."""
     try:
-        sealed = json.loads((folder / "meta" / "metadata").read_text())
+        path = folder / "meta" / "metadata"
+        if not path.is_file():
+            raise OSError("no file meta/metadata")
+        sealed = json.loads(path.read_text())
         intact = sealed["sha256"] == _digest(sealed["record"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"its record cannot be read: {one_line(error)}") from error
     if not intact:
         raise Damaged("its record was altered")

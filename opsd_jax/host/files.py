@@ -11,9 +11,12 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from opsd_jax.errors import UserError
+
+# No file that a run writes as text comes near it; what does would fill the memory.
+MOST_BYTES = 2**31
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -24,6 +27,8 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
       UserError: the file cannot be written.
     """
+    if not path.name or path.is_dir():
+        raise UserError(f"cannot write {str(path)!r}: it must be the name of a file, not a folder")
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,27 +76,83 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_json_lines(path: Path, increasing: str | None = None) -> list[dict[str, Any]]:
-    """The whole json objects of a file, one a line; none if it is missing.
+def read_text(path: Path) -> str:
+    """The text of a file of a run; bytes that are not UTF-8 become U+FFFD.
 
-    Args:
-      path: what is read; a torn last line, or any other that is no json object, is left out.
-      increasing: an integer field; lines that do not raise it are left out.
+    Raises:
+      UserError: it is no regular file (a pipe would be waited for without end), is larger than
+        `MOST_BYTES` or cannot be read.
+    """
+    return read_bytes(path).decode(errors="replace")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file of at most `MOST_BYTES`; a UserError for anything else."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{path} must be a file, not a folder, a pipe or a device")
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise UserError(f"{path} must have at most {MOST_BYTES:,} bytes, not {size:,}")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def parsed_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """(line with its end, its JSON object or None where it is none); no line if it is missing."""
+    for line in read_bytes(path).splitlines(keepends=True) if path.exists() else []:
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested without end
+            found = None
+        yield line, found if isinstance(found, dict) else None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line; what is torn or something else is left out."""
+    return [found for _, found in parsed_lines(path) if found is not None]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl as far as they are whole; none if it is missing.
+
+    Returns:
+      dicts with an integer "step", strictly increasing, and else numbers or None. A line
+      or a value that is anything else is left out, as if it had never been logged.
     """
     found: list[dict[str, Any]] = []
-    for text in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
+    for line in read_json_lines(path):
+        step = line.get("step")
+        if not is_count(step) or (found and step <= found[-1]["step"]):
             continue
-        if not isinstance(line, dict):
-            continue
-        if increasing is not None:
-            at = line.get(increasing)
-            if not isinstance(at, int) or (found and at <= found[-1][increasing]):
-                continue
-        found.append(line)
+        kept = {name: value for name, value in line.items() if value is None or is_number(value)}
+        found.append(kept)
     return found
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value of a JSON file is a number, and one that sums and squares cannot overflow."""
+    is_one = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_one and -1e100 <= value <= 1e100  # False for NaN and the infinities
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether a value of a JSON file is an integer from 0 to 2**53, so exact as a float64 too."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2**53
+
+
+def require_writable(folder: Path) -> None:
+    """Makes a folder, and a file in it that it removes: before minutes are spent on what it is for.
+
+    Raises:
+      UserError: the folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 def read_json(path: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple
 
 from opsd_jax.errors import UserError
 from opsd_jax.fields import Count, Positive, require
-from opsd_jax.host.files import write_whole
+from opsd_jax.host.files import is_count, is_number, read_text, write_whole
 
 ACTIONS = ("none", "warn", "stop", "restore")
 VERDICT = "guard.json"
@@ -138,9 +138,7 @@ class Guard:
 def number(line: Mapping[str, Any], name: str) -> float | None:
     """A finite metric of a line, or None."""
     value = line.get(name)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+    return float(value) if is_number(value) else None
 
 
 def divergence_rises(guard: Guard, line: Mapping[str, Any]) -> str | None:
@@ -173,9 +171,9 @@ def entropy_collapses(guard: Guard, line: Mapping[str, Any]) -> str | None:
 def length_explodes(guard: Guard, line: Mapping[str, Any]) -> str | None:
     """Rollouts grow without end."""
     now = guard.now.get("rollout/length_mean")
-    if now is None or now < guard.config.length_rise * guard.first["rollout/length_mean"]:
+    start = guard.first.get("rollout/length_mean", 0.0)
+    if now is None or start <= 0 or now < guard.config.length_rise * start:
         return None
-    start = guard.first["rollout/length_mean"]
     return f"rollout/length_mean is {now:,.0f} tokens, {now / start:.1f} times that at the start"
 
 
@@ -244,12 +242,18 @@ def forget_verdict(workdir: Path) -> None:
 
 
 def restored_step(workdir: Path) -> int | None:
-    """The checkpoint that the guard of a run chose; None if it chose none."""
+    """The checkpoint that the guard of a run chose; None if it chose none.
+
+    Raises:
+      UserError: guard.json says neither.
+    """
     path = workdir / VERDICT
     if not path.exists():
         return None
     try:
-        step = json.loads(path.read_text())["restore_step"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: remove it, or pass --step") from error
-    return step if isinstance(step, int) else None
+        step = json.loads(read_text(path))["restore_step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        step = ""
+    if step is None or is_count(step):
+        return step
+    raise UserError(f"{path} is damaged: remove it, or pass --step")

@@ -44,6 +44,8 @@ def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     path = folder / ".lock"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, and must be a folder")
+    if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        raise UserError(f"{path} must be a file; remove it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a")

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from opsd_jax.errors import UserError
-from opsd_jax.host.files import read_json_lines, write_json_lines, write_whole
+from opsd_jax.host.files import read_metrics, read_text, write_json_lines, write_whole
 
 Scalars = Mapping[str, Any]
 
@@ -129,7 +129,7 @@ class MetricWriters:
 
 class _JsonLines:
     def __init__(self, path: Path, resumed_step: int | None):
-        kept = [] if resumed_step is None else read_json_lines(path, "step")
+        kept = [] if resumed_step is None else read_metrics(path)
         kept = [line for line in kept if line["step"] <= (resumed_step or 0)]
         write_json_lines(path, kept)
         before_s = (kept[-1].get("wall_s") if kept else None) or 0.0
@@ -167,7 +167,7 @@ class _TensorBoard:
 class _WandB:
     def __init__(self, module: Any, workdir: Path, project: str, config: str, fresh: bool):
         id_file = workdir / "wandb" / "run_id.txt"
-        run_id = None if fresh or not id_file.exists() else id_file.read_text().strip()
+        run_id = None if fresh or not id_file.exists() else read_text(id_file).strip()
         self._run = module.init(
             project=project, dir=str(workdir), id=run_id, resume="allow", config={"gin": config}
         )

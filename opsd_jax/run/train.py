@@ -28,7 +28,7 @@ from opsd_jax.evaluation.evaluate import ROLES, Evaluator
 from opsd_jax.evaluation.runs import Run, read_run
 from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.host.config_text import first_difference
-from opsd_jax.host.files import read_json_lines, write_whole
+from opsd_jax.host.files import read_metrics, read_text, write_whole
 from opsd_jax.host.guard import Guard
 from opsd_jax.host.lock import only_writer
 from opsd_jax.host.metrics import MetricWriters
@@ -145,10 +145,10 @@ def train_whole(experiment: Experiment, config_text: str, workdir: Path) -> Run:
 def check_config(workdir: Path, config_text: str) -> None:
     """Raises a UserError if the workdir holds checkpoints or metrics of another experiment."""
     path = workdir / "config.gin"
-    metrics = read_json_lines(workdir / "metrics.jsonl", "step")
+    metrics = read_metrics(workdir / "metrics.jsonl")
     if not path.exists() or not (metrics or Checkpoints(workdir / "checkpoints").steps()):
         return
-    difference = first_difference(path.read_text(errors="replace"), config_text)
+    difference = first_difference(read_text(path), config_text)
     if difference is not None:
         raise UserError(
             f"{path} belongs to another experiment: {difference}; use another --workdir, or "
@@ -301,7 +301,7 @@ def guard_of(experiment: Experiment, workdir: Path, start: int) -> Guard:
     Process 0 drops the later lines, maybe after another process has read them here.
     """
     guard = Guard(experiment.guard)
-    for line in read_json_lines(workdir / "metrics.jsonl", "step") if start else []:
+    for line in read_metrics(workdir / "metrics.jsonl") if start else []:
         if line["step"] <= start:
             guard.see(line)
     return guard

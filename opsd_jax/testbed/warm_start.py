@@ -26,7 +26,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from opsd_jax.errors import UserError
 from opsd_jax.fields import Count, Natural, Positive, Seed, require
-from opsd_jax.host.files import scratch_folder
+from opsd_jax.host.files import require_writable, scratch_folder
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.decoder import Decoder, init_variables
 from opsd_jax.model.head import head_logits, output_head
@@ -169,6 +169,7 @@ def load_or_train(
     place = pathlib.Path(cache_dir) / f"testbed_base_{name}"
     base = _read(place, recipe, say)
     if base is None:
+        require_writable(place.parent)  # before the minutes of training
         base = warm_start(config, model_config, say)
         _write(place, recipe, base)
     return base

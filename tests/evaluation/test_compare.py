@@ -107,13 +107,38 @@ def test_what_cannot_be_compared_is_told(tmp_path):
         write(tmp_path / "run" / "eval" / name, {"p": [1.0]})
     with pytest.raises(UserError, match="several evaluations"):
         compare(a, str(tmp_path / "run"))
-    path = Path(write(tmp_path / "f", {"p": [1.0]})) / "by_problem.jsonl"
-    for name in ("role", "id", "accuracy"):
-        row = {"role": "student", "id": "p", "num_samples": 1, "num_correct": 1, "accuracy": 1.0}
-        del row[name]
-        path.write_text(json.dumps(row) + "\n")
-        with pytest.raises(UserError, match=f"{path}: a line has no `{name}`"):
-            compare(a, str(path.parent))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *[(name, None) for name in ("role", "id", "accuracy", "num_samples", "num_correct")],
+        *[("accuracy", wrong) for wrong in ("1.0", [1.0], 1.5, float("nan"), float("inf"), True)],
+        *[("num_samples", wrong) for wrong in (0, 3, 1.0, 10**30, "1")],
+        *[("num_correct", wrong) for wrong in (3, -1, [1])],
+        *[("id", ["p"]), ("role", {}), ("greedy", "0.5"), ("majority", 10**400)],
+    ],
+)
+def test_a_row_that_cannot_be_counted_is_named(name, value, tmp_path, capsys):
+    a = write(tmp_path / "a", {"p": [1.0, 0.0], "q": [0.0, 0.0]})
+    path = Path(a) / "by_problem.jsonl"
+    first, second = map(json.loads, path.read_text().splitlines())
+    second = {k: v for k, v in (second | {name: value}).items() if v is not None}
+    path.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
+    assert main(["eval", "--compare", a, a]) == 2
+    assert f"{path}:2: {name} is not what an evaluation writes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["torn", "[]", "null", "[" * 100_000, "\xff"])
+def test_a_line_that_is_no_row_is_named(line, tmp_path, capsys):
+    a = write(tmp_path / "a", {"p": [1.0]})
+    path = Path(a) / "by_problem.jsonl"
+    path.write_bytes(path.read_bytes() + line.encode("latin-1"))
+    assert main(["eval", "--compare", a, a]) == 2
+    assert f"{path}:2: the line is not what" in capsys.readouterr().err
+    path.write_text("")
+    assert main(["eval", "--compare", a, a]) == 2
+    assert "has no line" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,16 @@ def test_the_verdict_is_read_back(tmp_path):
     assert json.loads((tmp_path / "guard.json").read_text())["alarms"][0]["step"] == 40
     write_verdict(tmp_path, [], None)
     assert restored_step(tmp_path) is None
-    (tmp_path / "guard.json").write_text("{")
-    with pytest.raises(UserError, match="guard.json"):
+
+
+_NO_STEPS = ("true", '"30"', "30.0", "-1", "Infinity", "[30]", "1" + "0" * 400)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "null", "[" * 100_000, "{}", *(f'{{"restore_step": {v}}}' for v in _NO_STEPS)],
+)
+def test_a_verdict_without_a_step_is_not_taken_for_the_latest(text, tmp_path):
+    (tmp_path / "guard.json").write_text(text)
+    with pytest.raises(UserError, match="guard.json is damaged"):
         restored_step(tmp_path)

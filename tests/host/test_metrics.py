@@ -115,7 +115,7 @@ def test_samples_are_one_json_line_each(tmp_path):
 
 
 def test_a_full_disk_is_told_and_the_old_file_stands(tmp_path):
-    old = "".join(f'{{"step": {n}, "pad": "{"x" * 100}"}}\n' for n in range(9))
+    old = "".join(f'{{"step": {n}, "{"x" * 100}": 1}}\n' for n in range(9))
     (tmp_path / "metrics.jsonl").write_text(old)
     told = "cannot write .*metrics.jsonl: File too large"
     with small_disk(500), pytest.raises(UserError, match=told):

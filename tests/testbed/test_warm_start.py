@@ -157,3 +157,11 @@ def test_a_full_disk_is_told_and_leaves_nothing(cached, tmp_path, monkeypatch):
     with small_disk(2000), pytest.raises(UserError, match=f"cannot write {tmp_path}: File too"):
         load_or_train(SHORT, TINY, tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(warm_start, "warm_start", lambda *_: pytest.fail("trained"))
+    (tmp_path / "file").write_text("")
+    for folder in ("/dev/null", tmp_path / "file" / "cache"):
+        with pytest.raises(UserError, match=f"cannot write to {folder}"):
+            load_or_train(SHORT, TINY, folder)
