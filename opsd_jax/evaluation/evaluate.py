@@ -155,6 +155,7 @@ class Evaluator:
         pool: GraderPool,
     ):
         self.config, self.sampler, self.tokenizer, self.pool = config, sampler, tokenizer, pool
+        self.problems = problems
         self.settings = settings.sampling(
             max_new_tokens=config.max_new_tokens or settings.max_new_tokens,
             temperature=config.temperature,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Graded completions, and the file that keeps them while an evaluation runs.
+"""generations.jsonl: graded completions, kept while an evaluation runs.
 
 One line of generations.jsonl is one graded completion, written when its grade is known. An
 evaluation that is killed reads the file and samples what is not in it: every sample has its own

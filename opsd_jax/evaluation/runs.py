@@ -143,9 +143,7 @@ def read_run(workdir: Path, label: str | None = None) -> Run:
 
 def newest(folder: Path) -> Path | None:
     """The step_XXXXXX.jsonl of the highest step in a folder; None if there is none."""
-    named = {p: p.stem.removeprefix("step_") for p in folder.glob("step_*.jsonl")}
-    steps = {path: int(step) for path, step in named.items() if re.fullmatch("[0-9]{1,15}", step)}
-    return max(steps, key=lambda path: steps[path], default=None)
+    return max(folder.glob("step_*.jsonl"), key=lambda path: path.name, default=None)
 
 
 def read_token_samples(path: Path) -> list[dict[str, Any]]:

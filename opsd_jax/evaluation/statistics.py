@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From grades and votes to numbers with an error bar; every error is over problems."""
+"""Accuracy, pass@k and maj@n from grades and votes; every standard error is over problems."""
 
 from __future__ import annotations
 

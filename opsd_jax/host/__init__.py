@@ -1,1 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+"""What keeps a run alive, written down and the same; knows nothing of the method.
+
+In reading order:
+  files               text files of a run: whole or not at all, every value read checked
+  config_text         which bindings of two operative configs differ
+  identity            digests of a run's inputs, by which a resumed run is refused others
+  checkpoint_record   what a checkpoint says of itself, and the checksum of every array
+  checkpoint          saving and restoring, falling back to the last whole step
+  metrics             metrics.jsonl, samples, TensorBoard, W&B
+  progress            the line that a user watches
+  guard               alarms for collapse and leakage, and what ends a run
+  pod                 how the processes of a pod wait for each other
+  lock, preemption    one writer per workdir; SIGTERM and Ctrl-C
+"""

@@ -95,6 +95,13 @@ class Checkpoints:
         names = ocp.path.step.standard_name_format()
         return sorted(found.step for found in names.find_all(self._directory))
 
+    def meta(self) -> dict[str, Any]:
+        """The caller's meta of the latest step whose record is whole; {} where there is none."""
+        for step in reversed(self.steps()):
+            with contextlib.suppress(Damaged):
+                return read_record(self._directory / str(step))["meta"]
+        return {}
+
     def best_step(self) -> int | None:
         """The step with the highest `best_metric`; None if no step has a finite one."""
         return self._best_of(self.steps())

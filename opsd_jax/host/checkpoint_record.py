@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record that makes a checkpoint believable: what each leaf is, and its checksum.
+"""The record of a checkpoint: dtype, shape and checksum of every leaf, sealed by SHA-256.
 
 The record is a json file beside the arrays. It says whether a checkpoint fits a run (same
 leaves, shapes, dtypes: otherwise the user mixed up models or optimisers) and whether its bytes

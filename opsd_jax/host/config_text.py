@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of an operative config, as a run keeps it in config.gin: which bindings differ.
+"""config.gin as text: the bindings in which two operative configs differ.
 
 Plain text in, no gin and no jax: the report reads hundreds of runs with it.
 """
@@ -15,16 +15,21 @@ FREE_TO_CHANGE = (
     "mesh.data mesh.model mesh.fully_sharded"
 ).split()
 FREE_AREAS = ("guard.",)
+# Where an input lies may change too: what it is stands in the checkpoints (host/identity.py).
+_PLACES = re.compile(
+    r"(.*/)?((PretrainedModel|JsonlProblems|ParquetProblems|Benchmark)\.path|FinishedRun\.workdir"
+    r"|RandomModel\.(config|tokenizer)|TestbedBase\.cache_dir)$"
+)
 
 
 def first_difference(old: str, new: str) -> str | None:
     """The first binding in which two operative configs differ, as a sentence; None if none does.
 
-    Bindings in `FREE_TO_CHANGE` do not count.
+    Bindings in `FREE_TO_CHANGE` do not count, nor do paths of what is known by its content.
     """
     before, after = bindings(old), bindings(new)
     for name in sorted(before | after):
-        if not is_free(name) and before.get(name) != after.get(name):
+        if not is_free(name) and not _PLACES.match(name) and before.get(name) != after.get(name):
             was, now = (x.get(name, "(not bound)") for x in (before, after))
             return f"{name} was {was} and is now {now}"
     return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text files of a run: written whole or not at all, read as far as they are whole."""
+"""Text files of a run: atomic writes, and checked reads of JSON, JSON lines and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -142,14 +142,16 @@ def is_count(value: Any) -> TypeGuard[int]:
 
 
 def require_writable(folder: Path) -> None:
-    """Makes a folder, and a file in it that it removes: before minutes are spent on what it is for.
+    """Tries to write to a folder, or where it would be made, before minutes are spent on it.
 
     Raises:
-      UserError: the folder cannot be made or written to.
+      UserError: that cannot be.
     """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Collapse and leakage, told from the numbers a run writes anyway.
+"""The guard: alarms for collapse and leakage, from the numbers a run writes anyway.
 
 `alarms(config, history)` reads the lines of metrics.jsonl and says where a run went wrong, in
 words. The training loop feeds the same `Guard` line by line; what it then does is

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One writer per folder: two runs in one workdir would each destroy what the other has written."""
+"""A lock on a workdir, so that two runs cannot destroy what each other has written."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run's numbers go: metrics.jsonl, sample texts, TensorBoard, W&B.
+"""Metric writers: metrics.jsonl, sample texts, TensorBoard, W&B.
 
 `metrics.jsonl` holds one json object per logged step, steps strictly increasing, whatever
 happened to the run: a resumed run drops the lines after the step it goes on from, and the texts

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the processes of a pod wait for each other while they still work on the host.
+"""Barriers and broadcasts of a pod's processes (multi-host), while they work on the host.
 
 On CPU the first collective of a group of devices fails when one process comes to it 30 seconds
 after another, which compiling on a busy machine is enough for; later ones wait half an hour. So
@@ -8,7 +8,9 @@ processes wait through JAX's coordination service, and connect all groups before
 
 from __future__ import annotations
 
+import datetime
 import itertools
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -35,8 +37,16 @@ def wait_for_all() -> None:
     multihost.get_barrier_sync_fn()(key=f"opsd_jax:{next(_count)}", timeout_ms=_ONE_DAY_MS)
 
 
+def require_32_bits() -> None:
+    """Raises a UserError where JAX makes 64-bit arrays by default: parameters, moments and counters
+    would have other types than checkpoints have, and no result would be comparable."""
+    if jax.dtypes.canonicalize_dtype(np.float64) == np.float64:
+        raise UserError("JAX_ENABLE_X64 must be unset or 0, not 1: everything here is of 32 bits")
+
+
 def connected_mesh(config: MeshConfig) -> Mesh:
     """`make_mesh`, whose groups of devices have found each other over all axes."""
+    require_32_bits()
     mesh = make_mesh(config)
     if jax.process_count() > 1:
         wait_for_all()
@@ -55,6 +65,14 @@ def _sum_over(mesh: Mesh, axes: str | tuple[str, ...]) -> None:
         lambda x: jax.lax.psum(x, axes), mesh=mesh, in_specs=split, out_specs=split
     )
     jax.block_until_ready(jax.jit(total)(x))
+
+
+def time_of_first_process() -> datetime.datetime:
+    """The present in UTC and whole seconds, the same on every process."""
+    seconds = np.uint32(time.time())
+    if jax.process_count() > 1:
+        seconds = multihost_utils.broadcast_one_to_all(seconds)
+    return datetime.datetime.fromtimestamp(int(seconds), datetime.UTC).replace(tzinfo=None)
 
 
 def refuse_together(refusal: UserError | None, what: str) -> None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +19,14 @@ from jax.sharding import Mesh
 
 from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.errors import UserError
+from opsd_jax.host.identity import Identity, model_parts
 from opsd_jax.host.pod import connected_mesh
 from opsd_jax.method.optimizer import make_optimizer
 from opsd_jax.method.train_step import Method, TrainState, init_state, policies, state_shardings
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.decoder import Decoder, init_variables
 from opsd_jax.model.sharding import Rules, variable_shardings
-from opsd_jax.run.experiment import Base, Experiment, TrainConfig
+from opsd_jax.run.experiment import Base, BaseSource, Experiment, TrainConfig
 from opsd_jax.sampling.config import RolloutConfig
 
 
@@ -72,12 +74,46 @@ def check_attention(model: ModelConfig, rollout: RolloutConfig, mesh: Mesh) -> N
             raise UserError(f"{key} = {value!r} {refusal}; 'xla' runs anywhere")
 
 
+def load_model(
+    field: str,
+    source: BaseSource,
+    place: tuple[Mesh, Rules, str],
+    say: Callable[[str], None],
+    identity: Identity,
+) -> Base:
+    """A model from its source, as it was when the run began.
+
+    Args:
+      field: what the user calls it: "train.model" or "teacher.model".
+      source: where it comes from; a finished run's student is taken at the recorded step.
+      place: mesh, rules and cache directory.
+      say: told what was loaded.
+      identity: of the run that it is a part of.
+
+    Raises:
+      UserError: it is another model than the run began with.
+    """
+    step, advice = identity.part(field, "step"), ""
+    if step is not None and getattr(source, "step", step) is None:
+        source = dataclasses.replace(source, step=step)  # type: ignore[type-var]
+        advice = f"{field}: the run in {identity.workdir} began with step {step} of its base run: "
+    try:
+        base = source.load(*place, say)
+    except UserError as error:
+        raise UserError(f"{advice}{error}") from None
+    if hasattr(base.tokenizer, "now"):
+        base.tokenizer.now = datetime.datetime.fromisoformat(identity.clock)
+    origin = {} if base.step is None else {"step": base.step}
+    identity.check(field, origin | model_parts(base.config, base.params, base.tokenizer))
+    return base
+
+
 def load_teacher(
     experiment: Experiment,
     tokenizer: Tokenizer,
-    mesh: Mesh,
-    cache_dir: str,
+    place: tuple[Mesh, Rules, str],
     say: Callable[[str], None],
+    identity: Identity,
 ) -> Base | None:
     """The external teacher, None where one's own weights teach.
 
@@ -86,7 +122,7 @@ def load_teacher(
     """
     if experiment.teacher.model is None:
         return None
-    found = experiment.teacher.model.load(mesh, experiment.mesh.rules, cache_dir, say)
+    found = load_model("teacher.model", experiment.teacher.model, place, say, identity)
     if not same_tokens(tokenizer, found.tokenizer):
         raise UserError(
             "teacher.model has another tokenizer than train.model: token ids would mean other "
@@ -118,6 +154,7 @@ def load_models(
     experiment: Experiment,
     workdir: str | Path,
     say: Callable[[str], None],
+    identity: Identity,
     with_teacher: bool = True,
 ) -> Models:
     """Loads the base and the external teacher of an experiment onto its mesh.
@@ -126,13 +163,15 @@ def load_models(
       experiment: whose models.
       workdir: a base that is trained on first use is kept below it.
       say: told what was loaded.
+      identity: of the run, which is refused other models.
       with_teacher: False leaves out an external teacher; it is not even looked for.
     """
-    mesh, cache_dir = connected_mesh(experiment.mesh), str(Path(workdir) / "base")
-    base = experiment.train.model.load(mesh, experiment.mesh.rules, cache_dir, say)
+    mesh = connected_mesh(experiment.mesh)
+    place = (mesh, experiment.mesh.rules, str(Path(workdir) / "base"))
+    base = load_model("train.model", experiment.train.model, place, say, identity)
     external = None
     if with_teacher:
-        external = load_teacher(experiment, base.tokenizer, mesh, cache_dir, say)
+        external = load_teacher(experiment, base.tokenizer, place, say, identity)
     shape = external and external.config
     return Models(base, external, assemble(experiment, base.config, base.tokenizer, mesh, shape))
 

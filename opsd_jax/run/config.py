@@ -27,7 +27,7 @@ from opsd_jax.errors import UserError
 from opsd_jax.fields import check_fields
 from opsd_jax.run.experiment import Experiment
 from opsd_jax.run.gin_errors import fields_of, gin_errors_told
-from opsd_jax.run.gin_files import GinFiles
+from opsd_jax.run.gin_files import GinFiles, make_absolute
 from opsd_jax.run.registry import AREAS, FUNCTIONS, PLACES, TYPE_WORDS, resolve
 
 log = logging.getLogger(__name__)
@@ -177,15 +177,17 @@ def load_experiment(
                 list(gin_files), list(bindings), finalize_config=False, skip_unknown=False
             )
         _check_scopes(written.scopes)
+        make_absolute(gin.config._CONFIG)
         _bind_functions()
         gin.finalize()
-        experiment = Experiment(**{name: _BUILDERS[name]() for name in AREAS})
+        areas = {name: _BUILDERS[name]() for name in AREAS}
         _record_later_calls()
         refused, replaced = _unused(own, written)
         if refused:
             raise UserError(f"--gin_bindings: {refused[0]}")
         in_vain = [f"{gin_files[-1]}: {told}" for told in _unused(of_last_file, written)[0]]
         modules = [statement.module for statement in gin.config._IMPORTS]
+        experiment = Experiment(**areas, imports=tuple(modules))
         text = files.header(modules) + gin.operative_config_str(max_line_length=96)
     for sentence in (*replaced, *in_vain):
         log.warning("%s", sentence)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import datetime
 import json
 import re
 import zlib
@@ -19,16 +19,27 @@ from jax.experimental import multihost_utils
 
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.evaluate import Evaluator
-from opsd_jax.evaluation.generations import BY_PROBLEM_FILE, GenerationLog
+from opsd_jax.evaluation.generations import (
+    BY_PROBLEM_FILE,
+    RECORD_FILE,
+    GenerationLog,
+    read_record,
+)
 from opsd_jax.evaluation.statistics import table
-from opsd_jax.host.checkpoint_record import checksums
-from opsd_jax.host.files import write_json_lines, write_whole
+from opsd_jax.host.files import require_writable, write_json_lines, write_whole
+from opsd_jax.host.identity import (
+    Identity,
+    digest,
+    own_code_parts,
+    tokenizer_digest,
+    weights_digest,
+)
 from opsd_jax.host.lock import only_writer
 from opsd_jax.host.metrics import plain
 from opsd_jax.run.assembly import load_models
 from opsd_jax.run.config import load_experiment, load_run
 from opsd_jax.run.finished_run import Restored, restore_run, say
-from opsd_jax.run.train import make_evaluator, start_notices
+from opsd_jax.run.train import heldout_parts, make_evaluator, start_notices
 
 
 def plain_model(path: str, gin_files: Sequence[str] = (), bindings: Sequence[str] = ()) -> Restored:
@@ -50,9 +61,10 @@ def plain_model(path: str, gin_files: Sequence[str] = (), bindings: Sequence[str
         "train.lora = None",
     )
     experiment, _ = load_experiment(gin_files, [*bindings, *chosen], untrained)
-    base, _, parts = load_models(experiment, "", say, with_teacher=False)
+    identity = Identity(Path(path))
+    base, _, parts = load_models(experiment, "", say, identity, with_teacher=False)
     variables = {"params": base.params}
-    return Restored(experiment, parts, base.tokenizer, variables, variables, 0)
+    return Restored(experiment, parts, base.tokenizer, variables, variables, 0, identity)
 
 
 def evaluate_held_out(
@@ -71,6 +83,7 @@ def evaluate_held_out(
     Returns:
       "step" and the metrics of the evaluation.
     """
+    require_writable(Path(out or workdir or "."))
     if workdir:
         run = restore_run(workdir, step, lambda own: load_run(own, gin_files, bindings))
     else:
@@ -79,10 +92,13 @@ def evaluate_held_out(
     which = f"step_{run.step:06d}" if workdir else Path(str(model)).name
     folder = Path(out) if out else Path(workdir or ".") / "eval" / f"{what}_{which}"
     with ExitStack() as stack:
+        keep_clock(run, folder)
         cache = Path(workdir) if workdir else folder
         evaluator = make_evaluator(run.experiment, run.parts, run.tokenizer, cache, stack)
         if evaluator is None:
             raise UserError("train.heldout is None: bind it to the problems to evaluate on")
+        if workdir and not gin_files and not bindings:
+            run.identity.check("train.heldout", heldout_parts(evaluator))
         for notice in start_notices(run.experiment, run.parts, run.tokenizer, None, evaluator):
             say(notice)
         writes = jax.process_index() == 0
@@ -111,6 +127,20 @@ def as_json(metrics: dict[str, float]) -> str:
     return json.dumps(plain(metrics), indent=1, allow_nan=False)
 
 
+def keep_clock(run: Restored, folder: Path) -> None:
+    """Has chat templates tell the time at which the evaluation in a folder began.
+
+    That is when the run began, where there is one; a model from files has none.
+    """
+    began = (read_record(folder) or {}).get("clock")
+    if not run.identity.resumed and isinstance(began, str) and hasattr(run.tokenizer, "now"):
+        try:
+            run.tokenizer.now = datetime.datetime.fromisoformat(began)
+        except ValueError:
+            raise UserError(f"{folder}/{RECORD_FILE} is damaged; use another --out") from None
+        run.identity.clock = began
+
+
 def check_same_folder(folder: Path, log: GenerationLog) -> None:
     """Waits until every process has read the generations so far: the same for all.
 
@@ -132,7 +162,9 @@ def record_of(run: Restored, evaluator: Evaluator) -> dict[str, Any]:
     config = evaluator.config
     record: dict[str, Any] = {
         "step": run.step,
-        "problems": re.sub(r" at 0x[0-9a-f]+", "", repr(run.experiment.train.heldout)),
+        "clock": run.identity.clock,
+        "grader": re.sub(r" at 0x[0-9a-f]+", "", repr(evaluator.problems.grade)),
+        "code": own_code_parts(run.experiment.imports),
         "dtype": run.experiment.train.dtype,
         "roles": list(config.roles),
         "num_samples": config.num_samples,
@@ -142,12 +174,10 @@ def record_of(run: Restored, evaluator: Evaluator) -> dict[str, Any]:
     for name, value in dataclasses.asdict(evaluator.settings).items():
         record[f"sampling.{name}"] = value
     for name, variables in (("student", run.student), ("teacher", run.teacher)):
-        record[f"{name}.weights"] = _digest(sorted(checksums(variables).items()))
+        record[f"{name}.weights"] = weights_digest(variables)
+    record["tokenizer"] = tokenizer_digest(run.tokenizer)
     for role, prompts in evaluator.prompts.items():
-        record[f"{role}.prompts"] = _digest([(p.problem.id, p.ids) for p in prompts])
-        record[f"{role}.answers"] = _digest([(p.problem.id, p.problem.answer) for p in prompts])
+        record[f"{role}.prompts"] = digest(json.dumps([(p.problem.id, p.ids) for p in prompts]))
+        answers = [(p.problem.id, p.problem.answer) for p in prompts]
+        record[f"{role}.answers"] = digest(json.dumps(answers))
     return record
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

@@ -33,6 +33,7 @@ class Base(NamedTuple):
     config: ModelConfig
     params: dict
     tokenizer: Tokenizer
+    step: int | None = None  # of the run whose student it is (@FinishedRun())
 
 
 class BaseSource(Protocol):
@@ -125,6 +126,7 @@ class Experiment:
     mesh: MeshConfig
     evaluate: EvaluateConfig
     guard: GuardConfig = GuardConfig()
+    imports: tuple[str, ...] = ()  # the user's modules that the gin files import
 
     @property
     def training_contexts(self) -> ContextConfig:

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from flax import linen as nn
 
 from opsd_jax.errors import UserError
+from opsd_jax.host.files import require_writable
 from opsd_jax.pretrained.export import new_folder, save_adapter, save_pretrained
 from opsd_jax.pretrained.smollm2 import smollm2_path
 from opsd_jax.run.config import load_run
@@ -15,6 +18,7 @@ from opsd_jax.run.finished_run import restore_run, say
 def export_command(workdir: str, step: int | str | None, out: str, form: str) -> None:
     """`opsd export`: a Hugging Face directory (adapters merged) or a PEFT adapter."""
     new_folder(out, apart_from=workdir)  # before minutes are spent
+    require_writable(Path(out))
     run = restore_run(workdir, step, load_run, with_teacher=False)
     config = run.parts.model.config
     if form == "peft":

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -16,7 +16,10 @@ from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.runs import ACCURACY
 from opsd_jax.host.checkpoint import Checkpoints
+from opsd_jax.host.config_text import first_difference
+from opsd_jax.host.files import read_text
 from opsd_jax.host.guard import restored_step
+from opsd_jax.host.identity import Identity, identity_of, own_code_parts
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.sharding import Rules
 from opsd_jax.pretrained.export import merge_lora
@@ -26,6 +29,7 @@ from opsd_jax.run.assembly import (
     frozen_variables,
     initial_state,
     layout,
+    load_model,
     load_models,
     split_trainable,
     teacher_variables,
@@ -45,6 +49,7 @@ class Restored(NamedTuple):
     student: dict
     teacher: dict | None
     step: int
+    identity: Identity
 
 
 def restore_run(
@@ -67,29 +72,63 @@ def restore_run(
     if not own.exists():
         raise UserError(f"--workdir={workdir}: no config.gin there; is it a training workdir?")
     experiment = read(str(own))
-    base, external, parts = load_models(experiment, workdir, say, with_teacher)
+    identity = recorded_identity(workdir, say)
+    identity.tell_code(own_code_parts(experiment.imports), say)
+    base, external, parts = load_models(experiment, workdir, say, identity, with_teacher)
     teacher_params = external and external.params
-    if step is None and (step := restored_step(workdir)) is not None:
-        say(f"step {step} is taken: the guard ended the run (see {workdir}/guard.json)")
     if step == 0:
         state = initial_state(parts, base.params, experiment.train.seed, teacher_params)
     else:
         wanted = {"trainable": parts.abstract.trainable}
         if with_teacher:
             wanted["teacher"] = parts.abstract.teacher
-        with Checkpoints(workdir / "checkpoints", None, ACCURACY, say) as checkpoints:
-            if isinstance(step, str) and (step := checkpoints.best_step()) is None:
-                raise UserError(f"--step=best: no checkpoint of {workdir} was evaluated")
-            found = checkpoints.restore_only(wanted, step)
-        step = found.step
+        step, found = read_state(workdir, wanted, step, say)
         state = dataclasses.replace(
             parts.abstract,
             frozen=frozen_variables(parts, base.params),
             external=external_variables(parts, teacher_params),
-            **found.state,
+            **found,
         )
     teacher = teacher_variables(parts, state) if with_teacher else None
-    return Restored(experiment, parts, base.tokenizer, state.student, teacher, step)
+    return Restored(experiment, parts, base.tokenizer, state.student, teacher, step, identity)
+
+
+def recorded_identity(workdir: Path, say: Callable[[str], None]) -> Identity:
+    """What a run began with.
+
+    Raises:
+      UserError: its config.gin was edited since, which is read for its settings.
+    """
+    meta = _checkpoints(workdir, say).meta()
+    path = workdir / "config.gin"
+    if meta and (difference := first_difference(meta.get("config", ""), read_text(path))):
+        raise UserError(f"{path} is not the run's own: {difference}; change it back")
+    return identity_of(workdir, meta)
+
+
+def read_state(
+    workdir: Path, wanted: dict[str, Any], step: int | str | None, say: Callable[[str], None]
+) -> tuple[int, dict[str, Any]]:
+    """Some fields of the state of a run, and the step that they are of.
+
+    Args:
+      workdir: of the run.
+      wanted: field -> its arrays as shapes with shardings.
+      step: a checkpoint; "best" the best by held-out accuracy; None the one that the guard chose,
+        or else the latest.
+      say: told if the guard chose, or if a checkpoint is damaged.
+    """
+    if step is None and (step := restored_step(workdir)) is not None:
+        say(f"step {step} is taken: the guard ended the run (see {workdir}/guard.json)")
+    with _checkpoints(workdir, say) as checkpoints:
+        if isinstance(step, str) and (step := checkpoints.best_step()) is None:
+            raise UserError(f"--step=best: no checkpoint of {workdir} was evaluated")
+        found = checkpoints.restore_only(wanted, step)
+    return found.step, found.state
+
+
+def _checkpoints(workdir: Path, say: Callable[[str], None]) -> Checkpoints:
+    return Checkpoints(workdir / "checkpoints", None, ACCURACY, say)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +153,9 @@ class FinishedRun:
             if not (workdir / name).exists():
                 raise UserError(f"FinishedRun.workdir = {self.workdir!r}: no {name} there")
         train = self.read(str(workdir / "config.gin")).train
-        base = train.model.load(mesh, rules, str(workdir / "base"), say)
+        identity = recorded_identity(workdir, say)
+        place = (mesh, rules, str(workdir / "base"))
+        base = load_model("train.model", train.model, place, say, identity)
         config = dataclasses.replace(base.config, lora=train.lora)
         shapes, shardings = layout(Decoder(config), mesh, rules)
         wanted = jax.tree.map(
@@ -122,12 +163,10 @@ class FinishedRun:
             split_trainable(shapes)[0],
             split_trainable(shardings)[0],
         )
-        step = restored_step(workdir) if self.step is None else self.step
-        with Checkpoints(workdir / "checkpoints", warn=say) as checkpoints:
-            found = checkpoints.restore_only({"trainable": wanted}, step)
-        variables = {"params": base.params} | found.state["trainable"]
-        say(f"model: the student of {self.workdir} after step {found.step}")
-        return Base(base.config, merge_lora(config, variables), base.tokenizer)
+        step, found = read_state(workdir, {"trainable": wanted}, self.step, say)
+        variables = {"params": base.params} | found["trainable"]
+        say(f"model: the student of {self.workdir} after step {step}")
+        return Base(base.config, merge_lora(config, variables), base.tokenizer, step)
 
 
 def say(text: str) -> None:

@@ -16,6 +16,7 @@ from opsd_jax.data.notices import unended_turns
 from opsd_jax.data.problems import Problem
 from opsd_jax.data.tokenizer import Tokenizer, quoted
 from opsd_jax.errors import UserError
+from opsd_jax.host.pod import require_32_bits
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.rollout import stream
 
@@ -48,6 +49,7 @@ def generate_command(
     else:
         from opsd_jax.pretrained.load import load_pretrained
 
+        require_32_bits()
         found = load_pretrained(str(model))
         if found.tokenizer is None:
             raise UserError(f"--model={model}: no tokenizer files there")

@@ -3,17 +3,68 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import sys
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from opsd_jax.errors import UserError
 
 _HEADER = "# Imports from "
 _MODULES = (".py", os.sep + "__init__.py")
+
+
+_PATHS = ("path", "workdir", "cache_dir", "data_dir")
+_FOLDERS = ("RandomModel.tokenizer", "RandomModel.config")  # or something else than a folder
+
+
+def absolute_path(name: str, field: str, value: Any) -> Any:
+    """The value of a source's field, absolute if it is a relative path; else as it is.
+
+    Args:
+      name: of the source, such as "JsonlProblems".
+      field: of it.
+      value: anything.
+    """
+    if not isinstance(value, str) or value in ("", "smollm2") or "://" in value or value[0] == "~":
+        return value
+    is_folder = f"{name}.{field}" in _FOLDERS and os.path.isdir(value)
+    return os.path.abspath(value) if field in _PATHS or is_folder else value
+
+
+def make_absolute(config: Mapping[tuple[str, str], dict[str, Any]]) -> None:
+    """Makes relative paths absolute, so that a config.gin means the same in every folder.
+
+    Args:
+      config: gin's bindings by (scope, selector), changed in place: those of our own sources and
+        the macros that stand there.
+    """
+    for (_, selector), values in config.items():
+        module, _, name = selector.rpartition(".")
+        for field, value in values.items() if module == "opsd_jax" else ():
+            if repr(value).startswith("%"):  # a macro
+                macro = config.get((repr(value)[1:], "gin.macro"), {})
+                macro |= {"value": absolute_path(name, field, macro.get("value"))} if macro else {}
+            else:
+                values[field] = absolute_path(name, field, value)
+
+
+def with_absolute_paths(source: Any) -> Any:
+    """The same for the fields of a dataclass and of the dataclasses in it."""
+    if not dataclasses.is_dataclass(source) or isinstance(source, type):
+        return source
+    changes = {
+        field.name: absolute_path(
+            type(source).__name__, field.name, with_absolute_paths(getattr(source, field.name))
+        )
+        for field in dataclasses.fields(source)
+        if field.init
+    }
+    return dataclasses.replace(source, **changes)
 
 
 class GinFiles:

@@ -19,7 +19,7 @@ def gin_lines(experiment: Experiment) -> list[str]:
     Raises:
       UserError: a value that no gin file can name, such as a function of a notebook.
     """
-    lines: list[str] = []
+    lines = [f"import {module}" for module in experiment.imports]
     for area in AREAS:
         _bind(lines, area, getattr(experiment, area), area)
     return lines

@@ -21,6 +21,7 @@ from opsd_jax.run.config import load_run as load_config
 from opsd_jax.run.eval import evaluate_held_out
 from opsd_jax.run.experiment import Experiment
 from opsd_jax.run.finished_run import Restored, restore_run
+from opsd_jax.run.gin_files import with_absolute_paths
 from opsd_jax.run.gin_text import gin_lines
 from opsd_jax.run.train import train as train_in
 
@@ -119,7 +120,7 @@ def train(
     if isinstance(experiment, Experiment):
         written = gin_lines(experiment)
         found, text = load_experiment([], written)
-        if found != experiment:
+        if found != with_absolute_paths(experiment):
             raise UserError("this Experiment cannot be written as gin; train from a gin file")
         if lines:
             found, text = load_experiment([], [*written, *lines])

@@ -26,7 +26,8 @@ from opsd_jax.data.problems import Problem, ProblemSet
 from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.divergence.losses import DivergenceConfig, TokenDivergence, logit_divergence
 from opsd_jax.errors import UserError
-from opsd_jax.host.files import write_json_lines
+from opsd_jax.host.files import require_writable, write_json_lines
+from opsd_jax.host.identity import problems_digest
 from opsd_jax.method.batch import Batch, Policy
 from opsd_jax.method.reason_first import Reasoner
 from opsd_jax.method.scoring import completion_hidden
@@ -258,6 +259,7 @@ def tokens_command(workdir: str, step: int | str | None, num: int, seed: int) ->
 
     Problems are the held-out ones, or the training problems where there are none.
     """
+    require_writable(Path(workdir))
     run = restore_run(workdir, step, load_run)
     if run.teacher is None:
         raise UserError(
@@ -266,6 +268,8 @@ def tokens_command(workdir: str, step: int | str | None, num: int, seed: int) ->
         )
     train = run.experiment.train
     problems = (train.heldout or train.problems).load(str(Path(workdir) / "problems"))
+    field = "train.heldout" if train.heldout else "train.problems"
+    run.identity.check(field, {"problems": problems_digest(problems)})
     chosen, batch = view_problems(run, problems, num)
     completion, comparison = sample_and_compare(run, batch, seed)
     tokens = token_rows(run.tokenizer, completion, comparison)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,6 +31,15 @@ from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.host.config_text import first_difference
 from opsd_jax.host.files import read_metrics, read_text, write_whole
 from opsd_jax.host.guard import Guard
+from opsd_jax.host.identity import (
+    OWN_CODE,
+    Identity,
+    RowsDigest,
+    digest,
+    identity_of,
+    own_code_parts,
+    problems_digest,
+)
 from opsd_jax.host.lock import only_writer
 from opsd_jax.host.metrics import MetricWriters
 from opsd_jax.host.pod import connected_mesh, wait_for_all
@@ -91,16 +101,21 @@ def prepare(
     settings, say = experiment.train, progress.note
     mesh = connected_mesh(experiment.mesh)
     check_batch(settings.batch_size, settings.num_micro_batches, mesh)
-    base, external, parts = load_models(experiment, workdir, say)
+    folder, kept = workdir / "checkpoints", settings.keep_checkpoints
+    checkpoints = stack.enter_context(Checkpoints(folder, kept, BEST_METRIC, say))
+    identity = identity_of(workdir, checkpoints.meta())
+    identity.tell_versions(say)
+    identity.check(OWN_CODE, own_code_parts(experiment.imports))
+    base, external, parts = load_models(experiment, workdir, say, identity)
     problems = settings.problems.load(str(workdir / "problems"))
-    batches, longest = training_batches(experiment, problems, base.tokenizer, say)
+    batches, longest = training_batches(experiment, problems, base.tokenizer, say, identity)
     evaluator = make_evaluator(experiment, parts, base.tokenizer, workdir, stack)
+    if evaluator:
+        identity.check("train.heldout", heldout_parts(evaluator))
     tell_contamination(problems, evaluator, say)
     for notice in start_notices(experiment, parts, base.tokenizer, longest, evaluator):
         say(notice)
     wait_for_all()
-    folder, kept = workdir / "checkpoints", settings.keep_checkpoints
-    checkpoints = stack.enter_context(Checkpoints(folder, kept, BEST_METRIC, say))
     state, tokens, start = start_or_resume(
         checkpoints, parts, batches, base, external, settings.seed
     )
@@ -122,7 +137,7 @@ def prepare(
         progress,
         guard_of(experiment, workdir, start),
         tokens_total=tokens,
-        meta={"config": config_text},
+        meta={"config": config_text} | identity.meta(),
     )
     return loop, state, batches, start
 
@@ -145,10 +160,10 @@ def train_whole(experiment: Experiment, config_text: str, workdir: Path) -> Run:
 def check_config(workdir: Path, config_text: str) -> None:
     """Raises a UserError if the workdir holds checkpoints or metrics of another experiment."""
     path = workdir / "config.gin"
-    metrics = read_metrics(workdir / "metrics.jsonl")
-    if not path.exists() or not (metrics or Checkpoints(workdir / "checkpoints").steps()):
-        return
-    difference = first_difference(read_text(path), config_text)
+    text = Checkpoints(workdir / "checkpoints").meta().get("config")
+    if text is None and path.exists() and read_metrics(workdir / "metrics.jsonl"):
+        text = read_text(path)
+    difference = None if text is None else first_difference(text, config_text)
     if difference is not None:
         raise UserError(
             f"{path} belongs to another experiment: {difference}; use another --workdir, or "
@@ -167,11 +182,13 @@ def training_batches(
     problems: ProblemSet,
     tokenizer: Tokenizer,
     say: Callable[[str], None],
+    identity: Identity,
 ) -> tuple[Any, tuple[int, int]]:
     """Global batches as a Grain iterator whose position can be saved, and the longest prompts.
 
     Raises:
-      UserError: too few problems fit, or one cannot be graded where grades are needed.
+      UserError: they are not the problems that the run began with, too few of them fit, or one
+        cannot be graded where grades are needed.
     """
     settings, contexts = experiment.train, experiment.training_contexts
     if settings.objective.needs_rewards:
@@ -182,7 +199,10 @@ def training_batches(
         template, limit = settings.completions.template, experiment.rollout.max_new_tokens
         render = ReferenceRows(prompts, template, tokenizer, limit, contexts)
     num_problems = settings.batch_size // settings.group_size
-    batches = make_batches(problems, render, num_problems, settings.seed, prompts.narrow)
+    rows = RowsDigest(render)
+    batches = make_batches(problems, rows, num_problems, settings.seed, prompts.narrow)
+    parts = {"problems": problems_digest(problems), "prompts and references": rows.close()}
+    identity.check("train.problems", parts)
     dropped = getattr(render, "dropped", ())
     if dropped:
         say(f"{len(dropped):,} problems left out: their reference exceeds rollout.max_new_tokens")
@@ -261,6 +281,15 @@ def start_notices(
         asked = {role: [p.ids for p in prompts] for role, prompts in evaluator.prompts.items()}
         told += equal_prompts(asked)
     return told + idle_switches(contexts, tokenizer, roles)
+
+
+def heldout_parts(evaluator: Evaluator) -> dict[str, str]:
+    """What is evaluated on: all problems, and the prompts of each role in order."""
+    prompts = {
+        f"prompts of {role}": digest(json.dumps([(p.problem.id, p.ids) for p in prompts]))
+        for role, prompts in evaluator.prompts.items()
+    }
+    return {"problems": problems_digest(evaluator.problems)} | prompts
 
 
 def tell_contamination(

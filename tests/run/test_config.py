@@ -2,6 +2,7 @@
 import ast
 import dataclasses
 import inspect
+import os
 import re
 from pathlib import Path
 
@@ -228,7 +229,7 @@ def test_scopes_of_references_that_were_replaced_are_no_error():
     """An experiment that takes other problems keeps the bindings of the ones it includes."""
     jsonl = ["train.problems = @JsonlProblems()", "JsonlProblems.path = 'x.jsonl'"]
     experiment, _ = load_experiment([QUICKSTART], [*jsonl, "train.heldout = None"])
-    assert experiment.train.problems.path == "x.jsonl"
+    assert experiment.train.problems.path == os.path.abspath("x.jsonl")
 
 
 def test_what_the_last_file_binds_in_vain_is_told_and_what_it_includes_is_not(tmp_path, caplog):

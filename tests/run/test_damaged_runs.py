@@ -175,9 +175,17 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_named(make, name, finished
     assert f"{tmp_path}/run/{name} must be a file" in capsys.readouterr().err
 
 
-def test_a_page_without_a_name_is_refused(finished, capsys):
-    assert main(["report", f"--workdir={finished}", "--out="]) == 2
-    assert "must be the name of a file" in capsys.readouterr().err
+def test_a_place_to_write_to_is_tried_before_the_run_is_loaded(finished, monkeypatch, capsys):
+    for module in ("eval", "export", "tokens"):
+        loaded = f"opsd_jax.run.{module}.restore_run"
+        monkeypatch.setattr(loaded, lambda *_, **__: pytest.fail("loaded"))
+    for arguments, place in (
+        (["eval", f"--workdir={finished}", "--out=/proc/out"], "/proc/out"),
+        (["export", f"--workdir={finished}", "--out=/proc/out"], "/proc/out"),
+        (["tokens", "--workdir=/proc/run"], "/proc/run"),
+    ):
+        assert main(arguments) == 2
+        assert f"cannot write to {place}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

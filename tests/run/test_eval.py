@@ -155,7 +155,7 @@ def test_finished_it_repeats_its_numbers_without_sampling(folder, whole, capsys,
     [
         ("evaluate.temperature = 0.5", "sampling.temperature was 1.0 and is now 0.5"),
         ("evaluate.num_samples = 3", "num_samples was 12 and is now 3"),
-        ("JsonlProblems.grader = 'exact'", "problems was"),
+        ("JsonlProblems.grader = 'exact'", "grader was"),
         ("contexts.evaluation = 'boxed'", "student.prompts was"),
     ],
 )
