@@ -3,6 +3,7 @@
 
 import datetime
 import threading
+import time
 
 import pytest
 
@@ -79,6 +80,10 @@ def test_a_hostile_template_costs_one_sentence(limits, template, words):
     with pytest.raises(UserError, match=words) as told:
         render_template(template, ASK, NOW)
     assert "\n" not in str(told.value) and "the chat template" in str(told.value)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=words):
+        render_template(template, ASK, NOW)
+    assert time.monotonic() - start < 2 or words != "2 s"  # time is not spent twice
     assert render_template("{{ messages[0].role }}", ASK, NOW) == "user"
 
 
