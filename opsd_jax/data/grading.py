@@ -31,6 +31,8 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text, not a b
 _BETWEEN_BOXES = re.compile(
     r"\$?\s*(?:[,;]\s*)?(?:and|or|\\text\s?\{\s*(?:and|or)\s*\})?\s*(?:\\quad\s*)?\$?\s*"
 )
+_SIZES = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])")
+_FRACTIONS = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _SPACES = re.compile(r"(?:\s|\\[,;:! ]|~|\\q?quad(?![A-Za-z]))+")
 
 
@@ -170,13 +172,20 @@ def same_value(answer: str, other: str) -> bool:
 
 
 def same_box(answer: str, other: str) -> bool:
-    """One value or, where they are not numbers, one text; white space counts between digits."""
-    return same_value(answer, other) or _box_text(answer) == _box_text(other)
+    """One value or, where neither is a number, one text; white space counts between digits."""
+    first, second = read_number(answer), read_number(other)
+    if first is None and second is None:
+        return _box_text(answer) == _box_text(other)
+    return first == second  # 1, 234 and 1,234 differ in a space alone, and one is two numbers
 
 
 def _box_text(text: str) -> str:
-    """Without dollars around it and spaces in it, TeX's too; one is left between two digits."""
+    r"""Without what changes looks alone: dollars, `\text{}` around it, `\left`, spaces.
+
+    A space between two digits is left, TeX's as one of ours.
+    """
     text = without_dollars(text.strip())
+    text = _FRACTIONS.sub(r"\\frac", _SIZES.sub("", text)).replace("\u2212", "-")
 
     def space(match: re.Match[str]) -> str:
         neighbours = text[match.start() - 1 : match.start()] + text[match.end() : match.end() + 1]

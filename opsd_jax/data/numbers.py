@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -26,9 +26,22 @@ _WINDOW = 4096  # characters up to the last digit, of which the last number is r
 
 # What TeX and typography write for the same thing, in the order in which it is replaced.
 _ARGUMENT = r" {0,2}(?:\{ ?([-+]?[0-9.,]{1,80}) ?\}|([0-9]))"
-_REWRITES = [
+_POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_UNITS = "[kcdm]?m|[kcm]?s|km/h|in|ft|yd|mi|inch|inches|feet|met(?:er|re)s?|units?"
+_REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
+    (re.compile("[０-９]"), lambda m: str(unicodedata.decimal(m[0]))),
     (re.compile("[\u2212\ufe63\uff0d]"), "-"),
-    (re.compile("[\u2044\u2215]"), "/"),
+    (re.compile("[\u2044\u2215÷]"), "/"),
+    (re.compile("(?<![0-9.])10(⁻?[⁰¹²³⁴-⁹]+)"), lambda m: f"10^{{{m[1].translate(_POWERS)}}}"),
+    # The power of a unit, as in 25 cm^2 and 9.8 m/s^{2}, is no part of the number.
+    (
+        re.compile(rf"(?<=[0-9 ~,;{{/])((?:{_UNITS})\}}?\$?) ?\^ ?(?:\{{[23]\}}|[23](?!\.?[0-9]))"),
+        r"\1",
+    ),
+    (
+        re.compile(r"\{ ?([-+]?[0-9.,]{1,80}) ?\\over(?![A-Za-z]) ?([-+]?[0-9.,]{1,80}) ?\}"),
+        r"\\frac{\1}{\2}",
+    ),
     (re.compile(r"\\!|\\left(?![A-Za-z])|\\right(?![A-Za-z])|\\displaystyle(?![A-Za-z])"), ""),
     (re.compile(r"\{,\}"), ","),
     (re.compile("(?<=[0-9])(?:\\\\[,;: ]|[~\u2009\u202f])(?=[0-9]{3}(?![0-9]))"), ","),
@@ -45,7 +58,8 @@ _VULGAR = {
 }
 _VULGAR_SIGN = re.compile(rf"([0-9]?)([{''.join(_VULGAR)}])")
 
-_DIGITS = "0123456789" + "".join(_VULGAR)
+_DIGIT = re.compile(rf"[\d{''.join(_VULGAR)}]")
+_OTHER_SCRIPT = re.compile(r"(?![0-9０-９])\d")  # digits that are seen and not read
 
 # Digits and all that joins digits, so that a number is not taken out of the middle of a date.
 _RUN = re.compile(
@@ -57,14 +71,21 @@ _DECIMAL = r"((?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 _QUOTIENT = re.compile(rf"{_DECIMAL}(?: ?/ ?(-?){_DECIMAL})?")
 _INTEGER = re.compile(r"[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+")
 
+_FONT = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox) ?\{([^{}]*)\}")
 _CURRENCY = re.compile(r"[$€£¥₹] ?$")
 _COMMAND = re.compile(r"\\([A-Za-z]+) ?(?:\[[^\]]{0,9}\]?)?\{? ?$")
-_TAKING_COMMANDS = frozenset("frac dfrac tfrac cfrac binom sqrt overline pm mp log ln".split())
+_TAKING_COMMANDS = frozenset(
+    "frac dfrac tfrac cfrac over binom sqrt overline pm mp log ln lg exp sin cos tan".split()
+)
 _NAME = re.compile(r"(?:[A-Za-zα-ωΑ-Ω]|_ ?\{?)$")
-_TAKEN_LEFT = re.compile(r"(?:\^ ?\{? ?|[√±∓] ?|\}\{?|[0-9]\.)$")
+_TAKEN_LEFT = re.compile(
+    r"(?:\^ ?\{? ?|[√±∓] ?|\}\{?|[0-9]\.|(?:[0-9)]|(?<![A-Za-z])[a-z])\*\*|[\w)}\]] ?/ ?-?"
+    r"|(?<![A-Za-z])(?:(?:sqrt|log|ln|exp|sin|cos|tan)[( ] ?|[CP]\( ?))$"
+)
 _TAKEN_RIGHT = re.compile(
     r" ?\^| ?[⁰¹²³⁴-⁹⁻√π∞]|_| ?\\(?:pi|sqrt|[dtc]?frac|binom|infty|overline)(?![A-Za-z])"
-    r"|[abceijknpqrtuvwxyz](?![A-Za-z])| ?/ ?(?:[a-z](?![A-Za-z])|\\|\()"
+    r"|[abceijknpqrtuvwxyz](?![A-Za-z])| [xyz](?![A-Za-z ]| ?[0-9])"
+    r"| ?/ ?(?:[a-z](?![A-Za-z])|\\|\()"
 )
 _GOES_ON = re.compile(r" ?(?:\.\.\.|…|\\[lc]?dots)")
 _UNIT = re.compile(r"(?: ?%| ?°| ?[$€£¥₹])?")
@@ -84,16 +105,17 @@ class Number(NamedTuple):
 
 def last_number(text: str) -> Fraction | None:
     """The value of the last number; None without one, or if the last digits are not a number."""
-    at = max(text.rfind(digit) for digit in _DIGITS)
-    if at < 0:
+    last = _DIGIT.search(text[::-1])
+    if last is None or _OTHER_SCRIPT.match(last[0]):
         return None
+    at = len(text) - last.end()
     found = next(_numbers(_rewritten(text[max(0, at - _WINDOW) : at + 1 + _VIEW])), None)
     return found and found.value
 
 
 def only_number(text: str) -> Fraction | None:
     """The value of the one number of a text, between words or not; None if it has another."""
-    if len(text) > _WINDOW:
+    if len(text) > _WINDOW or _OTHER_SCRIPT.search(text):
         return None
     alone = read_number(text)
     if alone is not None:
@@ -131,12 +153,14 @@ def plain_number(value: Fraction) -> str:
 
 
 def without_dollars(text: str) -> str:
-    r"""The inside of `$...$`, `\(...\)` or `\[...\]` where it is all of the text."""
+    r"""The inside of `$...$`, `\(...\)`, `\[...\]` or `\text{...}` where it is all of the text."""
     for start, end in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
         inside = text[len(start) : -len(end)]
         if text.startswith(start) and text.endswith(end) and inside and end not in inside:
-            return inside.strip()
-    return text
+            text = inside.strip()
+            break
+    font = _FONT.fullmatch(text)
+    return font[1].strip() if font else text
 
 
 def _rewritten(text: str) -> str:
