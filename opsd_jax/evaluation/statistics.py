@@ -1,5 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy, pass@k and maj@n from grades and votes; every standard error is over problems."""
+"""Accuracy, pass@k and maj@n from grades and votes; every standard error (`_se`) is over problems.
+
+What an evaluation writes of each role as eval/<role>/…:
+
+  accuracy             avg@n, mean grade
+  greedy_accuracy      of one greedy completion per problem
+  pass_at_k            1 - C(n-c, k) / C(n, k), unbiased; k = 1, 2, 4, … and n, c of full grade
+  maj_at_n             grade of the largest group of *equivalent* answers; tied groups count with
+                       their mean; no answer, no vote
+  formatted_fraction   an answer was found (and graded in time)
+  ungraded_fraction    the grader raised or took too long, which is worth 0
+  truncated_fraction   completions cut by the limit
+  length_mean, length_p50, length_p90, length_max   tokens
+  num_problems         asked; num_dropped were left out, this role's prompt being over its budget
+
+Votes need a grader that can extract an answer and compare two; a plain function only grades, and
+reasoning-gym's scorers do not say when two answers are equal: there, answers vote by value if
+they are numbers and else by their text.
+"""
 
 from __future__ import annotations
 

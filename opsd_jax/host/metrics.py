@@ -6,6 +6,35 @@ happened to the run: a resumed run drops the lines after the step it goes on fro
 of later steps with them. Names are flat `area/name`; plots and users' scripts read them.
 
 Only process 0 writes; on the others every call here does nothing.
+
+What a training step writes, nats per token of the student's own answers unless said:
+
+  loss/objective              what is minimised, with clips and weights
+  loss/divergence             the same without them
+  loss/clip_fraction          tokens that the clip changes
+  loss/negative_fraction      tokens whose loss is below 0
+  loss/kept_teacher_mass      teacher's probability on entries that support and clip leave alone
+  student/entropy             and teacher/entropy: near log V a side has lost its weights
+  teacher/nll_of_rollout      -log p of the answers under the teacher
+  rollout/logp_gap            |log p while sampling - log p while scoring|: 1e-6 in float32
+  rollout/truncated_fraction  answers cut by rollout.max_new_tokens
+  rollout/length_mean         tokens; rollout/tokens_total is all generated so far
+  rollout/reward_mean         mean grade, where answers can be graded
+  optim/grad_norm             before it is clipped
+  time/rollout_s, time/update_s, time/step_s
+
+When a run misbehaves:
+
+  loss/objective is flat and loss/divergence does not fall: the clip takes the lesson away
+    (experiments/ablations/entry_clip.gin).
+  rollout/logp_gap is not small: another policy samples than is scored (rollout.dtype,
+    rollout.weights).
+  loss/divergence rises again, or eval/teacher/accuracy falls: the teacher moves with the student
+    (teacher_live.gin); hold it with teacher.weights = "initial".
+  probe/teacher/leak is above ok, or accuracy falls while the divergence does: the teacher says what
+    only its reference can tell (leaky_teacher.gin); word its context otherwise.
+  Lengths or truncated_fraction run away: one role's text never ends; look at samples/ and at the
+    thinking switches of contexts.
 """
 
 import importlib
