@@ -49,7 +49,7 @@ def test_files_that_are_named_exist(page):
     named += re.findall(r"--gin_file=([\w/.-]+\.gin)", text)
     missing = {name for name in named if not (ROOT / name).exists()} - {"experiments/X.gin"}
     assert len(named) > 3 and not missing
-    folders = [page.parent, *(f for f in (ROOT / "experiments").iterdir() if f.is_dir())]
+    folders = [page.parent, *(f for f in (ROOT / "experiments").rglob("*") if f.is_dir())]
     bare = re.findall(r"`([\w/]+\.(?:gin|py))`", text)
     paths = [folder / name for name in bare for folder in (*folders, ROOT)]
     found = {path.name for path in paths if path.exists()}
@@ -72,7 +72,9 @@ def test_the_page_stays_short():
 
 
 def test_the_method_on_one_screen_is_the_file_that_is_tested():
-    assert block("minimal", "python") in (ROOT / "experiments" / "minimal.py").read_text()
+    text = (ROOT / "experiments" / "minimal.py").read_text()
+    (step,) = re.findall(r"^# minimal: begin\n(def .*?)^ *# minimal: end\n", text, re.S | re.M)
+    assert step.count("\n") <= 30 and block("minimal", "python") == step
 
 
 def test_the_names_that_python_code_uses_are_public():
@@ -94,22 +96,6 @@ def test_every_command_of_the_list_takes_its_flags():
         name, flags = line.split()[1], set(re.findall(r"--\w+", line))
         (command,) = [a for a in parser()._actions if isinstance(a.choices, dict)]
         assert flags <= set(command.choices[name]._option_string_actions), line
-
-
-def minimal_step() -> str:
-    """The step function of experiments/minimal.py, between its markers."""
-    text = (ROOT / "experiments" / "minimal.py").read_text()
-    inside = re.search(r"^# minimal: begin\n(def .*?)^ *# minimal: end\n", text, re.S | re.M)
-    assert inside, "experiments/minimal.py has no markers"
-    return inside.group(1)
-
-
-def test_the_method_on_one_screen_is_that_of_the_file():
-    step = minimal_step()
-    assert step.count("\n") <= 30 and "optax.apply_updates" in step
-    quoted = re.search(r"<!-- minimal -->\n```python\n(.*?)```\n<!-- /minimal -->", README, re.S)
-    assert ("<!-- minimal" in README) == bool(quoted)
-    assert not quoted or quoted.group(1) == step
 
 
 def test_ci_runs_the_readmes_test_command():
