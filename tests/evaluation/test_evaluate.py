@@ -111,7 +111,7 @@ class Counting:
     """A sampler that notes how many prompts it is given."""
 
     def __init__(self, sampler, asked):
-        self.sampler, self.asked, self.tokenizer = sampler, asked, sampler.tokenizer
+        self.sampler, self.asked = sampler, asked
 
     def __call__(self, variables, prompts, config, keys):
         self.asked.append(len(prompts))
@@ -126,16 +126,17 @@ class SwitchTokenizer(SmallTokenizer):
 
 
 def test_roles_choose_weights_context_and_thinking(pool):
-    config, contexts, settings, sampler, problems = parts(
+    config, contexts, settings, sampler, _, problems = parts(
         roles=("student", "student_no_thinking", "teacher_thinking"), num_problems=1
     )
-    sampler.tokenizer = SwitchTokenizer()
+    tokenizer = SwitchTokenizer()
     explored = dataclasses.replace(settings, repetition_penalty=1.5, min_p=0.2, min_new_tokens=2)
-    assert Evaluator(config, contexts, explored, sampler, problems, pool).settings == (
-        Evaluator(config, contexts, settings, sampler, problems, pool).settings
+    run = Evaluator(config, contexts, settings, sampler, tokenizer, problems, pool)
+    assert (
+        Evaluator(config, contexts, explored, sampler, tokenizer, problems, pool).settings
+        == run.settings
     )
-    run = Evaluator(config, contexts, settings, sampler, problems, pool)
-    encode = sampler.tokenizer.encode
+    encode = tokenizer.encode
     assert {role: prompts[0].ids for role, prompts in run.prompts.items()} == {
         "student": encode("what is 0 None"),
         "student_no_thinking": encode("what is 0 False"),
@@ -148,12 +149,12 @@ def test_roles_choose_weights_context_and_thinking(pool):
 
 def test_what_a_role_leaves_out_is_counted_and_told(pool, caplog):
     """Three teachers' prompts of 3 + 2 i words are over 8; no student's is."""
-    config, contexts, settings, sampler, _ = parts(num_samples=1, greedy=False)
+    config, contexts, settings, sampler, tokenizer, _ = parts(num_samples=1, greedy=False)
     problems = LoadedProblems(
         tuple(Problem(str(i), f"what is {i}", "it is " * (i + 1), "a") for i in range(5)), digits
     )
     contexts = dataclasses.replace(contexts, teacher_max_tokens=8)
-    run = Evaluator(config, contexts, settings, sampler, problems, pool)
+    run = Evaluator(config, contexts, settings, sampler, tokenizer, problems, pool)
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 1 and told[0].startswith("3 held-out problems are over the teacher budget")
     variables = tiny_variables(tiny_config())
@@ -163,7 +164,7 @@ def test_what_a_role_leaves_out_is_counted_and_told(pool, caplog):
     assert asked == {"student": 5, "teacher": 2} and dropped == {"student": 0, "teacher": 3}
     strict = dataclasses.replace(contexts, too_long="error")
     with pytest.raises(UserError, match="problem '2': the teacher prompt has 9 tokens"):
-        Evaluator(config, strict, settings, sampler, problems, pool)
+        Evaluator(config, strict, settings, sampler, tokenizer, problems, pool)
 
 
 def test_what_is_in_the_log_is_not_sampled_again(pool, tmp_path):
