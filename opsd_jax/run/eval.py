@@ -93,10 +93,11 @@ def evaluate_held_out(
     folder = Path(out) if out else Path(workdir or ".") / "eval" / f"{what}_{which}"
     with ExitStack() as stack:
         keep_clock(run, folder)
-        cache = Path(workdir) if workdir else folder
-        evaluator = make_evaluator(run.experiment, run.parts, run.tokenizer, cache, stack)
-        if evaluator is None:
+        heldout = run.experiment.train.heldout
+        if heldout is None:
             raise UserError("train.heldout is None: bind it to the problems to evaluate on")
+        problems = heldout.load(str((Path(workdir) if workdir else folder) / "problems"))
+        evaluator = make_evaluator(run.experiment, run.parts, run.tokenizer, problems, stack)
         if workdir and not gin_files and not bindings:
             run.identity.check("train.heldout", heldout_parts(evaluator))
         for notice in start_notices(run.experiment, run.parts, run.tokenizer, None, evaluator):

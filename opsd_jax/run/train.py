@@ -106,11 +106,15 @@ def prepare(
     identity = identity_of(workdir, checkpoints.meta())
     identity.tell_versions(say)
     identity.check(OWN_CODE, own_code_parts(experiment.imports))
+    # A wrong path in the data is told before a base is taught or loaded.
+    cache = str(workdir / "problems")
+    problems = settings.problems.load(cache)
+    heldout = None if settings.heldout is None else settings.heldout.load(cache)
     base, external, parts = load_models(experiment, workdir, say, identity)
-    problems = settings.problems.load(str(workdir / "problems"))
     batches, longest = training_batches(experiment, problems, base.tokenizer, say, identity)
-    evaluator = make_evaluator(experiment, parts, base.tokenizer, workdir, stack)
-    if evaluator:
+    evaluator = None
+    if heldout is not None:
+        evaluator = make_evaluator(experiment, parts, base.tokenizer, heldout, stack)
         identity.check("train.heldout", heldout_parts(evaluator))
     tell_contamination(problems, evaluator, say)
     for notice in start_notices(experiment, parts, base.tokenizer, longest, evaluator):
@@ -218,14 +222,10 @@ def make_evaluator(
     experiment: Experiment,
     parts: Assembly,
     tokenizer: Tokenizer,
-    workdir: Path,
+    problems: ProblemSet,
     stack: ExitStack,
-) -> Evaluator | None:
-    """The evaluator of an experiment, None without held-out problems."""
-    settings = experiment.train
-    if settings.heldout is None:
-        return None
-    problems = settings.heldout.load(str(workdir / "problems"))
+) -> Evaluator:
+    """The evaluator of an experiment on held-out problems; `stack` ends its graders."""
     sampler = Sampler(
         parts.model, tokenizer.pad_id, parts.mesh, parts.rules, experiment.evaluate.batch_size
     )
@@ -236,7 +236,9 @@ def make_evaluator(
         sampler,
         tokenizer,
         problems,
-        stack.enter_context(GraderPool(problems.grade, num_workers=settings.grader_workers)),
+        stack.enter_context(
+            GraderPool(problems.grade, num_workers=experiment.train.grader_workers)
+        ),
     )
 
 

@@ -328,3 +328,11 @@ def test_a_script_of_many_runs_does_not_go_on_after_one_that_was_stopped(tmp_pat
     assert train_module.train_whole(experiment(3), "", tmp_path).last_step == 3
     with pytest.raises(UserError, match="was stopped after step 3"):
         train_module.train_whole(experiment(4), "", tmp_path)
+
+
+@pytest.mark.parametrize("which", ["problems", "heldout"])
+def test_missing_data_is_told_before_a_base_is_taught(which, tmp_path, capsys):
+    bindings = (f"train.{which} = @JsonlProblems()", "JsonlProblems.path = 'no.jsonl'")
+    assert main(command(tmp_path / "run", *bindings)) == 2
+    assert "no.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "base").exists()
