@@ -331,8 +331,8 @@ def test_a_script_of_many_runs_does_not_go_on_after_one_that_was_stopped(tmp_pat
 
 
 @pytest.mark.parametrize("which", ["problems", "heldout"])
-def test_missing_data_is_told_before_a_base_is_taught(which, tmp_path, capsys):
+def test_missing_data_is_told_before_a_base_is_taught(which, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_module, "load_models", lambda *_: pytest.fail("loaded"))
     bindings = (f"train.{which} = @JsonlProblems()", "JsonlProblems.path = 'no.jsonl'")
     assert main(command(tmp_path / "run", *bindings)) == 2
     assert "no.jsonl" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "base").exists()
