@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model families: one row each, and what each of their tensors is called.
 
-A row has the values a family fixes, the defaults that its config.json may leave out, and the
-names in which it departs from Llama. A family that fits the switches of `ModelConfig` is added
-here, with one case in tests/pretrained/test_families.py; no model code changes.
+A row has the values a family fixes and the names in which it departs from Llama; what an absent
+key of config.json means, transformers' own config class of the family says. A family that fits
+the switches of `ModelConfig` is added here, with one case in tests/pretrained/test_families.py;
+no model code changes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 _LAYER = "model.layers.{l}."
@@ -58,8 +59,6 @@ _FOUR_NORMS = {"layers/mlp_norm/scale": _LAYER + "pre_feedforward_layernorm.weig
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 
-IsLocal = Callable[[Mapping[str, Any], int], bool]
-
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -67,51 +66,22 @@ class Family:
 
     Attributes:
       architecture: the class name that transformers writes into `architectures`.
-      defaults: what an absent key of config.json means.
       values: `ModelConfig` fields that are the same for the whole family.
       keys: `ModelConfig` field -> key of config.json, beyond the common ones.
-      is_local: (config.json, layer) -> whether the window holds, unless `layer_types` says.
       names: parameter path -> tensor name, where it is not Llama's.
+      local_rope: rope_parameters has an entry for each kind of layer.
+      legacy_keys: positive numbers that transformers' config class reads without declaring them.
     """
 
     architecture: str
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    is_local: IsLocal | None = None
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    local_rope: bool = False
+    legacy_keys: tuple[str, ...] = ()
 
 
-def all_layers(_: Mapping[str, Any], layer: int) -> bool:
-    return True
-
-
-def last_layers(raw: Mapping[str, Any], layer: int) -> bool:
-    return layer >= raw.get("max_window_layers", 28)
-
-
-def all_but_every(period: int) -> IsLocal:
-    return lambda raw, layer: (layer + 1) % raw.get("sliding_window_pattern", period) != 0
-
-
-_QWEN = {
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "rms_norm_eps": 1e-6,
-    "num_key_value_heads": 32,
-}
-_GEMMA = {
-    "head_dim": 256,
-    "num_key_value_heads": 16,
-    "tie_word_embeddings": True,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "gelu_pytorch_tanh",
-}
-_GEMMA23 = _GEMMA | {
-    "num_key_value_heads": 4,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-}
+_GEMMA: dict[str, Any] = {"norm_offset": 1.0, "embed_scale": "sqrt"}
 _GEMMA23_KEYS = {
     "attention_softcap": "attn_logit_softcapping",
     "final_softcap": "final_logit_softcapping",
@@ -125,21 +95,11 @@ _OLMO: dict[str, Any] = {
 }
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", {"rms_norm_eps": 1e-6}),
-    "qwen2": Family("Qwen2ForCausalLM", _QWEN, {"biases": _QKV}, is_local=last_layers),
-    "qwen3": Family(
-        "Qwen3ForCausalLM", _QWEN | {"head_dim": 128}, {"qk_norm": True}, is_local=last_layers
-    ),
+    "llama": Family("LlamaForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM", {"biases": _QKV}),
+    "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
-        _QWEN
-        | {
-            "num_key_value_heads": 4,
-            "norm_topk_prob": False,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "moe_intermediate_size": 768,
-        },
         {"qk_norm": True},
         {
             "num_experts": "num_experts",
@@ -147,65 +107,25 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": "norm_topk_prob",
             "mlp_dim": "moe_intermediate_size",
         },
-        is_local=all_layers,
+        legacy_keys=("num_local_experts",),
     ),
-    "mistral": Family(
-        "MistralForCausalLM",
-        {"rms_norm_eps": 1e-6, "sliding_window": 4096, "num_key_value_heads": 8},
-        is_local=all_layers,
-    ),
-    "gemma": Family("GemmaForCausalLM", _GEMMA, {"norm_offset": 1.0, "embed_scale": "sqrt"}),
-    "gemma2": Family(
-        "Gemma2ForCausalLM",
-        _GEMMA23 | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        {"norm_offset": 1.0, "embed_scale": "sqrt", "post_norm": True},
-        _GEMMA23_KEYS,
-        is_local=all_but_every(2),
-        names=_FOUR_NORMS,
-    ),
+    "mistral": Family("MistralForCausalLM"),
+    "gemma": Family("GemmaForCausalLM", _GEMMA),
+    "gemma2": Family("Gemma2ForCausalLM", _GEMMA | {"post_norm": True}, _GEMMA23_KEYS, _FOUR_NORMS),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
-        _GEMMA23
-        | {
-            "rope_theta": 1e6,
-            "rope_local_base_freq": 1e4,
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": None,
-        },
-        {"norm_offset": 1.0, "embed_scale": "sqrt", "post_norm": True, "qk_norm": True},
+        _GEMMA | {"post_norm": True, "qk_norm": True},
         _GEMMA23_KEYS,
-        is_local=all_but_every(6),
-        names=_FOUR_NORMS,
+        _FOUR_NORMS,
+        local_rope=True,
+        legacy_keys=("rope_local_base_freq", "sliding_window_pattern"),
     ),
-    "olmo2": Family("Olmo2ForCausalLM", {}, _OLMO),
-    "olmo3": Family(
-        "Olmo3ForCausalLM",
-        {"rope_theta": 5e5, "sliding_window": 4096},
-        _OLMO,
-        is_local=all_but_every(4),
-    ),
-    "smollm3": Family(
-        "SmolLM3ForCausalLM",
-        {
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": True,
-            "rope_theta": 2e6,
-            "use_sliding_window": False,
-            "sliding_window": None,
-            "num_key_value_heads": 4,
-            "no_rope_layer_interval": 4,
-        },
-    ),
-    "phi3": Family("Phi3ForCausalLM", {"sliding_window": None}, is_local=all_layers, names=_FUSED),
+    "olmo2": Family("Olmo2ForCausalLM", _OLMO),
+    "olmo3": Family("Olmo3ForCausalLM", _OLMO, local_rope=True),
+    "smollm3": Family("SmolLM3ForCausalLM"),
+    "phi3": Family("Phi3ForCausalLM", names=_FUSED),
     "granite": Family(
         "GraniteForCausalLM",
-        {
-            "rms_norm_eps": 1e-6,
-            "attention_multiplier": 1.0,
-            "embedding_multiplier": 1.0,
-            "residual_multiplier": 1.0,
-            "logits_scaling": 1.0,
-        },
         keys={
             "query_scale": "attention_multiplier",
             "embed_scale": "embedding_multiplier",

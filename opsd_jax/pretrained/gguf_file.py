@@ -215,7 +215,7 @@ class GGUFFile:
 
     def _llama3_scaling(self, config: dict[str, Any], tensor: TensorInfo) -> dict[str, Any]:
         from opsd_jax.model.rope import rope_frequencies
-        from opsd_jax.pretrained.config import rope_scaling_from_hf
+        from opsd_jax.pretrained.rope_parameters import rope_scaling_from_hf
 
         head_dim, theta = config["head_dim"], config["rope_theta"]
         plain = rope_frequencies(head_dim, theta)[0]
