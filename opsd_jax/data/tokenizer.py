@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from opsd_jax.data.chat_template import render_template
 from opsd_jax.errors import UserError
 from opsd_jax.host.files import read_json
+from opsd_jax.host.foreign_values import ForeignValues, shown
 
 # What a model without a chat template is shown; base models continue a dialogue written so.
 PLAIN_FORMAT = "User: {prompt}\nAssistant:"
@@ -285,11 +286,28 @@ def load_tokenizer(directory: str) -> HFTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        inner = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        inner = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers raises many kinds, all about these files
-        raise UserError(f"{directory}: transformers cannot read the tokenizer: {error}") from error
+        if own_code := _names_own_code(directory):
+            raise UserError(
+                f"{directory}: {own_code} names Python code of its own (auto_map), which is "
+                "never run; use a tokenizer that transformers knows"
+            ) from error
+        told = shown(" ".join(str(error).split()), limit=300)
+        raise UserError(f"{directory}: transformers cannot read the tokenizer: {told}") from error
     stop_ids, pad_id = declared_stop_ids(directory)
     return HFTokenizer(inner, stop_ids, pad_id)
+
+
+def _names_own_code(directory: str) -> str | None:
+    """The first file of a tokenizer that asks for code beside it."""
+    for name in ("tokenizer_config.json", "config.json"):
+        path = os.path.join(directory, name)
+        if os.path.isfile(path) and "auto_map" in read_json(path):
+            return name
+    return None
 
 
 def declared_stop_ids(directory: str) -> tuple[tuple[int, ...], int | None]:
@@ -301,9 +319,7 @@ def declared_stop_ids(directory: str) -> tuple[tuple[int, ...], int | None]:
         path = os.path.join(directory, name)
         if not os.path.exists(path):
             continue
-        declared = read_json(path)
-        eos = declared.get("eos_token_id")
-        if eos is not None:
-            stop_ids = tuple(eos) if isinstance(eos, list) else (eos,)
-            return stop_ids, declared.get("pad_token_id")
+        declared = ForeignValues(path, read_json(path))
+        if stop_ids := declared.ids("eos_token_id"):
+            return stop_ids, next(iter(declared.ids("pad_token_id")), None)
     return (), None

@@ -17,6 +17,8 @@ from opsd_jax.errors import UserError
 
 # No file that a run writes as text comes near it; what does would fill the memory.
 MOST_BYTES = 2**31
+# The index of a model with a million tensors has this size.
+_MOST_JSON_BYTES = 100 * 2**20
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -158,7 +160,15 @@ def require_writable(folder: Path) -> None:
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """A JSON object of a model directory, such as config.json."""
+    """A JSON object of a model directory, such as config.json.
+
+    Raises:
+      UserError: no such file, no file at all (a pipe would be waited for), or no JSON object.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: not a file")
+    if os.path.exists(path) and os.path.getsize(path) > _MOST_JSON_BYTES:
+        raise UserError(f"{path}: larger than {_MOST_JSON_BYTES} bytes, which no such file is")
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)

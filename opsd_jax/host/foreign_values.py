@@ -76,9 +76,12 @@ class ForeignValues:
         return list(value)
 
     def ids(self, key: str, vocab_size: int | None = None) -> tuple[int, ...]:
-        """Token ids: one, a list of them, or none; below `vocab_size` where that is known."""
+        """Token ids: one, a list of them, or none (null or -1); below `vocab_size` where that is
+        known."""
         value = self.values.get(key)
-        found = value if isinstance(value, list | tuple) else () if value is None else (value,)
+        if value is None or (type(value) is int and value == -1):
+            return ()
+        found = value if isinstance(value, list | tuple) else (value,)
         if any(type(item) is not int or item < 0 for item in found):
             self.refuse(key, "must be a token id (a whole number >= 0) or a list of them")
         if vocab_size is not None and any(item >= vocab_size for item in found):

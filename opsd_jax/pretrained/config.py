@@ -42,7 +42,7 @@ _READ_BY_ALL = frozenset(
 )
 
 # Keys that do not touch the logits of a forward pass, beside those of text generation.
-_INERT = frozenset(
+INERT = frozenset(
     "architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id "
     "eos_token_id pad_token_id initializer_range attention_dropout hidden_dropout resid_pdrop "
     "embd_pdrop classifier_dropout _name_or_path name_or_path pretraining_tp output_router_logits "
@@ -74,6 +74,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     model_type, family = _family_of(written)
     for key in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"):
         written.count(key)
+    written.count("head_dim", None)
     num_layers = written.count("num_hidden_layers", most=_MOST_LAYERS)
     _refuse_unknown(written, model_type, family)
     theirs = _as_transformers_reads(written, model_type, family)
@@ -152,9 +153,16 @@ def _as_transformers_reads(raw: ForeignValues, model_type: str, family: Family) 
 
     for key in ("rope_scaling", "rope_parameters"):
         raw.object(key)
-    for key in family.legacy_keys:
+    beside = raw.object("rope_parameters").values
+    if family.local_rope and raw.values.get("rope_scaling") and beside:
+        if not isinstance(beside.get("full_attention"), Mapping):
+            raw.refuse("rope_scaling", "must stand inside rope_parameters.full_attention")
+    for key in (*family.legacy_keys, "no_rope_layer_interval"):
         raw.number(key, None, positive=True)
-    read = (class_fields(model_type).keys() - _INERT) | _READ_BY_ALL | set(family.legacy_keys)
+    rotated = raw.items("no_rope_layers", int, "numbers, one a layer", None)
+    if rotated is not None and len(rotated) < raw.values["num_hidden_layers"]:
+        raw.refuse("no_rope_layers", "must have an entry for each layer")
+    read = (class_fields(model_type).keys() - INERT) | _READ_BY_ALL | set(family.legacy_keys)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its doubts about keys that we refuse, over many lines
     try:
@@ -174,7 +182,10 @@ def _refuse_unknown(raw: ForeignValues, model_type: str, family: Family) -> None
         value = raw.values.get(key)
         if value is not None and (isinstance(value, str) or value not in allowed):
             raw.refuse(key, f"must be {allowed[0]}: nothing else is supported")
-    known = class_fields(model_type).keys() | _generation_keys() | _INERT | _ONLY.keys()
+    for key in family.not_computed:
+        if raw.values.get(key) is not None:
+            raw.refuse(key, "must be null in this family, whose code does not read it")
+    known = class_fields(model_type).keys() | _generation_keys() | INERT | _ONLY.keys()
     known = known | _READ_BY_ALL | set(family.legacy_keys) | {"use_sliding_window", "layer_types"}
     if raw.values.get("use_sliding_window") is False:
         known |= {"sliding_window", "max_window_layers"}
@@ -187,7 +198,9 @@ def _refuse_unknown(raw: ForeignValues, model_type: str, family: Family) -> None
 
 
 def _family_value(theirs: ForeignValues, key: str) -> Any:
-    if key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+    if key == "num_experts_per_tok":
+        return theirs.count(key, most=theirs.count("num_experts"))
+    if key in ("num_experts", "moe_intermediate_size"):
         return theirs.count(key)
     if key == "norm_topk_prob":
         return theirs.flag(key)
@@ -212,9 +225,7 @@ def _layer_fields(raw: ForeignValues, theirs: ForeignValues, num_layers: int) ->
     fields: dict[str, Any] = {}
     if "no_rope_layers" in theirs.values:  # despite its name, 1 where there is rope
         rotated = theirs.items("no_rope_layers", int, "numbers, one a layer")
-        if len(rotated) != num_layers:
-            theirs.refuse("no_rope_layers", f"must have {num_layers} entries")
-        fields["no_rope_layers"] = tuple(i for i, rope in enumerate(rotated) if not rope)
+        fields["no_rope_layers"] = tuple(i for i in range(num_layers) if not rotated[i])
     window = theirs.count("sliding_window", None)
     if "layer_types" in theirs.values:
         types = theirs.items("layer_types", str, "names")

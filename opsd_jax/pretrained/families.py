@@ -70,6 +70,7 @@ class Family:
       keys: `ModelConfig` field -> key of config.json, beyond the common ones.
       names: parameter path -> tensor name, where it is not Llama's.
       local_rope: rope_parameters has an entry for each kind of layer.
+      not_computed: keys of its config class that its code does not read: null, or refused.
       legacy_keys: positive numbers that transformers' config class reads without declaring them.
     """
 
@@ -78,6 +79,7 @@ class Family:
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     local_rope: bool = False
+    not_computed: tuple[str, ...] = ()
     legacy_keys: tuple[str, ...] = ()
 
 
@@ -115,9 +117,10 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
         _GEMMA | {"post_norm": True, "qk_norm": True},
-        _GEMMA23_KEYS,
+        {k: v for k, v in _GEMMA23_KEYS.items() if k != "attention_softcap"},
         _FOUR_NORMS,
         local_rope=True,
+        not_computed=("attn_logit_softcapping",),
         legacy_keys=("rope_local_base_freq", "sliding_window_pattern"),
     ),
     "olmo2": Family("Olmo2ForCausalLM", _OLMO),

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, Sharding
 from opsd_jax.data.tokenizer import TOKENIZER_FILES, HFTokenizer, load_tokenizer
 from opsd_jax.errors import UserError
 from opsd_jax.host.files import read_json
+from opsd_jax.host.foreign_values import ForeignValues, shown
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.decoder import Decoder, init_variables
 from opsd_jax.model.sharding import FULLY_SHARDED, Rules, variable_shardings
@@ -35,6 +36,9 @@ from opsd_jax.pretrained.tensor_names import Index, Leaf, file_shapes, leaves
 _REMAP_BYTES = 32 * 2**20
 # Larger tensors are read by ranges of rows of this size (counted in float32).
 _CHUNK_BYTES = 16 * 2**20
+
+# Eight-bit floats and integers mean nothing without scales, which no file names alike.
+_READABLE = ("F32", "BF16", "F16", "F64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,36 +73,30 @@ class TensorSource(Protocol):
 
 
 class SafetensorsDirectory:
-    """The tensors of model.safetensors, or of the shards that its index names."""
+    """The tensors of model.safetensors or else of the shards that its index names, as
+    transformers chooses; names without "model." (a model saved without its head) get it."""
 
     def __init__(self, path: str):
         self.path = path
-        self._file_of: dict[str, str] = {}
+        self._stored_at: dict[str, tuple[str, str]] = {}  # name -> (file, name in the file)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._open: dict[str, Any] = {}
         self._mapped_bytes = 0
-        index_path = os.path.join(path, "model.safetensors.index.json")
-        whole = os.path.join(path, "model.safetensors")
-        if os.path.exists(index_path):
-            declared = read_json(index_path).get("weight_map", {})
-            files = sorted(set(declared.values()))
-        elif os.path.exists(whole):
-            declared, files = None, ["model.safetensors"]
-        else:
-            raise UserError(_no_safetensors(path))
-        for name in files:
-            self._read_header(name)
-        if declared is not None:
-            self._check_index(index_path, declared)
+        _refuse_odd_files(path)
+        for file_name in _weight_files(path):
+            self._read_header(file_name)
+        if "embed_tokens.weight" in self.shapes:
+            self.shapes = {_with_prefix(name): shape for name, shape in self.shapes.items()}
+            self._stored_at = {_with_prefix(name): at for name, at in self._stored_at.items()}
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        file_name = self._file_of[name]
+        file_name, stored = self._stored_at[name]
         if self._mapped_bytes > _REMAP_BYTES:
             self._open.clear()
             self._mapped_bytes = 0
         if file_name not in self._open:
             self._open[file_name] = _safe_open(os.path.join(self.path, file_name))
-        values = self._open[file_name].get_slice(name)[index]
+        values = self._open[file_name].get_slice(stored)[index]
         self._mapped_bytes += values.nbytes
         return values
 
@@ -108,19 +106,51 @@ class SafetensorsDirectory:
             raise UserError(f"{full}: missing shard, named by model.safetensors.index.json")
         handle = _safe_open(full)
         for name in handle.keys():
-            if name in self._file_of:
-                raise UserError(f"{full}: tensor {name} is also in {self._file_of[name]}")
-            self._file_of[name] = file_name
-            self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+            if name in self._stored_at:
+                raise UserError(
+                    f"{full}: tensor {shown(name)} is also in {self._stored_at[name][0]}"
+                )
+            tensor = handle.get_slice(name)
+            if tensor.get_dtype() not in _READABLE:
+                raise UserError(
+                    f"{full}: tensor {shown(name)} is stored as {tensor.get_dtype()}, which is "
+                    f"not read ({', '.join(_READABLE)} are); use the unquantised model"
+                )
+            self._stored_at[name] = file_name, name
+            self.shapes[name] = tuple(tensor.get_shape())
 
-    def _check_index(self, index_path: str, declared: Mapping[str, str]) -> None:
-        wrong = sorted(
-            n
-            for n in declared.keys() | self._file_of.keys()
-            if declared.get(n) != self._file_of.get(n)
-        )
-        if wrong:
-            raise UserError(f"{index_path}: disagrees with the shards about {_some(wrong)}")
+
+def _with_prefix(name: str) -> str:
+    return name if name == "lm_head.weight" or name.startswith("model.") else f"model.{name}"
+
+
+def _weight_files(path: str) -> list[str]:
+    """model.safetensors, also where an index lies beside it, or the shards of the index."""
+    if os.path.exists(os.path.join(path, "model.safetensors")):
+        return ["model.safetensors"]
+    index_path = os.path.join(path, "model.safetensors.index.json")
+    if not os.path.exists(index_path):
+        raise UserError(_no_safetensors(path))
+    shards = ForeignValues(index_path, read_json(index_path)).object("weight_map")
+    files = {shards.text(name) for name in shards.values}
+    if odd := [name for name in files if os.path.basename(name) != name or "\0" in name]:
+        raise UserError(f"{index_path}: weight_map names {shown(odd[0])}, not a file beside it")
+    if not files:
+        raise UserError(f"{index_path}: weight_map names no shard")
+    return sorted(files)
+
+
+def _refuse_odd_files(path: str) -> None:
+    """Adapters, which transformers would apply, and what cannot be read like a file."""
+    for entry in os.scandir(path):
+        if entry.name == "adapter_config.json":
+            raise UserError(
+                f"{path}: {entry.name} says that this is a PEFT adapter, which is not read as a "
+                "model; merge it into its base (merge_and_unload of peft) and name the result, "
+                "or remove its files where they only lie beside a whole model"
+            )
+        if os.path.exists(entry.path) and not (entry.is_file() or entry.is_dir()):
+            raise UserError(f"{entry.path}: a pipe or device, not a file; remove it")
 
 
 def _safe_open(path: str):
@@ -162,6 +192,7 @@ def load_pretrained(
     if os.path.isdir(path):
         raw = read_json(os.path.join(path, "config.json"))
         source = SafetensorsDirectory(path)
+        _check_ids(path, config_from_hf(raw).vocab_size)
         has_tokenizer = any(os.path.exists(os.path.join(path, f)) for f in TOKENIZER_FILES)
         tokenizer = load_tokenizer(path) if has_tokenizer else None
     elif os.path.isfile(path):
@@ -181,6 +212,15 @@ def load_pretrained(
     return Pretrained(config, params, tokenizer)
 
 
+def _check_ids(path: str, vocab_size: int) -> None:
+    """The special ids of a directory are ids of its vocabulary."""
+    for name in ("config.json", "generation_config.json"):
+        if os.path.exists(file := os.path.join(path, name)):
+            values = ForeignValues(file, read_json(file))
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                values.ids(key, vocab_size)
+
+
 def read_params(
     source: TensorSource, config: ModelConfig, mesh: Mesh | None, rules: Rules = FULLY_SHARDED
 ) -> dict[str, Any]:
@@ -189,6 +229,7 @@ def read_params(
     Raises:
       UserError: tensors missing, left over or of another shape, all named.
     """
+    _check_counts(source, config)
     model = Decoder(dataclasses.replace(config, lora=None))
     boxed = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))["params"]
     shapes = nn.meta.unbox(boxed)
@@ -275,6 +316,17 @@ def _any_nan(values: np.ndarray) -> bool:
     return bool((magnitude > infinities[values.dtype.name]).any())
 
 
+def _check_counts(source: TensorSource, config: ModelConfig) -> None:
+    """Before anything is laid out: each layer, and each expert of it, has tensors of its own."""
+    needed = config.num_layers * max(1, config.num_experts)
+    if needed > len(source.shapes):
+        experts = f" with {config.num_experts} experts" if config.num_experts else ""
+        raise UserError(
+            f"{source.path}: num_hidden_layers {config.num_layers}{experts} does not fit the "
+            f"files, which have {len(source.shapes)} tensors"
+        )
+
+
 def _check_tensors(
     source: TensorSource, expected: Mapping[str, tuple[int, ...]], config: ModelConfig
 ) -> None:
@@ -317,4 +369,4 @@ def _check_tied(source: TensorSource, rows: int = 4096) -> None:
 
 def _some(names: list[str], limit: int = 8) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(shown(name, limit=120) for name in names[:limit]) + more
