@@ -159,7 +159,8 @@ def _safe_open(path: str):
     try:
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
+        told = shown(str(error), limit=200)
+        raise UserError(f"{path}: truncated or not a safetensors file ({told})") from error
 
 
 def _no_safetensors(path: str) -> str:
