@@ -102,7 +102,9 @@ def torch_cases(args, batch, folder):
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(args.threads)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     model.generation_config.eos_token_id = None
     ids = torch.tensor(prompts(args, batch, model.config.vocab_size), dtype=torch.long)
     sampling = dict(do_sample=args.temperature > 0, top_k=0, max_new_tokens=args.new)

@@ -253,19 +253,31 @@ def changes(oracle):
         yield "rope_scaling", oracle.raw | {"rope_theta": 50.0, "rope_scaling": scaling}
 
 
+# The cases that were reported; of the others each family tries an eighth, another one each.
+ALWAYS = ("sliding_window", "partial_rotary_factor", "tie_word_embeddings", "is_causal")
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_added_keys_are_computed_as_transformers_does_or_refused(model_type):
-    family, seen = oracle(model_type), []
+def test_keys_are_computed_as_transformers_does_or_refused(model_type):
+    family, turn = oracle(model_type), list(FAMILIES).index(model_type)
     assert family.check("model_type", family.raw) == "equal"
-    for key, raw in changes(family):
-        if key in ADDED:
-            seen.append(family.check(key, raw))
-    assert seen.count("equal") > 10 and seen.count("refused") > 10, "an oracle with two answers"
+    for i, (key, raw) in enumerate(changes(family)):
+        if key in ALWAYS or (key in ADDED and (i + turn) % 8 == 0):
+            family.check(key, raw)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_key_is_computed_as_transformers_does_or_refused(model_type):
     family = oracle(model_type)
-    for key, raw in changes(family):
-        family.check(key, raw)
+    seen = [family.check(key, raw) for key, raw in changes(family)]
+    assert min(seen.count("equal"), seen.count("refused")) > 100, "an oracle with two answers"
+
+
+def test_the_oracle_tells_a_key_that_is_ignored(monkeypatch):
+    """Broken on purpose, once: a window that is read as none, and a scaling that is dropped."""
+    family = oracle("mistral")
+    monkeypatch.setitem(globals(), "config_from_hf", lambda raw: family.config)
+    for key, value in (("sliding_window", 3), ("rope_scaling", LLAMA3), ("rms_norm_eps", 1e-2)):
+        with pytest.raises(AssertionError, match=key):
+            family.check(key, family.raw | {key: value})
