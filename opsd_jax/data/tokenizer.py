@@ -310,16 +310,21 @@ def _names_own_code(directory: str) -> str | None:
     return None
 
 
-def declared_stop_ids(directory: str) -> tuple[tuple[int, ...], int | None]:
+def declared_stop_ids(
+    directory: str, vocab_size: int | None = None
+) -> tuple[tuple[int, ...], int | None]:
     """The `eos_token_id`s and the `pad_token_id` of generation_config.json or config.json.
 
     generation_config.json wins: config.json often names only the end of a document.
+
+    Raises:
+      UserError: they are no ids, or not below `vocab_size` where that is given.
     """
     for name in ("generation_config.json", "config.json"):
         path = os.path.join(directory, name)
         if not os.path.exists(path):
             continue
         declared = ForeignValues(path, read_json(path))
-        if stop_ids := declared.ids("eos_token_id"):
-            return stop_ids, next(iter(declared.ids("pad_token_id")), None)
+        if stop_ids := declared.ids("eos_token_id", vocab_size):
+            return stop_ids, next(iter(declared.ids("pad_token_id", vocab_size)), None)
     return (), None

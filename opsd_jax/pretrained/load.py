@@ -20,7 +20,12 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, Sharding
 
-from opsd_jax.data.tokenizer import TOKENIZER_FILES, HFTokenizer, load_tokenizer
+from opsd_jax.data.tokenizer import (
+    TOKENIZER_FILES,
+    HFTokenizer,
+    declared_stop_ids,
+    load_tokenizer,
+)
 from opsd_jax.errors import UserError
 from opsd_jax.host.files import read_json
 from opsd_jax.host.foreign_values import ForeignValues, shown
@@ -193,8 +198,9 @@ def load_pretrained(
     if os.path.isdir(path):
         raw = read_json(os.path.join(path, "config.json"))
         source = SafetensorsDirectory(path)
-        _check_ids(path, config_from_hf(raw).vocab_size)
         has_tokenizer = any(os.path.exists(os.path.join(path, f)) for f in TOKENIZER_FILES)
+        if has_tokenizer:  # without one no id is used
+            declared_stop_ids(path, config_from_hf(raw).vocab_size)
         tokenizer = load_tokenizer(path) if has_tokenizer else None
     elif os.path.isfile(path):
         source = gguf = GGUFFile(path)
@@ -211,15 +217,6 @@ def load_pretrained(
         )
     params = read_params(source, config, mesh, rules)
     return Pretrained(config, params, tokenizer)
-
-
-def _check_ids(path: str, vocab_size: int) -> None:
-    """The special ids of a directory are ids of its vocabulary."""
-    for name in ("config.json", "generation_config.json"):
-        if os.path.exists(file := os.path.join(path, name)):
-            values = ForeignValues(file, read_json(file))
-            for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                values.ids(key, vocab_size)
 
 
 def read_params(

@@ -144,7 +144,7 @@ REFUSED = {
         "pad_token_id must be below the vocabulary's size 64, not 32000",
     ),
     "an end id of text": (
-        lambda f: edit(f, "config.json", eos_token_id="2"),
+        lambda f: edit(f, "generation_config.json", eos_token_id="2"),
         "eos_token_id must be a token id",
     ),
     "a pipe": (lambda f: make_pipe(f, "tokenizer.json"), "tokenizer.json: a pipe or device"),
