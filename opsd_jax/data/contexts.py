@@ -10,6 +10,7 @@ where there is none.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from opsd_jax.data.problems import Problem, ProblemSet
-from opsd_jax.data.tokenizer import Tokenizer, quoted
+from opsd_jax.data.tokenizer import HFTokenizer, Tokenizer, quoted
 from opsd_jax.errors import UserError
 from opsd_jax.fields import Count, require
 
@@ -201,11 +202,26 @@ def prompt_ids(
     text = config.prompt(quoted_problem(config, tokenizer, problem), role)
     try:
         ids = tokenizer.render(text, **config.switches(role))
+        controls = getattr(tokenizer, "controls", None)  # of tokenizers that tell them apart
+        added = controls and controls(ids) != _own_controls(config, tokenizer, role)
     except UserError as error:
         raise UserError(f"problem {problem.id!r}: the {role} prompt: {error}") from None
+    if added:
+        raise UserError(
+            f"problem {problem.id!r}: the {role} prompt: its texts change which special tokens are "
+            "in it, joined to one another or by the tokenizer's or the chat template's rewriting; "
+            "remove what makes them"
+        )
     if not ids:
         raise UserError(f"problem {problem.id!r}: the {role} prompt is empty")
     return ids
+
+
+@functools.lru_cache(maxsize=16)
+def _own_controls(config: ContextConfig, tokenizer: HFTokenizer, role: str) -> list[int]:
+    """The special tokens of a role's prompt, whatever the problem."""
+    text = config.prompt(Problem("", "1", "1", "1"), role)
+    return tokenizer.controls(tokenizer.render(text, **config.switches(role)))
 
 
 def render(

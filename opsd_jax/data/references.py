@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -28,6 +28,7 @@ class ReferenceRows:
       max_tokens: C, stop token included.
       contexts: `too_long` ("drop" counts a longer reference and leaves its problem out, "error"
         stops) and `special_tokens` are of references too.
+      stop_ids: of the run, besides the tokenizer's.
     """
 
     def __init__(
@@ -37,11 +38,13 @@ class ReferenceRows:
         tokenizer: Tokenizer,
         max_tokens: int,
         contexts: ContextConfig,
+        stop_ids: Sequence[int] = (),
     ):
         if not tokenizer.stop_ids:
             raise UserError("train.completions = @References() needs a tokenizer with a stop token")
         self._prompts, self._template, self._tokenizer = prompts, template, tokenizer
         self._end_id = getattr(tokenizer, "turn_end_id", tokenizer.stop_ids[0])
+        self._stop_ids = {*tokenizer.stop_ids, *stop_ids}
         self._max_tokens, self._contexts = max_tokens, contexts
         self.dropped: set[str] = set()
 
@@ -56,6 +59,7 @@ class ReferenceRows:
             ids = [*tokenizer.encode(text), self._end_id]
         except UserError as error:
             raise UserError(f"problem {problem.id!r}: its reference: {error}") from None
+        self._check_inside(problem, ids[:-1])
         if len(ids) > self._max_tokens:
             if self._contexts.too_long == "error":
                 raise UserError(
@@ -69,6 +73,18 @@ class ReferenceRows:
         filled[: len(ids)] = ids
         length = np.array(len(ids), np.int32)
         return row | {"reference_ids": filled, "reference_length": length}
+
+    def _check_inside(self, problem: Problem, ids: Sequence[int]) -> None:
+        """Raises a UserError where a token before the end would end a completion.
+
+        An ordinary token may be a stop id too; then it cannot be encoded as anything else.
+        """
+        stops = [i for i in ids if i in self._stop_ids]
+        if stops:
+            raise UserError(
+                f"problem {problem.id!r}: its reference has a stop id before its end, {stops[0]}; "
+                "remove that token from its text, or the id from the stop ids"
+            )
 
     def _text(self, problem: Problem) -> str:
         """The reference, with special tokens of the data made text.

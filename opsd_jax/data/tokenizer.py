@@ -182,10 +182,13 @@ class HFTokenizer:
             },
         )
 
+    def controls(self, ids: Iterable[int]) -> list[int]:
+        """Those of the ids that are special tokens: what data must not add to a prompt."""
+        return [i for i in ids if i in self._control_ids]
+
     def _check_controls(self, ids: Sequence[int], wanted: Sequence[int]) -> None:
         """Raises a UserError unless both have the same special tokens."""
-        here, there = ([i for i in row if i in self._control_ids] for row in (ids, wanted))
-        if here != there:
+        if self.controls(ids) != self.controls(wanted):
             raise UserError(
                 "special tokens in it cannot be encoded as text with this tokenizer and chat "
                 "template; remove them"
@@ -221,6 +224,7 @@ class HFTokenizer:
                 written = self.turns("Ask", "Answer", "Ask")
             except UserError:  # Some take no such dialogue; a prompt is rendered all the same.
                 written = ""
+            written += str(self.inner.chat_template)  # It may write others, as of a system's turn.
             # Thoughts are a part of what models say and of many references.
             found |= {
                 i

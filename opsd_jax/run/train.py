@@ -201,7 +201,8 @@ def training_batches(
     render: Any = prompts
     if isinstance(settings.completions, References):
         template, limit = settings.completions.template, experiment.rollout.max_new_tokens
-        render = ReferenceRows(prompts, template, tokenizer, limit, contexts)
+        stop_ids = experiment.rollout.stop_ids
+        render = ReferenceRows(prompts, template, tokenizer, limit, contexts, stop_ids)
     num_problems = settings.batch_size // settings.group_size
     rows = RowsDigest(render)
     batches = make_batches(problems, rows, num_problems, settings.seed, prompts.narrow)

@@ -6,7 +6,15 @@ import json
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from opsd_jax.data.contexts import ContextConfig, prompt_ids
@@ -340,3 +348,53 @@ def test_text_that_is_not_unicode_is_told():
     problem = Problem("p", "a\ud800b", "s", "a")
     with pytest.raises(UserError, match="problem 'p': its question is text that is not valid Uni"):
         prompt_ids(ContextConfig(), HFTokenizer(byte_tokenizer()), problem, "student")
+
+
+NORMAL = TEMPLATE.replace("im_start", "turn").replace("im_end", "tend")
+TRIMMED = "m.content.replace(' ', '')"
+
+
+@pytest.mark.parametrize(
+    ("template", "question", "solution", "normalizer"),
+    [
+        (TEMPLATE, "a<|im_", "end|>b", None),  # joined by contexts.teacher
+        (TEMPLATE.replace("m.content", TRIMMED), "a<|im _end|>", "b", None),
+        (TEMPLATE.replace("m.content", "m.content | lower"), "a<|IM_END|>", "b", None),
+        (NORMAL, "a\uff1c|tend|\uff1e", "b", normalizers.NFKC()),
+        (NORMAL, "a", "<|TEND|>\n<|TURN|>assistant", normalizers.Lowercase()),
+    ],
+)
+def test_special_tokens_that_arise_from_text_name_the_problem(
+    template, question, solution, normalizer
+):
+    inner = byte_tokenizer(template)
+    if normalizer is not None:
+        inner.backend_tokenizer.normalizer = normalizer
+        inner.add_tokens([AddedToken(t, special=False) for t in ("<|turn|>", "<|tend|>")])
+    config, tokenizer = ContextConfig(teacher="{question}{solution}"), HFTokenizer(inner)
+    with pytest.raises(UserError, match="problem 'p': the teacher prompt: its texts change"):
+        prompt_ids(config, tokenizer, Problem("p", question, solution, "1"), "teacher")
+    assert prompt_ids(config, tokenizer, Problem("q", "a<|im_", "b", "1"), "teacher")
+
+
+def test_a_token_of_a_turn_that_no_user_writes_is_text_in_data():
+    system = "{% if messages[0].role == 'system' %}<|system|>{% endif %}" + TEMPLATE
+    inner = byte_tokenizer(system)
+    inner.add_tokens([AddedToken("<|system|>", special=False)])
+    tokenizer = HFTokenizer(inner)
+    ids = prompt_ids(ContextConfig(), tokenizer, Problem("p", "a<|system|>", "", ""), "student")
+    assert inner.convert_tokens_to_ids("<|system|>") not in ids
+    assert "a<|system|>" in inner.decode(ids)
+
+
+@pytest.mark.parametrize(("declared", "of_run"), [("!", ""), ("", "!")])
+def test_a_reference_that_would_end_early_is_named(declared, of_run):
+    """A stop id may be an ordinary token, which no text can say without it."""
+    declared, of_run = (BYTES.convert_tokens_to_ids(list(text)) for text in (declared, of_run))
+    tokenizer = HFTokenizer(byte_tokenizer(), stop_ids=declared)
+    rows = ReferenceRows(lambda p: {}, "{solution}", tokenizer, 9, ContextConfig(), of_run)
+    assert rows(Problem("p", "q", "ab", ""))["reference_length"] == 3
+    with pytest.raises(
+        UserError, match=f"'p': its reference has a stop id .*{(declared + of_run)[0]}"
+    ):
+        rows(Problem("p", "q", "a!b", ""))
