@@ -202,8 +202,9 @@ def prompt_ids(
     text = config.prompt(quoted_problem(config, tokenizer, problem), role)
     try:
         ids = tokenizer.render(text, **config.switches(role))
-        controls = getattr(tokenizer, "controls", None)  # of tokenizers that tell them apart
-        added = controls and controls(ids) != _own_controls(config, tokenizer, role)
+        added = isinstance(tokenizer, HFTokenizer) and (
+            tokenizer.controls(ids) != _own_controls(config, tokenizer, role)
+        )
     except UserError as error:
         raise UserError(f"problem {problem.id!r}: the {role} prompt: {error}") from None
     if added:

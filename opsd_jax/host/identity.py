@@ -186,13 +186,18 @@ def model_parts(config: Any, params: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Of what it reads and writes: the whole of a fast tokenizer, else the text of every id."""
+    """Of what it reads and writes: the whole of a fast tokenizer, else the text of every id.
+
+    And of the names of its special tokens, which chat templates write.
+    """
     backend: Any = getattr(getattr(tokenizer, "inner", None), "backend_tokenizer", None)
     if backend is not None:
         pieces = [backend.to_str()]
     else:
         pieces = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
-    return digest(*pieces, repr((tokenizer.vocab_size, tokenizer.pad_id, tokenizer.stop_ids)))
+    named = getattr(getattr(tokenizer, "inner", None), "special_tokens_map", {})  # templates do
+    ids = (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.stop_ids)
+    return digest(*pieces, repr(ids), json.dumps(named, default=str, sort_keys=True))
 
 
 def problems_digest(problems: HasRows) -> str:

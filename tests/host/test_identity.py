@@ -112,9 +112,10 @@ def test_every_part_of_a_model_shows_under_its_name():
         ),
         "chat template": (config, params, HFTokenizer(byte_tokenizer("{{ messages }}"))),
         "tokenizer": (config, params, HFTokenizer(extra)),
+        "tokenizer ": (config, params, HFTokenizer(byte_tokenizer(bos_token="<|endoftext|>"))),
     }
     for name, arguments in others.items():
-        found = model_parts(*arguments)
+        name, found = name.strip(), model_parts(*arguments)
         assert {n for n in plain if found[n] != plain[n]} == {name}
     stops = model_parts(config, params, HFTokenizer(byte_tokenizer(), (5,)))
     assert stops["tokenizer"] != plain["tokenizer"]
