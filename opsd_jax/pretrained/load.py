@@ -108,7 +108,10 @@ class SafetensorsDirectory:
     def _read_header(self, file_name: str) -> None:
         full = os.path.join(self.path, file_name)
         if not os.path.exists(full):
-            raise UserError(f"{full}: missing shard, named by model.safetensors.index.json")
+            raise UserError(
+                f"{self.path}: missing shard {shown(file_name)}, named by "
+                "model.safetensors.index.json"
+            )
         handle = _safe_open(full)
         for name in handle.keys():
             if name in self._stored_at:
@@ -138,7 +141,7 @@ def _weight_files(path: str) -> list[str]:
         raise UserError(_no_safetensors(path))
     shards = ForeignValues(index_path, read_json(index_path)).object("weight_map")
     files = {shards.text(name) for name in shards.values}
-    if odd := [name for name in files if os.path.basename(name) != name or "\0" in name]:
+    if odd := [n for n in files if os.path.basename(n) != n or not (n and n.isprintable())]:
         raise UserError(f"{index_path}: weight_map names {shown(odd[0])}, not a file beside it")
     if not files:
         raise UserError(f"{index_path}: weight_map names no shard")
