@@ -27,7 +27,8 @@ class DivergenceConfig:
 
     Args:
       name: "forward_kl" KL(teacher || student), "reverse_kl" KL(student || teacher),
-        "jensen_shannon", "sampled_token" (policy gradient on the sampled ids), or a function
+        "jensen_shannon", "sampled_token" (policy gradient on the sampled ids, each weighted by
+        its importance: unbiased for whatever samples without a filter), or a function
         (student_logps, teacher_logps) -> per-entry terms, all [..., K], that is summed over K.
       beta: weight of the teacher in the Jensen-Shannon mixture; only read by that name.
       clip: "none"; "entry" min(term, threshold) before the sum (the official recipe);

@@ -44,6 +44,7 @@ def token_divergence(
     completion_ids: jax.Array,
     completion_mask: jax.Array,
     *,
+    sampled_logps: jax.Array | None = None,
     mesh: Any = None,
 ) -> TokenDivergence:
     """Per-token loss and diagnostics from hidden states that predict `completion_ids`.
@@ -56,6 +57,7 @@ def token_divergence(
       teacher_head: kernel [V, D'], or a tuple of heads.
       completion_ids: [B, C] int32.
       completion_mask: [B, C] bool, True = counts; masked rows may hold anything, NaN included.
+      sampled_logps: [B, C] float32, see `importance_weights`; read by "sampled_token" alone.
       mesh: for the fused implementation, the mesh whose `data` axis splits the rows and whose
         `model` axis splits the vocabulary; the mesh of `jax.set_mesh` when left out.
 
@@ -80,7 +82,7 @@ def token_divergence(
             completion_mask,
             place,
         )
-        return _weigh(config, tokens, completion_mask)
+        return _weigh(config, tokens, completion_mask, sampled_logps)
 
     def logits(head, hidden):
         return head_logits(head, jnp.where(completion_mask[..., None], hidden, 0))
@@ -91,6 +93,7 @@ def token_divergence(
         tuple(map(logits, heads, hiddens)),
         completion_ids,
         completion_mask,
+        sampled_logps,
     )
 
 
@@ -100,6 +103,7 @@ def logit_divergence(
     teacher_logits: jax.Array | tuple[jax.Array, ...],
     completion_ids: jax.Array | None = None,
     completion_mask: jax.Array | None = None,
+    sampled_logps: jax.Array | None = None,
 ) -> TokenDivergence:
     """`token_divergence` from logits [B, C, V] (or [..., V]), always dense.
 
@@ -109,6 +113,7 @@ def logit_divergence(
       teacher_logits: [..., V], or a tuple of them when `config.target` combines teachers.
       completion_ids: [...] int32; zeros when left out.
       completion_mask: [...] bool; all True when left out.
+      sampled_logps: [...] float32, see `importance_weights`.
     """
     if completion_mask is None:
         completion_mask = jnp.ones(student_logits.shape[:-1], bool)
@@ -127,7 +132,7 @@ def logit_divergence(
     tokens = row_divergence(config, vocabulary, rows, completion_ids)
     tokens = jax.tree.map(lambda x: jnp.where(completion_mask, x.astype(student.dtype), 0), tokens)
     tokens = jax.lax.stop_gradient(tokens).replace(objective=tokens.objective)
-    return _weigh(config, tokens, completion_mask)
+    return _weigh(config, tokens, completion_mask, sampled_logps)
 
 
 def forward_kl(
@@ -179,21 +184,42 @@ def sampled_token(
     teacher_logits: jax.Array,
     completion_ids: jax.Array,
     mask: jax.Array | None = None,
+    sampled_logps: jax.Array | None = None,
     **config,
 ) -> jax.Array:
-    """-sg[log pT(y) - log pS(y)] log pS(y) per token y: a one-sample gradient of KL(S || T).
+    """-sg[w(y) (log pT(y) - log pS(y))] log pS(y) per token y: a one-sample gradient of KL(S || T).
 
     Args:
       student_logits: [B, C, V].
       teacher_logits: [B, C, V]; constant for differentiation.
-      completion_ids: [B, C] int32, sampled from the student.
+      completion_ids: [B, C] int32, sampled from the student, or from q with `sampled_logps`.
       mask: [B, C] bool; 0 where False.
+      sampled_logps: [B, C] float32, log q(y) for w = `importance_weights`; 1 when left out.
       **config: further `DivergenceConfig` fields.
 
     Returns:
       [B, C] float32; only its gradient means something.
     """
-    return _objective("sampled_token", student_logits, teacher_logits, completion_ids, mask, config)
+    chosen = DivergenceConfig(name="sampled_token", **config)
+    ids = completion_ids
+    return logit_divergence(
+        chosen, student_logits, teacher_logits, ids, mask, sampled_logps
+    ).objective
+
+
+def importance_weights(tokens: TokenDivergence, sampled_logps: jax.Array) -> jax.Array:
+    """w = sg[pS(y) / q(y)] of ids y that were sampled from q, [B, C].
+
+    E_{y ~ q} w(y) g(y) = E_{y ~ pS} g(y) whatever q is (an older student, the teacher, another
+    temperature, 8-bit weights), as long as q(y) > 0 wherever pS(y) > 0: nothing is filtered. It
+    corrects the token at hand; its prefix stays one that q wrote. Nothing bounds w, nor the
+    variance: it is small as long as q is near pS.
+
+    Args:
+      tokens: holds log pS(y) at the loss temperature.
+      sampled_logps: [B, C] log q(y), as sampled (`Completion.sampled_logps`).
+    """
+    return jax.lax.stop_gradient(jnp.exp(tokens.student_loss_logps - sampled_logps))
 
 
 def fused(
@@ -225,10 +251,13 @@ def _objective(name, student_logits, teacher_logits, ids, mask, config):
     return logit_divergence(config, student_logits, teacher_logits, ids, mask).objective
 
 
-def _weigh(config, tokens, mask):
-    for weight in config.weights:
-        values = jax.lax.stop_gradient(weight(tokens, mask))
-        tokens = tokens.replace(objective=tokens.objective * values)
+def _weigh(config, tokens, mask, sampled_logps):
+    factors = [jax.lax.stop_gradient(weight(tokens, mask)) for weight in config.weights]
+    if config.name == "sampled_token" and sampled_logps is not None:
+        # Masked tokens weigh 1: what was not sampled may have any log-probability.
+        factors.append(jnp.where(mask, importance_weights(tokens, sampled_logps), 1))
+    for factor in factors:
+        tokens = tokens.replace(objective=tokens.objective * factor)
     return tokens
 
 

@@ -43,6 +43,7 @@ class TokenDivergence:
       student_logps: log-probability of the sampled ids under the student.
       teacher_logps: log-probability of the sampled ids under the teacher.
       argmax_agreement: 1 where some token is the most probable one on both sides, else 0.
+      student_loss_logps: `student_logps` at the loss temperature.
     """
 
     objective: jax.Array
@@ -54,6 +55,7 @@ class TokenDivergence:
     student_logps: jax.Array
     teacher_logps: jax.Array
     argmax_agreement: jax.Array
+    student_loss_logps: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,7 @@ def row_divergence(
         divergence=_whole_divergence(config, vocabulary, rows),
         clipped=clip.clipped,
         kept_teacher_mass=_kept_mass(config, over, rows, clip, teacher),
+        student_loss_logps=vocabulary.take(rows.student, ids[..., None])[..., 0],
         **_diagnostics(vocabulary, *rows.plain, ids),
     )
 

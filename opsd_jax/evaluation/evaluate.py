@@ -30,6 +30,7 @@ from opsd_jax.evaluation import statistics
 from opsd_jax.evaluation.generations import Generation, GenerationLog, Place, generation_of
 from opsd_jax.fields import Count, Natural, Positive, Seed, require
 from opsd_jax.sampling.config import RolloutConfig
+from opsd_jax.sampling.random_keys import Use, key_for
 from opsd_jax.sampling.slots import Sampler
 
 log = logging.getLogger(__name__)
@@ -246,7 +247,8 @@ class Evaluator:
                     fields = log.found[place]
                     finished[i] = generation_of(asked[i].problem, place.sample, fields)
         missing = [i for i in range(len(places)) if i not in finished]
-        keys = sample_keys(jax.random.key(self.config.seed), len(prompts), num_samples)
+        key = key_for(Use.EVALUATION, jax.random.key(self.config.seed))
+        keys = sample_keys(key, len(prompts), num_samples)
 
         def finish(i: int, ungraded: Generation, grade: Future[Grade]) -> None:
             value, outcome, _, answer = grade.result()

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from opsd_jax.divergence.likelihood import token_logps
 from opsd_jax.divergence.losses import DivergenceConfig, TokenDivergence, token_divergence
+from opsd_jax.errors import UserError
 from opsd_jax.method.batch import Batch, Policy
 from opsd_jax.method.scoring import completion_hidden
 from opsd_jax.model.decoder import Decoder
@@ -44,7 +45,15 @@ def compare(
     Both roles read the very same ids, each at its own prompt's offset; no gradient reaches the
     teacher's variables. Dropout, if any, acts on the student's adapters alone. An external
     teacher brings its own `teacher_model`; `student_hidden` spares a pass that was made before.
+
+    Raises:
+      UserError: "sampled_token" on completions that nobody sampled.
     """
+    if config.name == "sampled_token" and completion.sampled_logps is None:
+        raise UserError(
+            "divergence.name 'sampled_token' needs completions that were sampled: set "
+            "train.completions to @StudentRollouts()"
+        )
     teacher_model = teacher_model or model
     teacher_variables = jax.lax.stop_gradient(teacher_variables)
     if student_hidden is None:
@@ -60,6 +69,7 @@ def compare(
         output_head(teacher_variables["params"], teacher_model.config),
         completion.ids,
         completion.mask,
+        sampled_logps=completion.sampled_logps,
     )
 
 

@@ -39,8 +39,10 @@ class PolicyGradient:
     Log-probabilities are at temperature 1, so rollouts must be sampled there, unfiltered.
 
     Args:
-      clip_low, clip_high: the ratio is clipped to [1 - low, 1 + high]. With one update per
-        rollout the ratio is 1 and nothing clips.
+      clip_low, clip_high: the ratio is clipped to [1 - low, 1 + high]. p_old is what the
+        sampler computed: with one update per rollout the ratio is 1 up to rounding where rollouts
+        are computed as the loss is (rollout/logp_gap), and corrects for the sampler, clip and all,
+        where they are in bfloat16 or 8 bits.
       baseline: subtracted from the rewards: the mean of the "group" of a problem's rollouts
         (`train.group_size`) or of the "batch".
       normalize_std: divide by the standard deviation over the same rollouts (GRPO); Dr. GRPO

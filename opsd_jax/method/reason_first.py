@@ -23,9 +23,6 @@ from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.prompts import Completion, Context
 from opsd_jax.sampling.rollout import rollout
 
-# Folded into the key of a step, where no row has this number: completions keep their own draws.
-_STREAM = 2**31 - 1
-
 
 @dataclasses.dataclass(frozen=True)
 class ReasonFirst:
@@ -65,8 +62,7 @@ class Reasoner:
     transition_ids: tuple[int, ...]
 
     def write(self, teacher: Policy, prompts: Context, key: jax.Array) -> Completion:
-        """One analysis per row, whose draws depend on the step's key and the row alone."""
-        key = jax.random.fold_in(key, _STREAM)
+        """One analysis per row, whose draws depend on the key and the row alone."""
         return rollout(*teacher, prompts.ids, prompts.lengths, key, self.settings)
 
     def join(self, batch: Batch, analysis: Completion | None) -> Batch:

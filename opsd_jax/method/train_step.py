@@ -32,6 +32,7 @@ from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.sharding import Rules, batch_sharding, on_mesh, replicated
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.prompts import Completion
+from opsd_jax.sampling.random_keys import Use, key_for
 from opsd_jax.sampling.rollout import split
 
 Metrics = dict[str, jax.Array]
@@ -43,7 +44,7 @@ class TrainState:
 
     step: [] int32, finished steps; trainable, frozen: dicts of flax collections, together the
     student's variables (`teacher.py`); teacher: the teacher's own store; opt_state: optax;
-    key: typed PRNG key of the run, never advanced (step n draws from fold_in(key, n));
+    key: typed PRNG key of the run, never advanced (`random_keys.py`);
     external: {"params"} of a teacher that is another model, else {}.
     """
 
@@ -94,12 +95,13 @@ def train_step(
 
 def sample_completion(method: Method, state: TrainState, batch: Batch) -> Completion:
     """The student answers from its own context (or who else `method.completions` names)."""
-    key = jax.random.fold_in(state.key, state.step)
     student, teacher = policies(method, state, state.trainable)
     analysis = None
     if method.reasoner:
+        key = key_for(Use.ANALYSES, state.key, state.step)
         analysis = method.reasoner.write(teacher, batch.teacher, key)
         batch = method.reasoner.join(batch, analysis)
+    key = key_for(Use.COMPLETIONS, state.key, state.step)
     completion = method.completions(student, teacher, batch, key, method.rollout)
     return dataclasses.replace(completion, analysis=analysis)
 
@@ -170,9 +172,7 @@ def micro_loss(
     batch, completion, plan, row_numbers = rows
     lora, key = method.model.config.lora, None
     if lora and lora.dropout:
-        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
-        key = jax.random.fold_in(key, row_numbers[0])
-        key = jax.random.fold_in(key, number) if method.num_updates > 1 else key
+        key = key_for(Use.DROPOUT, state.key, state.step, row_numbers[0], number)
     student, teacher = policies(method, state, trainable)
     reader = Reader(student, teacher, batch, completion, method.divergence, key)
     loss = method.objective(reader, plan)

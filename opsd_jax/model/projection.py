@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -64,10 +63,12 @@ class Projection(nn.Module):
         return y
 
     def _adapter(self, x: jax.Array, num_in: int, lora: LoraConfig) -> jax.Array:
-        fan_in = math.prod(self.in_shape)
-
         def init_a():
-            init = nn.initializers.normal(fan_in**-0.5)
+            # PEFT's, kaiming_uniform(a = sqrt 5): uniform within ±fan_in^-1/2, deviation
+            # (3 fan_in)^-1/2. Published learning rates rest on it.
+            init = nn.initializers.variance_scaling(
+                1 / 3, "fan_in", "uniform", in_axis=tuple(range(num_in)), out_axis=-1
+            )
             axes = self.in_axes + ("lora_rank",)
             shape = self.in_shape + (lora.rank,)
             return logical(init, axes)(self.make_rng("params"), shape)

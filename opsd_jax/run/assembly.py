@@ -28,6 +28,7 @@ from opsd_jax.model.decoder import Decoder, init_variables
 from opsd_jax.model.sharding import Rules, variable_shardings
 from opsd_jax.run.experiment import Base, BaseSource, Experiment, TrainConfig
 from opsd_jax.sampling.config import RolloutConfig
+from opsd_jax.sampling.random_keys import Use, key_for
 
 
 class Assembly(NamedTuple):
@@ -274,7 +275,7 @@ def initial_variables(parts: Assembly, params: dict, seed: int) -> dict:
     def adapters(key):
         return nn.meta.unbox(init_variables(parts.model, key))["lora"]
 
-    key = jax.random.fold_in(jax.random.key(seed), 1)
+    key = key_for(Use.ADAPTERS, jax.random.key(seed))
     with jax.set_mesh(parts.mesh):
         lora = jax.jit(adapters, out_shardings=parts.variables["lora"])(key)
     return frozen_variables(parts, params) | {"lora": lora}

@@ -22,6 +22,7 @@ from opsd_jax.model.sharding import Rules, variable_shardings
 from opsd_jax.pretrained.config import config_from_hf
 from opsd_jax.pretrained.load import load_pretrained
 from opsd_jax.run.experiment import Base
+from opsd_jax.sampling.random_keys import Use, key_for
 
 Say = Callable[[str], None]
 
@@ -75,7 +76,7 @@ class RandomModel:
         def init(key: jax.Array) -> dict:
             return init_variables(model, key)["params"]
 
-        key = jax.random.key(self.seed)
+        key = key_for(Use.PARAMETERS, jax.random.key(self.seed))
         shardings = variable_shardings(jax.eval_shape(init, key), mesh, rules)
         params = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(key)
         say(f"model: random, {config.num_layers} layers, width {config.embed_dim}")

@@ -141,10 +141,28 @@ class Experiment:
                     "teacher.reasons is of no use: neither train.objective nor train.completions "
                     "looks at the teacher's context; set it to None"
                 )
+        if not isinstance(objective, (PolicyGradient, Likelihood)):
+            self._check_sampled_token()
         if isinstance(objective, RewardMix):
             objective = objective.policy_gradient
         if isinstance(objective, PolicyGradient):
             self._check_policy_gradient(objective)
+
+    def _check_sampled_token(self) -> None:
+        """The weight of a sampled token is pS(y) / q(y), and its mean is over all y."""
+        if self.divergence.name != "sampled_token":
+            return
+        if not self.train.completions.generates:
+            raise UserError(
+                "divergence.name 'sampled_token' needs completions that were sampled: set "
+                "train.completions to @StudentRollouts()"
+            )
+        if not self.rollout.covers_vocabulary:
+            raise UserError(
+                "divergence.name 'sampled_token' is biased where some tokens are never sampled: "
+                "set rollout.temperature above 0, rollout.top_k = 0, rollout.top_p = 1.0, "
+                "rollout.min_p = 0.0 and rollout.min_new_tokens = 0"
+            )
 
     def _check_policy_gradient(self, objective: PolicyGradient) -> None:
         """What a policy gradient needs of the other areas."""

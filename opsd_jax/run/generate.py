@@ -18,6 +18,7 @@ from opsd_jax.data.tokenizer import Tokenizer, quoted
 from opsd_jax.errors import UserError
 from opsd_jax.host.pod import require_32_bits
 from opsd_jax.sampling.config import RolloutConfig
+from opsd_jax.sampling.random_keys import Use, key_for
 from opsd_jax.sampling.rollout import stream
 
 
@@ -60,9 +61,8 @@ def generate_command(
     for notice in unended_turns(tokenizer, settings.stop_ids):
         print(notice, file=sys.stderr)
     lengths = jnp.array([len(ids)], jnp.int32)
-    tokens = stream(
-        decoder, variables, jnp.array([ids], jnp.int32), lengths, jax.random.key(seed), settings
-    )
+    key = key_for(Use.SHOWN, jax.random.key(seed))
+    tokens = stream(decoder, variables, jnp.array([ids], jnp.int32), lengths, key, settings)
     said = itertools.takewhile(lambda token: token not in settings.stop_ids, tokens)
     for text in texts(said, tokenizer, stop):
         print(text, end="", flush=True)

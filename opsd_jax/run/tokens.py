@@ -39,6 +39,7 @@ from opsd_jax.run.finished_run import Restored, restore_run
 from opsd_jax.run.train import grading
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.prompts import Completion, Context, pad
+from opsd_jax.sampling.random_keys import Use, key_for
 from opsd_jax.sampling.rollout import rollout
 
 NUM_ALTERNATIVES = 5
@@ -135,7 +136,8 @@ def sample_and_compare(
         partial(_sampled, method.model, method.divergence, method.rollout, method.reasoner)
     )
     sample = on_mesh(compiled, run.parts.mesh, run.parts.rules)
-    return jax.device_get(sample(run.student, run.teacher, batch, jax.random.key(seed)))
+    key = key_for(Use.SHOWN, jax.random.key(seed))
+    return jax.device_get(sample(run.student, run.teacher, batch, key))
 
 
 def _sampled(
@@ -148,10 +150,11 @@ def _sampled(
     batch: Batch,
     key: jax.Array,
 ) -> tuple[Completion, TokenComparison]:
-    prompts = batch.student
-    completion = rollout(model, student, prompts.ids, prompts.lengths, key, settings)
+    prompts, completion_key = batch.student, key_for(Use.COMPLETIONS, key)
+    completion = rollout(model, student, prompts.ids, prompts.lengths, completion_key, settings)
     if reasoner:
-        analysis = reasoner.write(Policy(model, teacher), batch.teacher, key)
+        analysis_key = key_for(Use.ANALYSES, key)
+        analysis = reasoner.write(Policy(model, teacher), batch.teacher, analysis_key)
         batch = reasoner.join(batch, analysis)
         completion = dataclasses.replace(completion, analysis=analysis)
     return completion, compare_tokens(model, divergence, student, teacher, batch, completion)

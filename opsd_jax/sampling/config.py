@@ -79,6 +79,12 @@ class RolloutConfig:
         """Whether the distribution that is sampled is the model's own."""
         return self == self.sampling(max_new_tokens=self.max_new_tokens)
 
+    @property
+    def covers_vocabulary(self) -> bool:
+        """Whether every token has a chance at every place: nothing greedy, filtered or barred."""
+        filters = (self.top_k, 1 - self.top_p, self.min_p, self.min_new_tokens)
+        return self.temperature > 0 and not any(filters)
+
     def for_tokenizer(self, stop_ids: Iterable[int], pad_id: int) -> RolloutConfig:
         """The same with a tokenizer's stop ids besides its own, and its padding."""
         both = tuple(dict.fromkeys((*stop_ids, *self.stop_ids)))

@@ -135,6 +135,7 @@ def gradient(choice, student, teacher, y=0, step=1e-5):
 
 def report(choice, student, teacher, y=0):
     """The diagnostics of one token, by `TokenDivergence` field name."""
+    at_temperature = log_probabilities(np.asarray(student, np.float64) / choice.temperature)
     s, t = log_probabilities(student), log_probabilities(teacher)
     name = "reverse_kl" if choice.name == "sampled_token" else choice.name
     whole = dataclasses.replace(choice, name=name, support="full", clip="none")
@@ -145,6 +146,7 @@ def report(choice, student, teacher, y=0):
         teacher_entropy=-sum(xlogy(math.exp(x), x) for x in t),
         student_logps=s[y],
         teacher_logps=t[y],
+        student_loss_logps=at_temperature[y],
         argmax_agreement=float(bool(set(np.flatnonzero(s == s.max())) & set(best(t)))),
         clipped=0.0,
         kept_teacher_mass=1.0,

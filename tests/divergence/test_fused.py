@@ -56,6 +56,7 @@ def traced(config, inputs, cotangent, softcaps=(None, None), mesh=None, wrt=(0, 
             Head(teacher_kernel, softcaps[1]),
             ids,
             mask,
+            sampled_logps=-ids / 10.0,
             mesh=mesh,
         )
         return jnp.sum(tokens.objective * cotangent), tokens

@@ -239,6 +239,32 @@ def test_sampled_token_gradient_estimates_the_reverse_kl():
     assert_same(mean, want, 1e-5, "mean")
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("sampler", ["older student", "teacher", "cooler", "penalised"])
+def test_sampled_token_estimates_the_reverse_kl_whoever_samples(sampler, temperature):
+    """Σ_y q(y) · gradient(y) = ∇ KL(S || T) at the loss temperature, for any q over all ids."""
+    student, teacher = STUDENT[0], TEACHER[0]
+    logits = {
+        "older student": student + np.linspace(-1, 2, V),
+        "teacher": teacher,
+        "cooler": student / 0.6,
+        "penalised": np.where(np.arange(V) < 3, student - 1.5, student),
+    }[sampler]
+    q, ids = oracle.probabilities(logits), np.arange(V)
+
+    def total(student):
+        rows = jnp.broadcast_to(student, (V, V))
+        teachers = np.broadcast_to(teacher, (V, V))
+        terms = divergence.sampled_token(
+            rows, teachers, ids, sampled_logps=np.log(q), temperature=temperature
+        )
+        return jnp.sum(terms * q)
+
+    choice = oracle.Choice("reverse_kl", temperature=temperature)
+    want = oracle.gradient(choice, student, teacher)
+    assert_same(jax.grad(total)(jnp.asarray(student)), want, 1e-5, (sampler, temperature))
+
+
 @pytest.mark.parametrize("implementation", ["dense", "fused"])
 def test_masked_rows_may_hold_nan(implementation):
     rng = np.random.default_rng(3)

@@ -209,6 +209,14 @@ def test_weights_of_tokens_are_named_and_bound_in_a_gin_file():
             ["divergence.weights = (@skip_first,)", "skip_first.num_tokens = 'x'"],
             "skip_first.num_t",
         ),
+        (
+            ["divergence.name = 'sampled_token'", "rollout.top_p = 0.95"],
+            "'sampled_token' is biased where some tokens are never sampled: set rollout.temp",
+        ),
+        (
+            ["divergence.name = 'sampled_token'", "train.completions = @References()"],
+            "'sampled_token' needs completions that were sampled",
+        ),
         (["optimizer.b1 = 1.5"], "optimizer.b1 must be a number >= 0 and < 1, not 1.5"),
         (["optimizer.b2 = 1.0"], "optimizer.b2"),
         (["optimizer.eps = -1.0"], "optimizer.eps must be a number > 0, not -1.0"),

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opsd_jax.divergence.config import DivergenceConfig
+from opsd_jax.errors import UserError
+from opsd_jax.method.batch import Policy
+from opsd_jax.method.completions import References
+from opsd_jax.method.objective import Distillation, Reader
+from opsd_jax.model.decoder import Decoder
+from opsd_jax.sampling.prompts import Completion
+from tests.tiny import VOCAB, tiny_batch, tiny_config, tiny_variables
+
+
+def test_sampled_tokens_of_the_teacher_give_the_gradient_of_the_kl():
+    """Every one-token completion of one prompt, weighted by the probability that it was sampled.
+
+    The gradient in all of the student's weights is that of KL(student || teacher) itself.
+    """
+    model, batch = Decoder(tiny_config()), tiny_batch(1)
+    student, teacher = tiny_variables(tiny_config()), tiny_variables(tiny_config(), seed=1)
+    batch = jax.tree.map(lambda x: jnp.repeat(x, VOCAB, axis=0), batch)
+    q = np.random.default_rng(0).dirichlet(np.ones(VOCAB)).astype(np.float32)
+    ids, mask = np.arange(VOCAB, dtype=np.int32)[:, None], np.ones((VOCAB, 1), bool)
+    completion = Completion(ids, mask, 0 * q[:, None], ~mask[:, 0], np.log(q)[:, None])
+
+    @jax.jit
+    def gradients(student):
+        def loss(student, name):
+            policies = Policy(model, student), Policy(model, teacher)
+            reader = Reader(*policies, batch, completion, DivergenceConfig(name, temperature=1.3))
+            return Distillation()(reader, {"weights": q[:, None]}).value
+
+        return [jax.grad(loss)(student, name) for name in ("sampled_token", "reverse_kl")]
+
+    got, want = gradients(student)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want))
+    assert largest > 1e-3
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4 * largest), got, want)
+
+
+def test_sampled_token_refuses_what_nobody_sampled():
+    batch = tiny_batch(2)
+    batch = dataclasses.replace(batch, reference=batch.student)
+    policy = Policy(Decoder(tiny_config()), tiny_variables(tiny_config()))
+    completion = References()(policy, policy, batch, None, None)
+    reader = Reader(policy, policy, batch, completion, DivergenceConfig("sampled_token"))
+    with pytest.raises(UserError, match="'sampled_token' needs completions that were sampled"):
+        reader.divergence  # noqa: B018
