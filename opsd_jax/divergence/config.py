@@ -43,7 +43,8 @@ class DivergenceConfig:
         negative, and its gradient at student = teacher is not zero).
       weights: functions (tokens: TokenDivergence, mask) -> [B, C] whose product multiplies the
         objective, constant for differentiation (`token_weights.py`).
-      target: makes one target out of several teachers (`targets.py`), or None for one teacher.
+      target: makes one target out of several teachers (`targets.py`), in a run of the teacher in
+        its own context and the same teacher in the student's; None is the first alone.
       implementation: "dense" holds [B, C, V] logits; "fused" never does.
       token_block: rows of logits alive at a time in the fused implementation; None takes 64
         on a CPU and 1024 on an accelerator, which needs tall blocks to be busy.
@@ -51,7 +52,7 @@ class DivergenceConfig:
     """
 
     name: Annotated[str, DIVERGENCES] | Terms = "forward_kl"
-    beta: float = 0.5
+    beta: Annotated[float, "> 0", "< 1"] = 0.5
     clip: Annotated[str, CLIPS] = "none"
     clip_threshold: Positive = 0.05
     temperature: Positive = 1.0
@@ -65,15 +66,15 @@ class DivergenceConfig:
     vocab_block: Count = 16384
 
     def __post_init__(self):
-        require("divergence", self)
-        # A list, as gin may give it, would make the configuration unhashable.
-        object.__setattr__(self, "weights", tuple(self.weights))
-        if self.name == "jensen_shannon" and not 0 < self.beta < 1:
+        if self.beta in (0, 1):  # As the official code names the two KLs.
             raise UserError(
-                f"divergence.beta must lie strictly between 0 and 1, not {self.beta}: the "
+                f"divergence.beta must be strictly between 0 and 1, not {self.beta}: the "
                 "Jensen-Shannon divergence vanishes at both ends; use name 'forward_kl' or "
                 "'reverse_kl' for the two KL directions"
             )
+        require("divergence", self)
+        # A list, as gin may give it, would make the configuration unhashable.
+        object.__setattr__(self, "weights", tuple(self.weights))
         if self.name == "sampled_token" and (self.clip, self.support) != ("none", "full"):
             raise UserError(
                 "divergence.name 'sampled_token' is a policy gradient on one sampled entry: "

@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax.divergence.rows import TokenDivergence
+from opsd_jax.fields import Natural, NotNegative, Positive, Share
 
 
 def position_sigmoid(
     tokens: TokenDivergence,
     mask: jax.Array,
     *,
-    floor: float = 0.25,
+    floor: Share = 0.25,
     centre: float = 0.3,
-    width: float = 0.1,
+    width: Positive = 0.1,
 ) -> jax.Array:
     """floor + (1 - floor) sigmoid((t / T - centre) / width): later tokens count more.
 
@@ -31,7 +32,7 @@ def position_sigmoid(
 
 
 def top_student_entropy(
-    tokens: TokenDivergence, mask: jax.Array, *, fraction: float = 0.5
+    tokens: TokenDivergence, mask: jax.Array, *, fraction: Share = 0.5
 ) -> jax.Array:
     """1 on the ceil(fraction T) tokens of each row with the highest student entropy, else 0.
 
@@ -43,7 +44,9 @@ def top_student_entropy(
     return ((rank < wanted) & mask).astype(tokens.objective.dtype)
 
 
-def confident_teacher(tokens: TokenDivergence, mask: jax.Array, *, beta: float = 1.0) -> jax.Array:
+def confident_teacher(
+    tokens: TokenDivergence, mask: jax.Array, *, beta: NotNegative = 1.0
+) -> jax.Array:
     """exp(-beta H_T), divided by its mean over the tokens of the batch: mean weight 1.
 
     On micro-batches the mean is the micro-batch's. SRPO, arXiv 2604.02288.
@@ -53,13 +56,13 @@ def confident_teacher(tokens: TokenDivergence, mask: jax.Array, *, beta: float =
 
 
 def uncertain_teacher(
-    tokens: TokenDivergence, mask: jax.Array, *, threshold: float = 0.8
+    tokens: TokenDivergence, mask: jax.Array, *, threshold: NotNegative = 0.8
 ) -> jax.Array:
     """1 where the teacher's entropy exceeds the threshold in nats. EOPD, arXiv 2603.07079."""
     return (tokens.teacher_entropy > threshold).astype(tokens.objective.dtype)
 
 
-def gap_sigmoid(tokens: TokenDivergence, mask: jax.Array, *, beta: float = 5.0) -> jax.Array:
+def gap_sigmoid(tokens: TokenDivergence, mask: jax.Array, *, beta: NotNegative = 5.0) -> jax.Array:
     """sigmoid(beta D), D = log pT(y) - log pS(y) of the sampled id. SDAR, arXiv 2605.15155."""
     return jax.nn.sigmoid(beta * (tokens.teacher_logps - tokens.student_logps))
 
@@ -69,7 +72,7 @@ def positive_gap(tokens: TokenDivergence, mask: jax.Array) -> jax.Array:
     return (tokens.teacher_logps > tokens.student_logps).astype(tokens.objective.dtype)
 
 
-def skip_first(tokens: TokenDivergence, mask: jax.Array, *, num_tokens: int = 1) -> jax.Array:
+def skip_first(tokens: TokenDivergence, mask: jax.Array, *, num_tokens: Natural = 1) -> jax.Array:
     """0 on the first `num_tokens` tokens of each row, else 1. SDFT, arXiv 2601.19897."""
     return (_position(mask) >= num_tokens).astype(tokens.objective.dtype)
 

@@ -60,13 +60,18 @@ def compare(
         student_hidden = completion_hidden(
             model, student_variables, batch.student, completion, dropout_key
         )
-    teacher_hidden = completion_hidden(teacher_model, teacher_variables, batch.teacher, completion)
+    # A target makes one teacher of two: as privileged, and as it answers without.
+    contexts = (batch.teacher,) if config.target is None else (batch.teacher, batch.student)
+    teacher_hidden = tuple(
+        completion_hidden(teacher_model, teacher_variables, context, completion)
+        for context in contexts
+    )
     return token_divergence(
         config,
         student_hidden,
         output_head(student_variables["params"], model.config),
         jax.lax.stop_gradient(teacher_hidden),
-        output_head(teacher_variables["params"], teacher_model.config),
+        (output_head(teacher_variables["params"], teacher_model.config),) * len(contexts),
         completion.ids,
         completion.mask,
         sampled_logps=completion.sampled_logps,

@@ -15,7 +15,7 @@ from typing import Annotated
 import numpy as np
 
 from opsd_jax.errors import UserError
-from opsd_jax.fields import Count, Natural, NotNegative, Positive, require
+from opsd_jax.fields import Count, Natural, NotNegative, Positive, check, require
 from opsd_jax.model.rope import RopeScaling, rope_frequencies
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -165,11 +165,9 @@ class ModelConfig:
                 f"model.num_heads ({self.num_heads}) must be a multiple of "
                 f"model.num_kv_heads ({self.num_kv_heads})"
             )
-        if self.num_experts and not 0 < self.experts_per_token <= self.num_experts:
-            raise UserError(
-                f"model.experts_per_token ({self.experts_per_token}) must be between 1 and "
-                f"model.num_experts ({self.num_experts})"
-            )
+        if self.num_experts:
+            some = Annotated[int, ">= 1", f"<= {self.num_experts}"]
+            check("model.experts_per_token", self.experts_per_token, some)
         if self.num_experts and self.lora:
             self._leave_experts_out(self.lora)
 

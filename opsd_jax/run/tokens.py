@@ -82,18 +82,19 @@ def compare_tokens(
       completion: [B, C], the same ids for both.
       num_alternatives: K.
     """
-    roles = ((student_variables, batch.student), (teacher_variables, batch.teacher))
+    roles = [(student_variables, batch.student), (teacher_variables, batch.teacher)]
+    if config.target is not None:
+        roles.append((teacher_variables, batch.student))
     hiddens = tuple(completion_hidden(model, v, context, completion) for v, context in roles)
     heads = tuple(output_head(v["params"], model.config) for v, _ in roles)
     K = min(num_alternatives, heads[0].kernel.shape[0])
 
     def row(inputs) -> TokenComparison:
-        ids, mask, student_hidden, teacher_hidden = inputs
-        student = head_logits(heads[0], student_hidden)
-        teacher = head_logits(heads[1], teacher_hidden)
-        terms = logit_divergence(config, student, teacher, ids, mask)
+        ids, mask, *hiddens = inputs
+        student, *teachers = map(head_logits, heads, hiddens)
+        terms = logit_divergence(config, student, tuple(teachers), ids, mask)
         student_probs, student_ids = jax.lax.top_k(jax.nn.softmax(student), K)
-        teacher_probs, teacher_ids = jax.lax.top_k(jax.nn.softmax(teacher), K)
+        teacher_probs, teacher_ids = jax.lax.top_k(jax.nn.softmax(teachers[0]), K)
         return TokenComparison(terms, student_ids, student_probs, teacher_ids, teacher_probs)
 
     return jax.lax.map(row, (completion.ids, completion.mask, *hiddens))

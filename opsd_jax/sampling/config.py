@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 from opsd_jax.errors import UserError
-from opsd_jax.fields import Count, Natural, NotNegative, Positive, Share, require
+from opsd_jax.fields import Count, Natural, NotNegative, Positive, Share, check, require
 from opsd_jax.model.config import DECODE_ATTENTION, DTYPES
 
 
@@ -84,6 +84,12 @@ class RolloutConfig:
         """Whether every token has a chance at every place: nothing greedy, filtered or barred."""
         filters = (self.top_k, 1 - self.top_p, self.min_p, self.min_new_tokens)
         return self.temperature > 0 and not any(filters)
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raises a UserError for a stop or pad id that the model cannot read."""
+        inside = Annotated[int, ">= 0", f"< {vocab_size}"]
+        check("rollout.stop_ids", self.stop_ids, tuple[inside, ...])  # type: ignore[valid-type]
+        check("rollout.pad_id", self.pad_id, inside)
 
     def for_tokenizer(self, stop_ids: Iterable[int], pad_id: int) -> RolloutConfig:
         """The same with a tokenizer's stop ids besides its own, and its padding."""

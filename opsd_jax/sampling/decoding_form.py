@@ -31,8 +31,10 @@ def decoding_form(model: Decoder, variables: dict, config: RolloutConfig) -> tup
       The model and {"params"[, "lora"][, "scales" of int8 matrices][, "turned" matrices]}.
 
     Raises:
-      UserError: `rollout.weights` is set for a mixture of experts.
+      UserError: `rollout.weights` is set for a mixture of experts, or a stop or pad id is not in
+        the vocabulary.
     """
+    config.check_ids(model.config.vocab_size)
     variables = jax.lax.stop_gradient(variables)
     if config.weights is not None:
         if model.config.num_experts:

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opsd_jax.divergence import targets
 from opsd_jax.divergence.config import DivergenceConfig
 from opsd_jax.errors import UserError
 from opsd_jax.method.batch import Policy
 from opsd_jax.method.completions import References
-from opsd_jax.method.objective import Distillation, Reader
+from opsd_jax.method.objective import Distillation, Reader, compare
+from opsd_jax.method.scoring import completion_hidden
 from opsd_jax.model.decoder import Decoder
+from opsd_jax.model.head import head_logits, output_head
 from opsd_jax.sampling.prompts import Completion
 from tests.tiny import VOCAB, tiny_batch, tiny_config, tiny_variables
 
@@ -51,3 +55,34 @@ def test_sampled_token_refuses_what_nobody_sampled():
     reader = Reader(policy, policy, batch, completion, DivergenceConfig("sampled_token"))
     with pytest.raises(UserError, match="'sampled_token' needs completions that were sampled"):
         reader.divergence  # noqa: B018
+
+
+@pytest.mark.parametrize("target", ["barycentre", "mean"])
+def test_a_target_is_made_of_the_teacher_with_and_without_the_privilege(target):
+    """KL(target || student) in NumPy, the two log-probabilities by a forward pass each."""
+    model, batch = Decoder(tiny_config()), tiny_batch(3)
+    student, teacher = tiny_variables(tiny_config()), tiny_variables(tiny_config(), seed=1)
+    ids = np.random.default_rng(0).integers(1, VOCAB, (3, 4)).astype(np.int32)
+    mask = np.arange(4) < np.array([4, 2, 1])[:, None]
+    completion = Completion(ids, mask, np.zeros((3, 4)), mask[:, 0])
+
+    @jax.jit
+    def log_probabilities(variables, context):
+        hidden = completion_hidden(model, variables, context, completion)
+        head = output_head(variables["params"], model.config)
+        return jax.nn.log_softmax(head_logits(head, hidden))
+
+    with_it = np.asarray(log_probabilities(teacher, batch.teacher), np.float64)
+    without = np.asarray(log_probabilities(teacher, batch.student), np.float64)
+    said = np.asarray(log_probabilities(student, batch.student), np.float64)
+    if target == "mean":
+        wanted = (np.exp(with_it) + np.exp(without)) / 2
+    else:
+        wanted = np.exp(0.7 * with_it + 0.3 * without)
+        wanted /= wanted.sum(-1, keepdims=True)
+    function = {"mean": targets.mean, "barycentre": partial(targets.barycentre, alpha=0.3)}[target]
+    config = DivergenceConfig(target=function)
+    terms = jax.jit(partial(compare, model, config))(student, teacher, batch, completion)
+    kl = (wanted * (np.log(wanted) - said)).sum(-1) * mask
+    np.testing.assert_allclose(terms.objective, kl, atol=1e-5)
+    assert kl.max() > 0.1

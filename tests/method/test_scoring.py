@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsd_jax.method.scoring import completion_hidden, join
+from opsd_jax.method.scoring import completion_hidden, join, scored_ids
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.sampling.prompts import Completion, Context
 from tests.tiny import VOCAB, text_hidden, tiny_batch, tiny_config, tiny_variables
@@ -29,6 +31,20 @@ def test_join_is_prompt_then_completion(B, P, C, seed):
     for b in range(B):
         expected = [*prompt[b, : lengths[b]], *completion[b]]
         assert joined[b, : len(expected)].tolist() == expected
+
+
+def test_no_id_is_read_often_because_of_padding():
+    """The embedding's gradient would pile up there, as a scatter with one index."""
+    B, P, C, V = 4, 9, 30, 500
+    lengths, said = jnp.array([9, 1, 5, 2]), np.array([1, 30, 7, 0])
+    context = Context(jnp.zeros((B, P), jnp.int32), lengths)
+    completion = completion_of(np.full((B, C), 7))
+    completion = dataclasses.replace(completion, mask=np.arange(C) < said[:, None])
+    ids = np.asarray(scored_ids(context, completion, V))
+    read = np.concatenate([ids[b, : lengths[b] + said[b]] for b in range(B)])
+    np.testing.assert_array_equal(np.sort(read), [0] * 17 + [7] * 38)
+    counts = np.bincount(ids.ravel(), minlength=V) - np.bincount(read, minlength=V)
+    assert counts.max() == 1 and counts.sum() == B * (P + C) - len(read)
 
 
 def test_each_context_scores_the_same_ids_at_its_own_offset(any_config):
