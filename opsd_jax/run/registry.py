@@ -62,6 +62,9 @@ FUNCTIONS = {
     "gap_sigmoid": "opsd_jax.divergence.token_weights:gap_sigmoid",
     "positive_gap": "opsd_jax.divergence.token_weights:positive_gap",
     "skip_first": "opsd_jax.divergence.token_weights:skip_first",
+    "target_mean": "opsd_jax.divergence.targets:mean",
+    "target_contrast": "opsd_jax.divergence.targets:contrast",
+    "target_barycentre": "opsd_jax.divergence.targets:barycentre",
 }
 PLACES = AREAS | SOURCES | FUNCTIONS
 

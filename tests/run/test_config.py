@@ -100,6 +100,12 @@ def test_weights_of_tokens_are_named_and_bound_in_a_gin_file():
     assert own <= set(FUNCTIONS)
 
 
+def test_a_target_is_named_and_bound_in_a_gin_file():
+    lines = ["divergence.target = @target_barycentre", "target_barycentre.alpha = 0.25"]
+    target = load_experiment([QUICKSTART], lines)[0].divergence.target
+    assert target((np.array([1.0]), np.array([2.0]))).tolist() == [1.25]
+
+
 @pytest.mark.parametrize(
     "bindings, words",
     [
@@ -209,6 +215,16 @@ def test_weights_of_tokens_are_named_and_bound_in_a_gin_file():
             ["divergence.weights = (@skip_first,)", "skip_first.num_tokens = 'x'"],
             "skip_first.num_t",
         ),
+        (
+            ["divergence.weights = (@skip_first,)", "skip_first.num_tokens = -1"],
+            "skip_first.num_tokens must be an integer >= 0, not -1",
+        ),
+        (
+            ["divergence.target = @target_barycentre", "target_barycentre.alpha = 2"],
+            "target_barycentre.alpha must be a number >= 0 and <= 1, not 2",
+        ),
+        (["divergence.beta = 2"], "divergence.beta must be a number > 0 and < 1, not 2"),
+        (["divergence.beta = 0"], "divergence.beta must be strictly between 0 and 1, not 0: the"),
         (
             ["divergence.name = 'sampled_token'", "rollout.top_p = 0.95"],
             "'sampled_token' is biased where some tokens are never sampled: set rollout.temp",
