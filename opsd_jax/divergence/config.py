@@ -52,7 +52,7 @@ class DivergenceConfig:
     """
 
     name: Annotated[str, DIVERGENCES] | Terms = "forward_kl"
-    beta: Annotated[float, "> 0", "< 1"] = 0.5
+    beta: float = 0.5
     clip: Annotated[str, CLIPS] = "none"
     clip_threshold: Positive = 0.05
     temperature: Positive = 1.0
@@ -66,13 +66,13 @@ class DivergenceConfig:
     vocab_block: Count = 16384
 
     def __post_init__(self):
-        if self.beta in (0, 1):  # As the official code names the two KLs.
+        require("divergence", self)
+        if not 0 < self.beta < 1:
             raise UserError(
                 f"divergence.beta must be strictly between 0 and 1, not {self.beta}: the "
                 "Jensen-Shannon divergence vanishes at both ends; use name 'forward_kl' or "
                 "'reverse_kl' for the two KL directions"
             )
-        require("divergence", self)
         # A list, as gin may give it, would make the configuration unhashable.
         object.__setattr__(self, "weights", tuple(self.weights))
         if self.name == "sampled_token" and (self.clip, self.support) != ("none", "full"):

@@ -1,1 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+"""One decoder for all families, and where its arrays live. It neither samples nor computes losses.
+
+In reading order: config.py (the numbers and switches of a family), decoder.py (embed, layers,
+hidden states), attention.py, rope.py (rotary positions), projection.py (linear maps and LoRA
+adapters), head.py (hidden states to logits), sharding.py (mesh, FSDP and tensor parallelism). For
+decoding: kv_cache.py, decode_attention.py (a TPU kernel), quantized.py (8-bit weights),
+weights_first.py (matrices laid out for a CPU).
+"""

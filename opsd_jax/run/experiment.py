@@ -63,7 +63,10 @@ class TrainConfig:
       seed: of rollouts, data order and adapter initialisation.
       num_micro_batches: A, the loss is computed on B / A rows at a time.
       lora: train adapters only; None trains all parameters.
-      dtype: compute dtype; trained parameters and moments are float32 whatever it is.
+      dtype: compute dtype; trained parameters and moments are float32 whatever it is. Where it is
+        "float32", JAX multiplies matrices in one bfloat16 pass on a TPU and in TF32 on a recent
+        NVIDIA GPU, unless JAX_DEFAULT_MATMUL_PRECISION=highest is set: float32 sums, but not the
+        1e-5 between rollout and scoring that a CPU keeps.
       attention: how whole texts are attended to: "xla", "splash" (TPU) or "cudnn" (NVIDIA GPU,
         bfloat16); see `attention.py`.
       remat: recompute layers in the backward pass.
