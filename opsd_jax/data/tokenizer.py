@@ -293,6 +293,7 @@ def load_tokenizer(directory: str) -> HFTokenizer:
         inner = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
+        inner.decode(inner.encode("a"))  # where settings of another type than theirs show
     except Exception as error:  # transformers raises many kinds, all about these files
         if own_code := _names_own_code(directory):
             raise UserError(

@@ -398,3 +398,13 @@ def test_a_reference_that_would_end_early_is_named(declared, of_run):
         UserError, match=f"'p': its reference has a stop id .*{(declared + of_run)[0]}"
     ):
         rows(Problem("p", "q", "a!b", ""))
+
+
+@pytest.mark.parametrize("wrong", ["512", [], {}])
+def test_a_setting_that_shows_only_when_a_text_is_encoded_is_told_at_once(wrong, directory):
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"model_max_length": wrong})
+    )
+    with pytest.raises(UserError, match="cannot read the tokenizer"):
+        load_tokenizer(str(directory))
