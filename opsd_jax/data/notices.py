@@ -59,6 +59,24 @@ def idle_switches(contexts: ContextConfig, tokenizer: Tokenizer, roles: Iterable
     return told
 
 
+def told_answers(contexts: ContextConfig, roles: Iterable[str]) -> list[str]:
+    """Told of a student that is shown what only the teacher should know.
+
+    Args:
+      roles: of `contexts`, those that are asked anything.
+    """
+    told = []
+    for role in dict.fromkeys(roles):
+        shown = [f"{{{name}}}" for name in ("solution", "answer")]
+        shown = [name for name in shown if name in contexts.template(role)]
+        if role not in ("teacher", "analysis") and shown:
+            told.append(
+                f"contexts.{role} shows {' and '.join(shown)}: the student is told what it is "
+                "graded on; leave it to contexts.teacher"
+            )
+    return told
+
+
 def equal_prompts(prompts: Mapping[str, Sequence[Sequence[int]]]) -> list[str]:
     """Told of evaluated roles of one model that are asked the very same.
 

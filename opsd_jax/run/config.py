@@ -307,8 +307,10 @@ def _unused(bound: Sequence[_Key], written: _Written) -> tuple[list[str], list[s
         scope, name, field = of
         if not field:
             named, why = place in written.macros, f"nothing reads %{place}"
-            fine = user_code or (place, "gin.macro") in used
-            if area := next((area for area in AREAS if name in fields_of(resolve(area))), None):
+            area = next((area for area in AREAS if name in fields_of(resolve(area))), None)
+            # The user's code may ask for a macro, but hardly for one named as a field is.
+            fine = (user_code and area is None) or (place, "gin.macro") in used
+            if area is not None:
                 why += f"; did you mean {area}.{name}?"
         else:
             named, why = name in written.names, f"this experiment uses no @{place}"

@@ -18,6 +18,7 @@ from opsd_jax.data.notices import (
     beyond_positions,
     equal_prompts,
     idle_switches,
+    told_answers,
     unended_turns,
 )
 from opsd_jax.data.pipeline import make_batches
@@ -283,7 +284,7 @@ def start_notices(
             told += beyond_positions(f"evaluated {role}", tokens, num_new, max_positions, lower)
         asked = {role: [p.ids for p in prompts] for role, prompts in evaluator.prompts.items()}
         told += equal_prompts(asked)
-    return told + idle_switches(contexts, tokenizer, roles)
+    return told + told_answers(contexts, roles) + idle_switches(contexts, tokenizer, roles)
 
 
 def heldout_parts(evaluator: Evaluator) -> dict[str, str]:

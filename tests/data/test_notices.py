@@ -4,7 +4,13 @@
 import pytest
 
 from opsd_jax.data.contexts import ContextConfig
-from opsd_jax.data.notices import beyond_positions, equal_prompts, idle_switches, unended_turns
+from opsd_jax.data.notices import (
+    beyond_positions,
+    equal_prompts,
+    idle_switches,
+    told_answers,
+    unended_turns,
+)
 from opsd_jax.data.tokenizer import HFTokenizer
 from opsd_jax.testbed.world import ChainTokenizer
 from tests.data.test_tokenizer import LLAMA3, TEMPLATE, byte_tokenizer, llama3_tokenizer
@@ -76,3 +82,13 @@ def test_texts_beyond_the_positions_are_told():
     told = beyond_positions("student", 1091, 10, 1100, "contexts.student_max_tokens")
     assert len(told) == 1 and "student's longest prompt has 1,091 tokens, with 10" in told[0]
     assert told[0].endswith("lower contexts.student_max_tokens")
+
+
+@pytest.mark.parametrize("role", ["student", "evaluation"])
+def test_a_student_that_is_told_the_answer_is_told(role):
+    roles = ("student", "teacher", "analysis", "evaluation")
+    assert told_answers(ContextConfig(), roles) == []
+    contexts = ContextConfig(**{role: "{question} ({answer})"})
+    (told,) = told_answers(contexts, roles)
+    assert told.startswith(f"contexts.{role} shows {{answer}}")
+    assert told_answers(contexts, ("teacher",)) == []

@@ -129,6 +129,7 @@ def test_a_target_is_named_and_bound_in_a_gin_file():
         (["train.probes = (@wrong_prefix_prob,)"], r"did you mean @wrong_prefix_probe\?"),
         (["train.seed = %seeed", "seed = 3"], r"%seeed is used but never .*; did you mean %seed\?"),
         (["num_steps = 3"], r"num_steps would be ignored: .*; did you mean train.num_steps\?$"),
+        (["import colorsys", "seed = 3"], r"seed would be ignored: .*; did you mean \w+.seed\?$"),
         (
             ["JsonlProblems.path = 'x'"],
             "JsonlProblems.path would .*: this experiment uses no @J",
