@@ -236,6 +236,10 @@ GRADERS: Mapping[str, AnswerForm] = {
     "math_verify": AnswerForm(extract_boxed, same_mathematics, _in_box),
 }
 
+_TAGGED = re.compile(r"<answer>(?:(?!<answer>|</answer>).){0,4000}</answer>", re.DOTALL)
+# Lines that hold a number alone: `#### Step 1` is a heading.
+_NUMBER_LINE = re.compile(r"####[ \t]*[-+$]{0,2}[0-9.][0-9.,/ ]{0,80}$", re.MULTILINE)
+_MARKED = {"hashes": _NUMBER_LINE, "tagged": _TAGGED, "final": _TAGGED}
 _SENTENCE = re.compile(r"\n|\banswer\s{0,3}(?:is\b|[:=])", re.I)
 
 
@@ -272,7 +276,8 @@ def reference_answer(answer_from: str, text: str) -> str | None:
     r"""The answer in a reference, as `EXTRACTORS[answer_from]` finds it; None if there is none.
 
     Raises:
-      UserError: several boxes with different answers, of which all but the last would be lost.
+      UserError: several boxes, tags or `####` with different answers, of which all but the last
+        would be lost.
     """
     parts = _last_boxes(text) if answer_from in ("boxed", "final", "tagged") else []
     if 0 < len(parts) <= 100:
@@ -286,7 +291,15 @@ def reference_answer(answer_from: str, text: str) -> str | None:
                     f"several boxes, {box[:60]!r} and {parts[-1][:60]!r} among them; keep the one "
                     "that holds the answer"
                 )
-    return EXTRACTORS[answer_from](text)
+    answer = EXTRACTORS[answer_from](text)
+    said = text.rpartition("</think>")[2] if answer_from == "final" else text
+    for given in _MARKED[answer_from].findall(said)[-100:] if answer_from in _MARKED else ():
+        other = EXTRACTORS[answer_from](given)
+        if answer and other and not same_box(answer, other):
+            raise UserError(
+                f"several answers, {other[:60]!r} and {answer[:60]!r} among them; keep one"
+            )
+    return answer
 
 
 def find_grader(grader: str | Grader, setting: str = "grader") -> Grader:

@@ -291,7 +291,7 @@ class JsonlProblems(_FileProblems):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line.decode("utf-8-sig"))
+                    row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
                 except (ValueError, RecursionError) as error:
                     reason = str(error).splitlines()[0][:100]
                     raise UserError(f"{path}:{number}: not a line of JSON ({reason}).") from None
@@ -359,6 +359,16 @@ class OtherReferences:
             tuple(dataclasses.replace(p, solution=other.solution) for p, other in moved),
             original.grade,
         )
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that is written twice, JSON would keep the last in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        doubled = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"it has two values of {doubled!r}")
+    return found
 
 
 def _split_pattern(path: pathlib.Path) -> tuple[pathlib.Path, str]:

@@ -243,11 +243,18 @@ def test_a_key_that_can_never_be_right_is_told(grader, key, fault):
         ("boxed", r"\boxed{0.5} that is \boxed{\frac12}", r"\frac12"),
         ("boxed", r"first \boxed{2}, hence \boxed{3}", UserError),
         ("text", r"first \boxed{2}, hence \boxed{3}", r"first \boxed{2}, hence \boxed{3}"),
+        ("hashes", "#### 2\n#### 3", UserError),
+        ("hashes", "#### Step 1\n#### 2 steps\n#### 3", "3"),
+        ("hashes", "#### 3.0\n#### 3", "3"),
+        ("tagged", "<answer>2</answer> or <answer>3</answer>", UserError),
+        ("tagged", r"<answer>3</answer> or <answer>\boxed{3}</answer>", "3"),
+        ("final", "<answer>2</answer> or <answer>3</answer>", UserError),
+        ("final", "<think><answer>2</answer></think><answer>3</answer>", "3"),
     ],
 )
 def test_no_box_of_a_reference_is_lost(answer_from, text, answer):
     if answer is UserError:
-        with pytest.raises(UserError, match="several boxes, '2' and '3'"):
+        with pytest.raises(UserError, match="several (boxes|answers), '2' and '3'"):
             grading.reference_answer(answer_from, text)
     else:
         assert grading.reference_answer(answer_from, text) == answer

@@ -300,3 +300,10 @@ def test_other_references_keep_the_answers(write):
     assert loaded.grade(loaded[2], "2") == 1.0
     with pytest.raises(UserError, match="at least two"):
         OtherReferences(JsonlProblems(write(ROW))).load()
+
+
+def test_a_key_that_is_written_twice_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "q", "solution": "s", "answer": "1", "answer": "2"}\n')
+    with pytest.raises(UserError, match="rows.jsonl:1: .*two values of 'answer'"):
+        JsonlProblems(str(path)).load()
