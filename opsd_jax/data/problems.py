@@ -291,7 +291,9 @@ class JsonlProblems(_FileProblems):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
+                    row = json.loads(
+                        line.decode("utf-8-sig"), object_pairs_hook=_once, parse_float=_decimal
+                    )
                 except (ValueError, RecursionError) as error:
                     reason = str(error).splitlines()[0][:100]
                     raise UserError(f"{path}:{number}: not a line of JSON ({reason}).") from None
@@ -369,6 +371,16 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         doubled = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"it has two values of {doubled!r}")
     return found
+
+
+def _decimal(text: str) -> float | Decimal:
+    """A float, or all digits of a number that has more of them than a float holds."""
+    value = float(text)
+    if not value or not math.isfinite(value):  # an exponent that Decimal may not even read
+        return value
+    exact = Decimal(text)
+    more = len(exact.as_tuple().digits) > 17 and abs(exact.adjusted()) < 1000
+    return exact if more else value
 
 
 def _split_pattern(path: pathlib.Path) -> tuple[pathlib.Path, str]:

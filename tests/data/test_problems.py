@@ -307,3 +307,29 @@ def test_a_key_that_is_written_twice_is_named(tmp_path):
     path.write_text('{"question": "q", "solution": "s", "answer": "1", "answer": "2"}\n')
     with pytest.raises(UserError, match="rows.jsonl:1: .*two values of 'answer'"):
         JsonlProblems(str(path)).load()
+
+
+@pytest.mark.parametrize(
+    ("written", "key"),
+    [
+        ("12345678901234567890.5", "12345678901234567890.5"),
+        ("0.1234567890123456789", "0.1234567890123456789"),
+        ("0.10000000000000001", "0.1"),
+        ("1.50", "1.5"),
+        ("1e-7", "0.0000001"),
+    ],
+)
+def test_a_number_is_a_key_with_all_its_digits(written, key, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"question": "q", "solution": "s", "answer": {written}}}\n')
+    problems = JsonlProblems(path=str(path)).load()
+    assert problems[0].answer == key
+    assert problems.grade(problems[0], f"\\boxed{{{key}}}") == 1.0
+
+
+def test_a_number_beyond_memory_is_told(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for number in ("1.2345678901234567890e999999999", "1e999999999", "1e" + "9" * 20):
+        path.write_text(f'{{"question": "q", "solution": "s", "answer": {number}}}\n')
+        with pytest.raises(UserError, match="rows.jsonl:1: `answer` must be text"):
+            JsonlProblems(path=str(path)).load()
