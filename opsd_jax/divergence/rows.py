@@ -59,7 +59,7 @@ class TokenDivergence:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class RowLogps:
     """Log-probabilities of both sides on the same rows, at the loss temperature and at 1.
 
     Args:
@@ -81,7 +81,7 @@ def prepare_rows(
     student_logits: jax.Array,
     teacher_logits: tuple[jax.Array, ...],
     ids: jax.Array,
-) -> Rows:
+) -> RowLogps:
     """Normalises logits [..., U] and chooses the support; nothing flows back to the teachers."""
     teacher_logits = jax.lax.stop_gradient(teacher_logits)
 
@@ -99,11 +99,11 @@ def prepare_rows(
     student, teacher = log_probs(config.temperature)
     plain = (student, teacher) if config.temperature == 1 else log_probs(1.0)
     index = support_index(config, vocabulary, student, teacher, ids)
-    return Rows(student, teacher, plain, index)
+    return RowLogps(student, teacher, plain, index)
 
 
 def row_divergence(
-    config: DivergenceConfig, vocabulary: Vocabulary, rows: Rows, ids: jax.Array
+    config: DivergenceConfig, vocabulary: Vocabulary, rows: RowLogps, ids: jax.Array
 ) -> TokenDivergence:
     """Every field for rows [..., U]; `objective` is differentiable where U = V."""
     student, teacher, over = rows.student, rows.teacher, vocabulary
@@ -122,7 +122,7 @@ def row_divergence(
     )
 
 
-def logit_gradient(config: DivergenceConfig, vocabulary: Vocabulary, rows: Rows) -> jax.Array:
+def logit_gradient(config: DivergenceConfig, vocabulary: Vocabulary, rows: RowLogps) -> jax.Array:
     """d objective / d student logits, [..., U], in closed form.
 
     With s_v = d objective / d log pS(v), the logs taken as free variables, and temperature h:

@@ -33,7 +33,7 @@ from opsd_jax.model.sharding import Rules, batch_sharding, on_mesh, replicated
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.prompts import Completion
 from opsd_jax.sampling.random_keys import Use, key_for
-from opsd_jax.sampling.rollout import split
+from opsd_jax.sampling.rollout import even_segments
 
 Metrics = dict[str, jax.Array]
 
@@ -202,13 +202,13 @@ def accumulate(
     if num_micro_batches == 1:
         return function(trainable, *rows)
 
-    def split(x):
+    def strided(x):
         return x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1)
 
     def add(total, micro):
         return jax.tree.map(jnp.add, total, function(trainable, *micro)), None
 
-    micros = jax.tree.map(split, rows)
+    micros = jax.tree.map(strided, rows)
     shapes = jax.eval_shape(function, trainable, *jax.tree.map(lambda x: x[0], micros))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, micros)[0]
@@ -249,7 +249,7 @@ def rollout_metrics(completion: Completion, config: RolloutConfig) -> Metrics:
     """
     num_rows, limit = completion.mask.shape
     lengths = jnp.sum(completion.mask, axis=1)
-    number, size = split(config)
+    number, size = even_segments(config)
     segments = -(-(jnp.max(lengths) - 1) // size) if number else 0
     decoded = num_rows * (1 + jnp.maximum(segments, 0) * size)
     p50, p90 = jnp.percentile(lengths.astype(jnp.float32), jnp.array([50.0, 90.0]))

@@ -15,6 +15,7 @@ Alphabet: B batch, T queries, S keys, N query heads, K key/value heads, G = N / 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
@@ -34,7 +35,7 @@ QUERY_BLOCK = 512
 
 def attend(
     q_BKGTH: jax.Array,
-    sources: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
+    sources: Sequence[KVCache],
     positions_BT: jax.Array,
     window: jax.Array,
     softcap: float | None = None,
@@ -43,8 +44,8 @@ def attend(
 
     Args:
       q_BKGTH: queries, already scaled; every group of G query heads shares a key head.
-      sources: (keys [B, K, H, S], values [B, K, S, H], positions [B, S]) each; a query sees
-        the keys whose positions are its own or up to `window` - 1 before it.
+      sources: of one layer, none in parts; a query sees the keys whose positions are its own
+        or up to `window` - 1 before it.
       positions_BT: positions of the queries.
       window: [] int32.
       softcap: c > 0 replaces a score s by c · tanh(s / c).
@@ -53,15 +54,15 @@ def attend(
       [B, K, G, T, H] in the dtype of the queries; softmax in float32.
     """
     scores = [
-        scores_of(q_BKGTH, keys_BKHS, positions_BS, positions_BT, window, softcap)
-        for keys_BKHS, _, positions_BS in sources
+        scores_of(q_BKGTH, source.kv.keys, source.positions, positions_BT, window, softcap)
+        for source in sources
     ]
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
     out, start = jnp.zeros_like(q_BKGTH), 0
-    for _, values_BKSH, positions_BS in sources:
-        stop = start + positions_BS.shape[1]
+    for source in sources:
+        stop = start + source.positions.shape[1]
         w = weights[..., start:stop].astype(q_BKGTH.dtype)
-        out = out + jnp.einsum("bkgts,bksh->bkgth", w, values_BKSH.astype(q_BKGTH.dtype))
+        out = out + jnp.einsum("bkgts,bksh->bkgth", w, source.kv.values.astype(q_BKGTH.dtype))
         start = stop
     return out
 
@@ -127,7 +128,7 @@ def attend_cached(
     config: ModelConfig,
     q_BKGTH: jax.Array,
     cache: KVCache | None,
-    new: tuple[jax.Array, jax.Array, jax.Array],
+    new: KVCache,
     layer: jax.Array,
     positions_BT: jax.Array,
     window: jax.Array,
@@ -139,7 +140,7 @@ def attend_cached(
       q_BKGTH: queries, already scaled; T = 1 for "pallas".
       cache: keys and values of this layer, or of all layers for "pallas", whole or in parts;
         None: there is none.
-      new: a source as in `attend`.
+      new: keys and values of this layer alone, as a source of `attend`.
       layer: [] int32, the number of this layer.
       positions_BT: positions of the queries.
       window: [] int32.
@@ -153,8 +154,7 @@ def attend_cached(
     if isinstance(cache.kv, Parts):
         return attend_parts(config, q_BKGTH, cache, new, layer, positions_BT, window)
     if config.decode_attention == "xla":
-        sources = ((cache.kv.keys, cache.kv.values, cache.positions), new)
-        return attend(q_BKGTH, sources, positions_BT, window, softcap)
+        return attend(q_BKGTH, (cache, new), positions_BT, window, softcap)
     kv = cache.kv
     if kv.keys.ndim == 4:  # of this layer alone
         kv, layer = KV(kv.keys[None], kv.values[None]), jnp.zeros_like(layer)
@@ -165,7 +165,9 @@ def attend_cached(
         ("lbk", kv.values),
         ("b", cache.positions),
         ("bk", q_BKGTH),
-        *zip(("bk", "bk", "b"), new, strict=True),
+        ("bk", new.kv.keys),
+        ("bk", new.kv.values),
+        ("b", new.positions),
         ("", layer),
         ("b", positions_BT),
         ("", window),
@@ -176,17 +178,17 @@ def attend_parts(
     config: ModelConfig,
     q_BKGTH: jax.Array,
     cache: KVCache,
-    new: tuple[jax.Array, jax.Array, jax.Array],
+    new: KVCache,
     layer: jax.Array,
     positions_BT: jax.Array,
     window: jax.Array,
 ) -> jax.Array:
     """`attend_cached` of the rows of every part to that part."""
-    out, (keys, values, positions) = [], new
+    out = []
     for (kv, rows), filled in zip(parts(cache.kv), cache.positions, strict=True):
-        part, ours = KVCache(kv, filled), (keys[rows], values[rows], positions[rows])
-        now = positions_BT[rows]
-        out.append(attend_cached(config, q_BKGTH[rows], part, ours, layer, now, window))
+        q, ours, now = jax.tree.map(operator.itemgetter(rows), (q_BKGTH, new, positions_BT))
+        part = KVCache(kv, filled)
+        out.append(attend_cached(config, q, part, ours, layer, now, window))
     return jnp.concatenate(out)
 
 
@@ -228,7 +230,7 @@ def attend_in_blocks(
     q_BKGTH: jax.Array, kv: KV, positions_BT: jax.Array, window: jax.Array, softcap: float | None
 ) -> jax.Array:
     """`attend` of texts to themselves, a long one in blocks of queries, recomputed backwards."""
-    source, T = (kv.keys, kv.values, positions_BT), q_BKGTH.shape[3]
+    source, T = KVCache(kv, positions_BT), q_BKGTH.shape[3]
     if T <= 2 * QUERY_BLOCK:
         return attend(q_BKGTH, (source,), positions_BT, window, softcap)
 

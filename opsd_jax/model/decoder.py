@@ -118,7 +118,7 @@ class Attention(nn.Module):
             positions_BS = positions_BT
             if recent is not None:
                 kv, positions_BS = put(recent, kv), recent.cache.positions
-            new = (kv.keys, kv.values, positions_BS)
+            new = KVCache(kv, positions_BS)
             out = attend_cached(c, q_BKGTH, cache, new, numbers.layer, positions_BT, numbers.window)
         out_BTNH = out.transpose(0, 3, 1, 2, 4).reshape(B, T, c.num_heads, c.head_dim)
         return project(c, "o_proj", q_shape, (D,), q_axes, ("embed",))(out_BTNH), kv

@@ -92,7 +92,7 @@ def rollout(
     """
     model, variables = decoding_form(model, variables, config)
     rows, first = start(model, variables, prompt_ids, prompt_lengths, key, config)
-    num_segments, length = split(config)
+    num_segments, length = even_segments(config)
     total = 1 + num_segments * length
     out = Tokens(*(jnp.zeros((total, *x.shape), x.dtype).at[0].set(x) for x in first))
     out = out._replace(ids=out.ids.at[1:].set(config.pad_id))
@@ -148,7 +148,7 @@ def stream(
         rows, token = go_on(variables, rows)
 
 
-def split(config: RolloutConfig) -> tuple[int, int]:
+def even_segments(config: RolloutConfig) -> tuple[int, int]:
     """(number of segments, tokens each) for the C - 1 tokens after the first, evenly."""
     rest = config.max_new_tokens - 1
     number = -(-rest // config.segment_len)

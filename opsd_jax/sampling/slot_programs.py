@@ -40,12 +40,12 @@ from opsd_jax.sampling.rollout import (
     Rows,
     Tokens,
     begin_rows,
+    even_segments,
     first_token,
     least_stage,
     num_slots,
     prefill,
     segment,
-    split,
     worthwhile,
 )
 
@@ -191,7 +191,7 @@ class Programs:
         self, decoder: Decoder, config: RolloutConfig, width: int, mesh: Mesh, rules: Rules
     ):
         model, _ = decoding_form(decoder, {}, config)
-        number, length = split(config)
+        number, length = even_segments(config)
         # Equal steps, where a rollout's stages double: the longest of many rows of all ages is
         # seldom the longest that there can be.
         step = least_stage(number, length)

@@ -16,7 +16,7 @@ from opsd_jax.model import attention
 from opsd_jax.model.attention import attend, attend_in_blocks, flash, splash
 from opsd_jax.model.config import NO_WINDOW
 from opsd_jax.model.decoder import Decoder
-from opsd_jax.model.kv_cache import KV
+from opsd_jax.model.kv_cache import KV, KVCache
 from opsd_jax.model.sharding import FULLY_SHARDED, MeshConfig, make_mesh
 from opsd_jax.run.assembly import check_attention
 from opsd_jax.sampling.config import RolloutConfig
@@ -53,7 +53,7 @@ def in_blocks(q, k, v, window, softcap):
 def whole(q, k, v, window, softcap):
     T = q.shape[3]
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    source = (k.swapaxes(2, 3), v, positions)
+    source = KVCache(KV(k.swapaxes(2, 3), v), positions)
     return attend(q, (source,), positions, jnp.int32(window or NO_WINDOW), softcap)
 
 

@@ -111,7 +111,7 @@ def test_attention_to_parts_is_attention_to_the_whole(stores, window):
         cache = cache_of(store, jnp.asarray(LENGTHS))
         layers = isinstance(store.stores[0] if isinstance(store, Parts) else store, tuple)
         one = cache.kv[1] if layers else jax.tree.map(lambda x: x[1], cache.kv)
-        new = recent.keys, recent.values, now
+        new = KVCache(recent, now)
         cache = KVCache(one, cache.positions)
         return attend_cached(config, q, cache, new, jnp.int32(1), now, jnp.int32(window))
 
