@@ -18,7 +18,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from orbax.checkpoint import multihost
 
 from opsd_jax.errors import UserError
 from opsd_jax.model.sharding import MeshConfig, make_mesh
@@ -32,6 +31,8 @@ _count = itertools.count()
 
 def wait_for_all() -> None:
     """Returns once every process has called this, as often as the others."""
+    from orbax.checkpoint import multihost  # half a second that `opsd generate` need not wait
+
     # A barrier serves once. Its key is counted and not named: names can hold paths, and processes
     # that were given other paths would wait for each other for ever instead of being refused.
     multihost.get_barrier_sync_fn()(key=f"opsd_jax:{next(_count)}", timeout_ms=_ONE_DAY_MS)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from opsd_jax.data.contexts import ContextConfig
 from opsd_jax.data.problems import Problem
 from opsd_jax.data.references import ReferenceRows
 from opsd_jax.errors import UserError
@@ -77,15 +78,17 @@ def test_references_are_whole_stop_at_their_end_and_are_never_cut():
     problem = Problem("p", "q", "one {answer} three", "7")
     tokenizer = WordTokenizer()
     words = tokenizer.encode("say one {answer} three 7")
-    rows = ReferenceRows(lambda p: {}, "say {solution} {answer}", tokenizer, 8, "drop")
+    drop = ContextConfig("{question}", "{question} {solution}", "{question}")
+    strict = dataclasses.replace(drop, too_long="error")
+    rows = ReferenceRows(lambda p: {}, "say {solution} {answer}", tokenizer, 8, drop)
     row = rows(problem)
     assert row["reference_ids"].tolist() == [*words, 1, 0, 0] and row["reference_length"] == 6
-    short = ReferenceRows(lambda p: {}, "say {solution} {answer}", tokenizer, 5, "drop")
+    short = ReferenceRows(lambda p: {}, "say {solution} {answer}", tokenizer, 5, drop)
     assert short(problem) is None and short.dropped == {"p"}
     with pytest.raises(UserError, match="6 tokens"):
-        ReferenceRows(lambda p: {}, "say {solution} {answer}", tokenizer, 5, "error")(problem)
+        ReferenceRows(lambda p: {}, "say {solution} {answer}", tokenizer, 5, strict)(problem)
     with pytest.raises(UserError, match="'p' has no answer"):
-        ReferenceRows(lambda p: {}, "{answer}", tokenizer, 8, "drop")(Problem("p", "q", "s", ""))
+        ReferenceRows(lambda p: {}, "{answer}", tokenizer, 8, drop)(Problem("p", "q", "s", ""))
     prompt = {f"{role}_ids": np.ones((2, 3)) for role in ("student", "teacher")}
     prompt |= {f"{role}_length": np.ones(2) for role in ("student", "teacher")}
     batch = to_batch(prompt | {k: np.stack([v, v]) for k, v in row.items()}, group_size=2)

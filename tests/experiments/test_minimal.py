@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import opsd_jax
+from opsd_jax.sampling.random_keys import Use, key_for
 from tests.tiny import tiny_batch, tiny_config, tiny_variables
 
 PATH = Path(__file__).parents[2] / "experiments" / "minimal.py"
@@ -41,7 +42,7 @@ def test_its_loss_and_gradient_are_the_packages(minimal):
     step = jax.jit(minimal.opsd_step, static_argnums=(0, 1, 2))
     ours, _, loss = step(
         *(model, optimizer, config, params, teacher, optimizer.init(params), batch),
-        jax.random.fold_in(key, 0),
+        key_for(Use.COMPLETIONS, key, 0),
     )
     np.testing.assert_allclose(loss, metrics["loss/objective"], rtol=1e-5)
     assert loss > 0.1

@@ -44,14 +44,15 @@ from opsd_jax.run.stepping import row_grader
 jax.distributed.initialize()
 mesh = sharding.make_mesh(sharding.MeshConfig(-1, int(arguments[0])))
 ids = 10 * np.arange(8)[:, None] + np.arange(3)
-rows = sharding.shard_batch((ids, np.ones((8, 3), bool)), mesh)
+rows = sharding.shard_batch((ids, np.ones((8, 3), bool), np.zeros(8, bool)), mesh)
 problems = [SimpleNamespace(answer="a" if i != 5 else "", number=i) for i in range(8)]
 tokenizer = SimpleNamespace(decode=lambda ids: ids)
 grade = lambda asked, texts: [
     Grade(p.number + t[0] + t[2] / 100, "timeout" if p.number == 3 else "graded")
     for p, t in zip(asked, texts)
 ]
-graded = row_grader(problems, tokenizer, grade)(Completion(*rows, None, None), np.arange(8)[::-1])
+completion = Completion(rows[0], rows[1], None, None, stopped=rows[2])
+graded = row_grader(problems, tokenizer, grade)(completion, np.arange(8)[::-1])
 mine, held = sharding.local_rows(rows[0])
 assert (held == ids[mine]).all()
 print("found", json.dumps([mine.tolist(), [row.tolist() for row in graded]]))

@@ -188,6 +188,12 @@ class HostileTokenizer(WordTokenizer):
         return EVIL * len(ids)
 
 
+def drawn(line):
+    """What the page shows of a line of `opsd tokens`."""
+    names = "step question answer teacher_prompt analysis reward tokens".split()
+    return {name: line.get(name) for name in names}
+
+
 def test_hostile_tokens_end_up_as_text_on_the_page(tmp_path):
     (tmp_path / "run" / "tokens").mkdir(parents=True)
     (tmp_path / "run" / "config.gin").write_text("train.seed = 0\n")
@@ -199,7 +205,7 @@ def test_hostile_tokens_end_up_as_text_on_the_page(tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert page.count("<script") == page.count("</script>") == 2
     data = page.split('id="data">')[1].split("</script>")[0]
-    assert json.loads(data)["views"][0]["samples"] == [line]
+    assert json.loads(data)["views"][0]["samples"] == [drawn(line)]
 
 
 # ---- the command
@@ -258,7 +264,7 @@ def test_the_command_writes_whole_lines_which_the_page_shows(workdir, capsys):
     assert main(["report", f"--workdir={workdir}", f"--out={out}"]) == 0
     assert out.read_text().count("<script") == 2
     data = out.read_text().split('id="data">')[1].split("</script>")[0]
-    assert json.loads(data)["views"][0]["samples"] == lines
+    assert json.loads(data)["views"][0]["samples"] == [drawn(line) for line in lines]
 
 
 def test_bad_input_is_one_line_and_status_2(workdir, capsys):
