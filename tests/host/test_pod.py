@@ -51,7 +51,7 @@ grade = lambda asked, texts: [
     Grade(p.number + t[0] + t[2] / 100, "timeout" if p.number == 3 else "graded")
     for p, t in zip(asked, texts)
 ]
-completion = Completion(rows[0], rows[1], None, None, stopped=rows[2])
+completion = Completion(*rows[:2], logps=None, stopped=rows[2])
 graded = row_grader(problems, tokenizer, grade)(completion, np.arange(8)[::-1])
 mine, held = sharding.local_rows(rows[0])
 assert (held == ids[mine]).all()
