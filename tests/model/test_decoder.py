@@ -80,7 +80,8 @@ def test_attention_over_two_stores_equals_numpy_over_one(window, cached, softcap
         keys = np.where(held[:, None], k, 99.0).transpose(0, 1, 3, 2)
         values = np.where(held[:, None], v, 99.0)
         at = np.broadcast_to(np.where(held, positions, EMPTY_POSITION), (B, S))
-        return jnp.asarray(keys, jnp.float32), jnp.asarray(values, jnp.float32), jnp.asarray(at)
+        kv = KV(jnp.asarray(keys, jnp.float32), jnp.asarray(values, jnp.float32))
+        return KVCache(kv, jnp.asarray(at))
 
     out = ATTEND(
         jnp.asarray(q.reshape(B, K, G, S, H), jnp.float32),
