@@ -27,7 +27,7 @@ COMMANDS = {
 NUMBERS = ["nan", "inf", "-inf", "1e400", "-1", "1.5", "", " ", "x", "0x10", "9" * 10, "9" * 5000]
 NUMBERS += ["½", "٣½", "1e5", "None", "-0.5", "1,000", "\udcff", "\0", "0.5", "1"]
 TEXTS = ["\udcff", "a\ud800b", "\0", "a\0b"]
-PATHS = ["", *TEXTS, "x" * 5000, "x" * 300, "a_pipe", "a_file/below"]
+PATHS = ["", *TEXTS, "x" * 5000, "x" * 300, "a_pipe", "a_file/below", "gs://bucket/run", "s3://b"]
 FLAGS = {
     "generate": {
         **dict.fromkeys(("--temperature", "--top_p", "--min_p", "--repetition_penalty"), NUMBERS),
@@ -160,6 +160,10 @@ def test_wild_values_together_and_flags_that_are_none(places, capsys):
         (
             ["train", "--gin_file=no.gin", "--workdir=a_file"],
             "--workdir must be a folder, not",
+        ),
+        (
+            ["train", "--gin_file=no.gin", "--workdir=gs://b/r"],
+            "--workdir must be a path on a file system that is mounted here, not 'gs://b/r': buck",
         ),
         (["tokens", "--workdir=r", "--step=1.5"], "--step must be a number or 'best', not '1.5'"),
         (["tokens", "--workdir=r", "--num=0"], "--num must be an integer >= 1 and <= 1024, not 0"),

@@ -21,6 +21,16 @@ MOST_BYTES = 2**31
 _MOST_JSON_BYTES = 100 * 2**20
 
 
+def require_mounted(path: str | os.PathLike[str], name: str = "") -> None:
+    """Raises a UserError for gs://bucket/run and its like, which would silently become a local
+    folder "gs:" of each host. As a Path it has lost its second slash."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)):
+        raise UserError(
+            f"{name} must be a path on a file system that is mounted here, not "
+            f"{os.fspath(path)!r}: buckets are neither read nor written".lstrip()
+        )
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a whole file or, killed or out of space, leaves the old one; folders are made.
 

@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 from opsd_jax.errors import UserError
+from opsd_jax.host.files import require_mounted
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,7 +103,10 @@ def labelled_folder(value: str) -> str:
 def _exists(value: str) -> bool:
     """Whether there is something of that name; refuses what no file system takes for a name."""
     try:
-        os.stat(some_text(value))
+        require_mounted(some_text(value))
+        os.stat(value)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     except FileNotFoundError:
         return False
     except OSError as error:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from jax.sharding import Mesh
 
+from opsd_jax.host.files import require_mounted
 from opsd_jax.host.pod import first_process_first
 from opsd_jax.model.sharding import Rules
 from opsd_jax.run.experiment import Base
@@ -34,6 +35,7 @@ class TestbedBase:
 
     def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Callable[[str], None]) -> Base:
         del mesh, rules
+        require_mounted(self.cache_dir or "", "TestbedBase.cache_dir")
         folder = self.cache_dir or cache_dir
         base = first_process_first(
             lambda: load_or_train(self.warm_start, TESTBED_MODEL, folder, say),

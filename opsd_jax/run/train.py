@@ -30,7 +30,7 @@ from opsd_jax.evaluation.evaluate import ROLES, Evaluator
 from opsd_jax.evaluation.runs import Run, read_run
 from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.host.config_text import first_difference
-from opsd_jax.host.files import read_metrics, read_text, write_whole
+from opsd_jax.host.files import read_metrics, read_text, require_mounted, write_whole
 from opsd_jax.host.guard import Guard
 from opsd_jax.host.identity import (
     OWN_CODE,
@@ -74,6 +74,7 @@ def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict
       UserError: another command or another config in the workdir, data or model that do not
         fit, a full disk, or a loss that is not finite.
     """
+    require_mounted(workdir, "the workdir")
     workdir = Path(workdir)
     with ExitStack() as stack:
         progress = stack.enter_context(ProgressLine(experiment.train.num_steps))

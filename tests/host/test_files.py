@@ -14,6 +14,7 @@ from opsd_jax.host.files import (
     read_json_lines,
     read_metrics,
     read_text,
+    require_mounted,
     require_writable,
     write_json_lines,
     write_whole,
@@ -88,3 +89,11 @@ def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
     for folder in ("/dev/null", str(tmp_path / "file" / "c"), "/proc/x"):
         with pytest.raises(UserError, match=f"cannot write to {folder}"):
             require_writable(Path(folder))
+
+
+def test_a_bucket_is_no_folder_here():
+    for fine in ("runs/a", "/runs/a:b", "c:/runs", "", Path("a/b:/c")):
+        require_mounted(fine)
+    for bucket in ("gs://b/r", Path("gs://b/r"), "s3://b", "file:///r"):
+        with pytest.raises(UserError, match="the workdir must be a path .* not '"):
+            require_mounted(bucket, "the workdir")
