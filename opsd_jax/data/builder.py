@@ -39,8 +39,8 @@ class ProblemBuilder(tfds.core.GeneratorBasedBuilder):
     skip_registration = True
 
     def _info(self) -> tfds.core.DatasetInfo:
-        fields = dataclasses.fields(self.builder_config.problem_type)
-        features = {field.name: tfds.features.Text() for field in fields}
+        names = _text_fields(self.builder_config.problem_type)
+        features: dict = {name: tfds.features.Text() for name in names}
         features["position"] = tfds.features.Scalar(np.int64)  # TFDS stores in an order of its own
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
@@ -50,7 +50,8 @@ class ProblemBuilder(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self):
         for position, problem in enumerate(self.builder_config.generate()):
-            yield position, dataclasses.asdict(problem) | {"position": position}
+            texts = {name: getattr(problem, name) for name in _text_fields(type(problem))}
+            yield position, texts | {"position": position}
 
 
 def generated_problems(
@@ -94,8 +95,13 @@ def generated_problems(
                 rows = _rows(builder, config, root)
         except OSError as error:
             raise UserError(f"Cannot keep problems in {root}: {error}.") from error
-    names = [field.name for field in dataclasses.fields(problem_type)]
+    names = _text_fields(problem_type)
     return tuple(problem_type(**{name: row[name].decode() for name in names}) for row in rows)
+
+
+def _text_fields(problem_type: type[Problem]) -> list[str]:
+    """All but `columns`: what is generated has none."""
+    return [field.name for field in dataclasses.fields(problem_type) if field.name != "columns"]
 
 
 def _rows(builder: type[ProblemBuilder], config: _Config, root: str) -> list[dict]:

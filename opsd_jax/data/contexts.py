@@ -146,7 +146,7 @@ class ContextConfig:
         "{solution}" leaks nothing.
         """
         fields = {
-            "question": problem.question,
+            "question": problem.question_text,
             "solution": problem.solution,
             "answer": problem.answer,
             "instruction": self.instruction,
@@ -172,7 +172,7 @@ def quoted_problem(config: ContextConfig, tokenizer: Tokenizer, problem: Problem
     Raises:
       UserError: it has some and they are refused, or a text is not valid Unicode.
     """
-    fields = {}
+    fields: dict[str, Any] = {}
     for name in ("question", "solution", "answer"):
         text = getattr(problem, name)
         if not isinstance(text, str):

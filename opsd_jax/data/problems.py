@@ -19,25 +19,9 @@ from typing import Annotated, Any, ClassVar, Protocol, TypeGuard
 
 from opsd_jax.data import grading
 from opsd_jax.data.numbers import plain_number
+from opsd_jax.data.record import Problem
 from opsd_jax.errors import UserError
 from opsd_jax.fields import Natural, check, require
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One record.
-
-    Attributes:
-      id: unique within its set.
-      question: what both roles see.
-      solution: worked reference for the teacher; "" where the source has none.
-      answer: what the grader compares with.
-    """
-
-    id: str
-    question: str
-    solution: str
-    answer: str
 
 
 class ProblemSet(Protocol):

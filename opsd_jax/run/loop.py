@@ -243,7 +243,7 @@ def sample_row(generation: Generation) -> dict[str, Any]:
     problem = generation.problem
     return {
         "id": problem.id,
-        "question": problem.question,
+        "question": problem.question_text,
         "answer": problem.answer,
         "completion": generation.text,
         "reward": generation.reward,

@@ -288,7 +288,7 @@ def tokens_command(workdir: str, step: int | str | None, num: int, seed: int) ->
         {
             "step": run.step,
             "id": problem.id,
-            "question": problem.question,
+            "question": problem.question_text,
             "teacher_prompt": run.experiment.training_contexts.prompt(problem, "teacher"),
             "analysis": analyses[b],
             "answer": problem.answer,

@@ -303,9 +303,9 @@ def tell_contamination(
     """Says how many held-out problems have a question that is trained on too, if any has."""
     if evaluator is None:
         return
-    trained = {" ".join(problems[i].question.split()) for i in range(len(problems))}
+    trained = {" ".join(problems[i].question_text.split()) for i in range(len(problems))}
     asked = {p.problem.id: p.problem for prompts in evaluator.prompts.values() for p in prompts}
-    shared = sum(" ".join(problem.question.split()) in trained for problem in asked.values())
+    shared = sum(" ".join(problem.question_text.split()) in trained for problem in asked.values())
     if shared:
         say(
             f"{shared:,} of {len(asked):,} held-out problems are trained on too (the same "

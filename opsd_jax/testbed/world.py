@@ -224,7 +224,7 @@ def own_notation(question: str) -> str:
 
 def own_solution(problem: Problem) -> str:
     """A problem's right response in the student's own notation, for `References.template`."""
-    return own_notation(problem.question)
+    return own_notation(problem.question_text)
 
 
 def grade(problem: Problem, completion: str) -> float:
