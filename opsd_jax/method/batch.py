@@ -6,6 +6,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import flax
+import jax
+import jax.numpy as jnp
 
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.sampling.prompts import Context
@@ -15,12 +17,27 @@ from opsd_jax.sampling.prompts import Context
 class Batch:
     """One batch of problems as the two roles see them: [B, P] and [B, Q] prompts.
 
-    reference: [B, C] the data's own completions, stop token included, where a method reads them.
+    reference: [B, C] the data's own completions, stop token included, where a method reads them;
+    views: K - 1 further teacher contexts of each row, [B, Q_k]; `teacher` is the first of K;
+    has_context: [B] bool, False where no teacher context could be built: such a row may hold any
+    context there and weighs 0 in every term that looks at the teacher. None is all True.
     """
 
     student: Context
     teacher: Context
     reference: Context | None = None
+    views: tuple[Context, ...] = ()
+    has_context: jax.Array | None = None
+
+    def in_context(self, mask: jax.Array) -> jax.Array:
+        """Tokens [B, C] that count and whose row has a teacher context."""
+        return mask if self.has_context is None else mask & self.has_context[:, None]
+
+    def without_context(self) -> jax.Array:
+        """The share of rows for which no teacher context could be built, [] float32."""
+        if self.has_context is None:
+            return jnp.zeros((), jnp.float32)
+        return jnp.mean(~self.has_context, dtype=jnp.float32)
 
 
 class Policy(NamedTuple):

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax.fields import NotNegative, Positive, require
+from opsd_jax.method.batch import Batch
 from opsd_jax.method.objective import (
     Distillation,
     Loss,
@@ -70,7 +71,7 @@ class PolicyGradient:
         require("PolicyGradient", self)
 
     def plan(
-        self, completion: Completion, rewards: jax.Array, group_size: int
+        self, batch: Batch, completion: Completion, rewards: jax.Array, group_size: int
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Advantages and weights of the rows, and how many groups teach nothing."""
         size = rewards.shape[0] if self.baseline == "batch" else group_size
@@ -97,7 +98,7 @@ class PolicyGradient:
             values += self.kl_weight * kl
             per_token["policy/kl_initial"] = jax.lax.stop_gradient(kl)
         sums = masked_sums(per_token, completion.mask)
-        sums |= student_sums(logps, entropy, completion)
+        sums |= student_sums(logps, entropy, completion.logps, completion.mask)
         return Loss(weighted_sum(values, plan["weights"]), sums)
 
 
@@ -126,12 +127,12 @@ class RewardMix:
         require("RewardMix", self)
 
     def plan(
-        self, completion: Completion, rewards: jax.Array, group_size: int
+        self, batch: Batch, completion: Completion, rewards: jax.Array, group_size: int
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """The plan of the policy gradient, and the weights of the divergence."""
-        rows, metrics = self.policy_gradient.plan(completion, rewards, group_size)
+        rows, metrics = self.policy_gradient.plan(batch, completion, rewards, group_size)
         right = rewards >= 0.5
-        distil = self.distillation_weight * mean_weights(completion.mask, "token")
+        distil = self.distillation_weight * mean_weights(batch.in_context(completion.mask), "token")
         reward = self.reward_weight * rows["weights"]
         if self.route == "by_reward":
             distil = jnp.where(right[:, None], 0.0, distil)
@@ -141,7 +142,9 @@ class RewardMix:
     def __call__(self, reader: Reader, plan: dict[str, jax.Array]) -> Loss:
         reward = self.policy_gradient(reader, plan)
         distilled = Distillation()(reader, {"weights": plan["distillation_weights"]})
-        return Loss(reward.value + distilled.value, reward.sums | distilled.sums, distilled.rows)
+        return Loss(
+            reward.value + distilled.value, reward.sums, distilled.rows, distilled.context_sums
+        )
 
 
 def group_advantages(

@@ -48,6 +48,33 @@ def scored_ids(context: Context, completion: Completion, vocab_size: int) -> jax
     return jnp.where(jnp.arange(ids.shape[1]) < ends[:, None], ids, filling)
 
 
+def hidden_of_each(
+    model: Decoder,
+    variables: dict,
+    contexts: tuple[Context, ...],
+    completion: Completion,
+    after: jax.Array | None = None,
+) -> tuple[jax.Array, ...]:
+    """`completion_hidden` in each of K contexts, one after the other.
+
+    The memory of one pass is free before the next one begins, so K contexts cost the peak of the
+    widest and K [B, C, D] results.
+
+    Args:
+      model, variables, completion: of the role that reads.
+      contexts: K of them, of any widths.
+      after: what must be there before the first begins.
+    """
+    found: tuple[jax.Array, ...] = ()
+    for context in contexts:
+        if after is not None:
+            # Nothing else keeps a compiler from running independent passes side by side.
+            context, _ = jax.lax.optimization_barrier((context, after))
+        after = completion_hidden(model, variables, context, completion)
+        found += (after,)
+    return found
+
+
 def completion_hidden(
     model: Decoder,
     variables: dict,

@@ -130,7 +130,7 @@ def update(
     """
     if method.reasoner:
         batch = method.reasoner.join(batch, completion.analysis)
-    plan, planned = method.objective.plan(completion, rewards, method.group_size)
+    plan, planned = method.objective.plan(batch, completion, rewards, method.group_size)
     rows = (batch, completion, plan, jnp.arange(completion.mask.shape[0]))
 
     def one_pass(carry: tuple[Any, Any], number: jax.Array | int):
@@ -143,7 +143,7 @@ def update(
         )
         updates, opt_state = method.optimizer.update(gradient, opt_state, trainable)
         trainable = optax.apply_updates(trainable, updates)
-        metrics = loss_metrics(method, loss, completion)
+        metrics = loss_metrics(method, loss, batch, completion)
         metrics["optim/grad_norm"] = optax.tree.norm(gradient)
         metrics["optim/update_norm"] = optax.tree.norm(updates)
         metrics["optim/param_norm"] = optax.tree.norm(trainable)
@@ -156,13 +156,14 @@ def update(
         carry, metrics = jax.lax.scan(one_pass, carry, jnp.arange(method.num_updates))
         (trainable, opt_state), metrics = carry, jax.tree.map(lambda x: jnp.mean(x, 0), metrics)
     step = state.step + 1
+    metrics |= planned | token_metrics(method, completion) | context_metrics(batch, completion)
     return dataclasses.replace(
         state,
         step=step,
         trainable=trainable,
         teacher=method.teacher.update(state.teacher, trainable, step),
         opt_state=opt_state,
-    ), metrics | planned | token_metrics(method, completion)
+    ), metrics
 
 
 def micro_loss(
@@ -214,10 +215,15 @@ def accumulate(
     return jax.lax.scan(add, zeros, micros)[0]
 
 
-def loss_metrics(method: Method, loss: Loss, completion: Completion) -> Metrics:
+def loss_metrics(method: Method, loss: Loss, batch: Batch, completion: Completion) -> Metrics:
     """The loss, what it says about a token on average, and about each row in sum."""
-    num_tokens = jnp.maximum(jnp.sum(completion.mask), 1)
-    metrics = {name: total / num_tokens for name, total in loss.sums.items()}
+    metrics: Metrics = {}
+    for sums, mask in (
+        (loss.context_sums, batch.in_context(completion.mask)),
+        (loss.sums, completion.mask),  # the student's are over all rows, where known
+    ):
+        num_tokens = jnp.maximum(jnp.sum(mask), 1)
+        metrics |= {name: total / num_tokens for name, total in sums.items()}
     if not method.completions.on_policy:
         # Whoever sampled it, it was not the student: the gap would mean nothing.
         metrics.pop("rollout/logp_gap", None)
@@ -238,6 +244,16 @@ def token_metrics(method: Method, completion: Completion) -> Metrics:
         if method.completions.generates:
             metrics["rollout/tokens"] += metrics["analysis/tokens"]
     return metrics
+
+
+def context_metrics(batch: Batch, completion: Completion) -> Metrics:
+    """The share of rows without a teacher context, and the tokens of each row that has one."""
+    if batch.has_context is None:
+        return {}
+    return {
+        "teacher/no_context_fraction": batch.without_context(),
+        "rows/context_tokens": jnp.sum(batch.in_context(completion.mask), axis=1),
+    }
 
 
 def rollout_metrics(completion: Completion, config: RolloutConfig) -> Metrics:

@@ -80,7 +80,8 @@ def rollout_timer(parts: Assembly) -> Callable[[TrainState, Batch], float]:
     warm: set[tuple] = set()
 
     def measure(state: TrainState, batch: Batch) -> float:
-        shapes = (batch.student.ids.shape, batch.teacher.ids.shape)
+        contexts = (batch.student, batch.teacher, *batch.views)
+        shapes = tuple(context.ids.shape for context in contexts)
         if shapes not in warm:
             jax.block_until_ready(sample(state, batch))
             warm.add(shapes)
@@ -128,7 +129,7 @@ def grade_metrics(grades: Graded, rows: dict[str, np.ndarray]) -> dict[str, floa
         metrics[f"rollout/{name}"] = float(known.mean()) if known.size else float("nan")
     if "rows/divergence" in rows:
         for name, those in (("right", rewards >= 0.5), ("wrong", rewards < 0.5)):
-            tokens = rows["rows/tokens"][those].sum()
+            tokens = rows.get("rows/context_tokens", rows["rows/tokens"])[those].sum()
             if tokens:
                 mean = float(rows["rows/divergence"][those].sum() / tokens)
                 metrics[f"loss/divergence_{name}"] = mean

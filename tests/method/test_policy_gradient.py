@@ -48,7 +48,7 @@ def completion_of(lengths, old, stopped=None) -> Completion:
 
 
 def loss_of(objective, logps, completion, rewards, group_size, initial=INITIAL):
-    rows, _ = objective.plan(completion, jnp.asarray(rewards, jnp.float32), group_size)
+    rows, _ = objective.plan(None, completion, jnp.asarray(rewards, jnp.float32), group_size)
     reader = SimpleNamespace(
         completion=completion,
         student_logps=(logps, jnp.zeros_like(logps)),
@@ -139,17 +139,17 @@ def test_one_number_by_hand():
 def test_groups_without_variance_are_counted_and_can_be_left_out():
     completion = completion_of(LENGTHS, OLD, stopped=[True, False, True, True])
     rewards = jnp.asarray(REWARDS, jnp.float32)
-    rows, metrics = PolicyGradient(mean="token").plan(completion, rewards, 2)
+    rows, metrics = PolicyGradient(mean="token").plan(None, completion, rewards, 2)
     assert metrics["reward/zero_variance_fraction"] == 0.5
     np.testing.assert_allclose(rows["weights"][0], 1 / 9, rtol=1e-6)
     assert not np.any(rows["advantages"][2:])
     dropping = PolicyGradient(mean="token", drop_zero_variance=True)
-    rows, _ = dropping.plan(completion, rewards, 2)
+    rows, _ = dropping.plan(None, completion, rewards, 2)
     np.testing.assert_allclose(rows["weights"].sum(axis=1), [3 / 4, 1 / 4, 0, 0], rtol=1e-6)
     dropping = dataclasses.replace(dropping, drop_truncated=True)
-    rows, _ = dropping.plan(completion, rewards, 2)
+    rows, _ = dropping.plan(None, completion, rewards, 2)
     np.testing.assert_allclose(rows["weights"].sum(axis=1), [1, 0, 0, 0], rtol=1e-6)
-    rows, _ = dropping.plan(completion, jnp.ones(4), 2)
+    rows, _ = dropping.plan(None, completion, jnp.ones(4), 2)
     assert not np.any(rows["weights"])  # All left out: a step without a gradient, and no NaN.
 
 
