@@ -32,7 +32,8 @@ def run_pair(script: str, *arguments: object, num_devices: int = 1) -> list[tupl
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-    devices = f"--xla_force_host_platform_device_count={num_devices}"
+    # The last of two values counts.
+    devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={num_devices}"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": devices}
     pair = [
         subprocess.Popen(

@@ -57,6 +57,26 @@ def attend_store(
     number = pl.cdiv(S, size)
     first_B = jnp.clip(starts_B // size, 0, number - 1)
     last_B = jnp.clip((stops_B - 1) // size, 0, number - 1)
+    queries, keys, values, sums = _block_specs(K, G, H, size)
+    out, logsum = pl.pallas_call(
+        partial(_add_block, softcap=softcap),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=5,
+            grid=(B, number),
+            in_specs=[queries, keys, values],
+            out_specs=[queries, sums],
+            scratch_shapes=[pltpu.VMEM((K, G, n), jnp.float32) for n in (1, 1, H)],
+        ),
+        out_shape=[jax.ShapeDtypeStruct((B, K, G, n), jnp.float32) for n in (H, 1)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+    )(layer[None], first_B, last_B, starts_B, stops_B, q_BKGH, kv.keys, kv.values)
+    return out, logsum[..., 0]
+
+
+def _block_specs(K: int, G: int, H: int, size: int) -> tuple:
+    """What a step (row, block of the store) sees: queries, keys, values, one number per query."""
+    from jax.experimental import pallas as pl
 
     def row(b, s, *_):
         return b, 0, 0, 0
@@ -71,24 +91,12 @@ def attend_store(
     def of_values(b, s, layer, first, last, *_):
         return layer[0], b, 0, block(b, s, first, last), 0
 
-    out, logsum = pl.pallas_call(
-        partial(_add_block, softcap=softcap),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
-            grid=(B, number),
-            in_specs=[
-                pl.BlockSpec((None, K, G, H), row),
-                pl.BlockSpec((None, None, K, H, size), of_keys),
-                pl.BlockSpec((None, None, K, size, H), of_values),
-            ],
-            out_specs=[pl.BlockSpec((None, K, G, H), row), pl.BlockSpec((None, K, G, 1), row)],
-            scratch_shapes=[pltpu.VMEM((K, G, n), jnp.float32) for n in (1, 1, H)],
-        ),
-        out_shape=[jax.ShapeDtypeStruct((B, K, G, n), jnp.float32) for n in (H, 1)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        interpret=interpret,
-    )(layer[None], first_B, last_B, starts_B, stops_B, q_BKGH, kv.keys, kv.values)
-    return out, logsum[..., 0]
+    return (
+        pl.BlockSpec((None, K, G, H), row),
+        pl.BlockSpec((None, None, K, H, size), of_keys),
+        pl.BlockSpec((None, None, K, size, H), of_values),
+        pl.BlockSpec((None, K, G, 1), row),
+    )
 
 
 def _add_block(

@@ -118,7 +118,8 @@ def test_a_run_that_learns_from_grades_resumes_bit_for_bit(tmp_path):
 
 
 def start(workdir, *bindings) -> subprocess.Popen:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": devices}
     return subprocess.Popen(
         [sys.executable, "-m", "opsd_jax", *command(workdir, *bindings)],
         env=env,
