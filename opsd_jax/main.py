@@ -168,7 +168,7 @@ def add_model(command: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGr
     which.add_argument(
         "--model",
         type=flags.file_or_folder,
-        help="a Hugging Face directory, a .gguf file, or 'smollm2'",
+        help="a Hugging Face directory, a .gguf file, owner/name on the Hub, or 'smollm2'",
     )
     add_step(command)
     return which

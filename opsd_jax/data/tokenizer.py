@@ -16,6 +16,7 @@ from opsd_jax.data.chat_template import render_template
 from opsd_jax.errors import UserError
 from opsd_jax.host.files import read_json
 from opsd_jax.host.foreign_values import ForeignValues, shown
+from opsd_jax.host.hub import model_folder
 
 # What a model without a chat template is shown; base models continue a dialogue written so.
 PLAIN_FORMAT = "User: {prompt}\nAssistant:"
@@ -279,9 +280,13 @@ class HFTokenizer:
 def load_tokenizer(directory: str) -> HFTokenizer:
     """The tokenizer of a Hugging Face directory, with every end-of-turn id it declares.
 
+    Args:
+      directory: or `owner/name[@revision]` on the Hub, of which no weights are fetched.
+
     Raises:
       UserError: no tokenizer files there, or files that `transformers` cannot read.
     """
+    directory = model_folder(directory, "the tokenizer", weights=False)
     if not any(os.path.exists(os.path.join(directory, f)) for f in TOKENIZER_FILES):
         raise UserError(
             f"{directory}: no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the tokenizer "

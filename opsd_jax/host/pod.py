@@ -76,6 +76,18 @@ def time_of_first_process() -> datetime.datetime:
     return datetime.datetime.fromtimestamp(int(seconds), datetime.UTC).replace(tzinfo=None)
 
 
+def text_of_first_process(text: str) -> str:
+    """The text that process 0 has, on every process."""
+    if jax.process_count() == 1:
+        return text
+    data = np.frombuffer(text.encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.uint32(len(data))))
+    filled = np.zeros(length, np.uint8)
+    if jax.process_index() == 0:
+        filled[:] = data
+    return multihost_utils.broadcast_one_to_all(filled).tobytes().decode()
+
+
 def refuse_together(refusal: UserError | None, what: str) -> None:
     """Waits for process 0 and raises what it refuses, on the others as well.
 

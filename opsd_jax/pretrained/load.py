@@ -29,6 +29,7 @@ from opsd_jax.data.tokenizer import (
 from opsd_jax.errors import UserError
 from opsd_jax.host.files import read_json
 from opsd_jax.host.foreign_values import ForeignValues, shown
+from opsd_jax.host.hub import model_folder
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.decoder import Decoder, init_variables
 from opsd_jax.model.sharding import FULLY_SHARDED, Rules, variable_shardings
@@ -184,10 +185,11 @@ def _no_safetensors(path: str) -> str:
 def load_pretrained(
     path: str, dtype: str = "float32", mesh: Mesh | None = None, rules: Rules = FULLY_SHARDED
 ) -> Pretrained:
-    """Reads a Hugging Face directory, a GGUF file, or SmolLM2 by its name.
+    """Reads a Hugging Face directory, a GGUF file, a model of the Hub, or SmolLM2 by its name.
 
     Args:
-      path: a directory with config.json and safetensors, a .gguf file, or "smollm2".
+      path: a directory with config.json and safetensors, a .gguf file, `owner/name[@revision]` on
+        the Hub (`host/hub.py`), or "smollm2".
       dtype: "float32" or "bfloat16", of the parameters and of the computation.
       mesh: where the parameters live; None is the default device.
       rules: logical to mesh axes, with a mesh.
@@ -197,6 +199,7 @@ def load_pretrained(
     """
     if path == "smollm2":
         path = smollm2_path()
+    path = model_folder(path, "path")
     source: TensorSource
     if os.path.isdir(path):
         raw = read_json(os.path.join(path, "config.json"))
@@ -210,7 +213,8 @@ def load_pretrained(
         raw, tokenizer = gguf.config, gguf.tokenizer()
     else:
         raise UserError(
-            f"{path}: no such model; name a Hugging Face directory, a .gguf file or 'smollm2'"
+            f"{path}: no such model; name a Hugging Face directory, a .gguf file, 'owner/name' on "
+            "the Hub, which this is not, or 'smollm2'"
         )
     config = dataclasses.replace(config_from_hf(raw), dtype=dtype)
     if tokenizer and tokenizer.vocab_size > config.vocab_size:

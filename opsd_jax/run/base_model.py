@@ -32,7 +32,8 @@ class PretrainedModel:
     """A model from files.
 
     Args:
-      path: a Hugging Face directory, a GGUF file, or "smollm2" (fetched once).
+      path: a Hugging Face directory, a GGUF file, `owner/name[@revision]` on the Hub, or "smollm2";
+        the latter two are fetched once.
       dtype: of the parameters as loaded; those that are trained become float32.
     """
 

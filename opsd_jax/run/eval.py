@@ -39,6 +39,7 @@ from opsd_jax.host.metrics import plain
 from opsd_jax.run.assembly import load_models
 from opsd_jax.run.config import load_experiment, load_run
 from opsd_jax.run.finished_run import Restored, restore_run, say
+from opsd_jax.run.pins import pinned
 from opsd_jax.run.train import heldout_parts, make_evaluator, start_notices
 
 
@@ -60,7 +61,7 @@ def plain_model(path: str, gin_files: Sequence[str] = (), bindings: Sequence[str
         f"PretrainedModel.path = {path!r}",
         "train.lora = None",
     )
-    experiment, _ = load_experiment(gin_files, [*bindings, *chosen], untrained)
+    experiment, _ = pinned(load_experiment(gin_files, [*bindings, *chosen], untrained)[0])
     identity = Identity(Path(path))
     base, _, parts = load_models(experiment, "", say, identity, with_teacher=False)
     variables = {"params": base.params}
@@ -88,6 +89,7 @@ def evaluate_held_out(
         run = restore_run(workdir, step, lambda own: load_run(own, gin_files, bindings))
     else:
         run = plain_model(str(model), gin_files, bindings)
+    run = run._replace(experiment=pinned(run.experiment)[0])
     what = Path(gin_files[-1]).stem if gin_files else "heldout"
     which = f"step_{run.step:06d}" if workdir else Path(str(model)).name
     folder = Path(out) if out else Path(workdir or ".") / "eval" / f"{what}_{which}"

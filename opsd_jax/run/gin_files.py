@@ -13,11 +13,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from opsd_jax.errors import UserError
+from opsd_jax.host.hub import Kind, is_hub_name
 
 _HEADER = "# Imports from "
 _MODULES = (".py", os.sep + "__init__.py")
 
 
+# Fields that may name something on the Hub, and what.
+HUB_FIELDS: Mapping[str, tuple[str, Kind]] = {
+    "PretrainedModel": ("path", "model"),
+    "JsonlProblems": ("path", "dataset"),
+    "ParquetProblems": ("path", "dataset"),
+}
 _PATHS = ("path", "workdir", "cache_dir", "data_dir")
 _FOLDERS = ("RandomModel.tokenizer", "RandomModel.config")  # or something else than a folder
 
@@ -31,6 +38,8 @@ def absolute_path(name: str, field: str, value: Any) -> Any:
       value: anything.
     """
     if not isinstance(value, str) or value in ("", "smollm2") or "://" in value or value[0] == "~":
+        return value
+    if name in HUB_FIELDS and is_hub_name(value):
         return value
     is_folder = f"{name}.{field}" in _FOLDERS and os.path.isdir(value)
     return os.path.abspath(value) if field in _PATHS or is_folder else value

@@ -58,6 +58,7 @@ from opsd_jax.run.assembly import (
 )
 from opsd_jax.run.experiment import Base, Experiment
 from opsd_jax.run.loop import BEST_METRIC, Loop, saved
+from opsd_jax.run.pins import pinned
 from opsd_jax.run.stepping import GradeAll, check_answers
 from opsd_jax.sampling.slots import Sampler
 
@@ -79,6 +80,7 @@ def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict
     with ExitStack() as stack:
         progress = stack.enter_context(ProgressLine(experiment.train.num_steps))
         stack.enter_context(only_writer(workdir, progress.note))
+        experiment, config_text = pinned(experiment, config_text, workdir)
         check_config(workdir, config_text)
         loop, state, batches, start = prepare(experiment, config_text, workdir, progress, stack)
         return loop.run(state, batches, start, stack.enter_context(Preemption()))
