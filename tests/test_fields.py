@@ -8,7 +8,7 @@ import typing
 import pytest
 
 from opsd_jax.data.contexts import ContextConfig
-from opsd_jax.data.problems import JsonlProblems
+from opsd_jax.data.files import JsonlProblems
 from opsd_jax.data.reasoning_gym import ReasoningGym
 from opsd_jax.divergence.config import DivergenceConfig
 from opsd_jax.errors import UserError
@@ -70,7 +70,7 @@ ZERO = set(
     reasonfirst.temperature reasonfirst.top_k randommodel.seed chainarithmetic.seed chaintask.seed
     chaintask.weak_fraction chaintask.weak_right chaintask.weak_misconception
     corpus.counterfactual corpus.drop corpus.near corpus.wrong_prefix warmstart.seed
-    warmstart.warmup_steps jsonlproblems.start reasoninggym.seed""".split()
+    warmstart.warmup_steps jsonlproblems.hash_start jsonlproblems.start reasoninggym.seed""".split()
 )
 MINUS_ONE = set(
     """rollout.presence_penalty mesh.data model.norm_offset model.query_scale model.embed_scale

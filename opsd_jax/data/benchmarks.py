@@ -7,8 +7,9 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+from opsd_jax.data.files import JsonlProblems, ParquetProblems, is_hidden
 from opsd_jax.data.grading import Grader
-from opsd_jax.data.problems import JsonlProblems, LoadedProblems, ParquetProblems, is_hidden
+from opsd_jax.data.problems import LoadedProblems
 from opsd_jax.errors import UserError
 from opsd_jax.fields import require
 

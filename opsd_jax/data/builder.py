@@ -100,8 +100,9 @@ def generated_problems(
 
 
 def _text_fields(problem_type: type[Problem]) -> list[str]:
-    """All but `columns`: what is generated has none."""
-    return [field.name for field in dataclasses.fields(problem_type) if field.name != "columns"]
+    """All but further columns and answers: what is generated has none."""
+    names = [field.name for field in dataclasses.fields(problem_type)]
+    return [name for name in names if name not in ("columns", "other_answers")]
 
 
 def _rows(builder: type[ProblemBuilder], config: _Config, root: str) -> list[dict]:

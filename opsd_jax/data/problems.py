@@ -1,27 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems: what a record is, what a set of them can do, and how to read them from local files.
+"""Problem sets: what a set of records can do, and how rows with named columns become one.
 
 A *problem set* is any object with `len`, integer indexing and `grade`; a *source* is a frozen
-dataclass whose `load(cache_dir)` gives one. Files are read as hostile data: nothing is unpickled
-or evaluated, and every row that does not fit stops the load with its file and row number.
+dataclass whose `load(cache_dir)` gives one. Rows are hostile data: nothing is unpickled or
+evaluated, and every row that does not fit stops the load with its file and row number.
 """
 
 import dataclasses
-import glob
-import json
-import math
-import os
-import pathlib
+import hashlib
 from collections.abc import Callable, Iterator
-from decimal import Decimal
-from fractions import Fraction
-from typing import Annotated, Any, ClassVar, Protocol, TypeGuard
+from typing import Annotated, Any, Protocol
 
 from opsd_jax.data import grading
-from opsd_jax.data.numbers import plain_number
-from opsd_jax.data.record import Problem
+from opsd_jax.data.record import Message, Problem, Question, question_text
+from opsd_jax.data.rows import (
+    advice,
+    conversation,
+    find,
+    further_columns,
+    has,
+    is_number,
+    leaves,
+    scalar_text,
+)
 from opsd_jax.errors import UserError
-from opsd_jax.fields import Natural, check, require
+from opsd_jax.fields import Natural, Share, check, require
 
 
 class ProblemSet(Protocol):
@@ -66,13 +69,16 @@ class LoadedProblems:
 class AnswerGrader:
     """Grades against `problem.answer` with a function (answer, completion) -> float.
 
-    `extract` and `same` exist where the grader has them: a function of the user's may not.
+    Of several right answers the best grade counts. `extract` and `same` exist where the grader has
+    them: a function of the user's may not.
     """
 
     grader: grading.Grader
 
     def __call__(self, problem: Problem, completion: str) -> float:
-        return self.grader(problem.answer, completion)
+        grades = [self.grader(a, completion) for a in (problem.answer, *problem.other_answers)]
+        # A grader may give (value, feedback).
+        return max(grades, key=lambda grade: grade[0] if isinstance(grade, tuple) else grade)
 
     @property
     def extract(self) -> Callable[[str], str | None]:
@@ -95,36 +101,53 @@ class AnswerGrader:
 class TableProblems:
     """Rows with named columns; a subclass says where they come from.
 
+    A column inside another is written `outer.inner` (`data/rows.py`).
+
     Attributes:
-      question_column: text.
-      answer_column: text or a number; None says that there are no answers, so nothing is graded
-        (and nothing can be held out).
-      solution_column: text; None says that the source has no solutions.
+      question_column: text, or a conversation as a list of {"role", "content"}. Where that ends
+        with the assistant's turn, which must be the solution or the answer, it is cut off.
+      answer_column: text, a number, a boolean, a list of them of which any is right, or a
+        conversation; None says that there are no answers, so nothing is graded (and nothing can be
+        held out).
+      solution_column: text, or a conversation, whose last turn of the assistant's it is; None says
+        that the source has no solutions.
       id_column: a row without it is named by where it stands, `file:row`.
+      keep_columns: further columns that templates may show, {name}; None keeps all, but no value
+        of more than 4,000 characters.
       answer_from: how to read the answer out of its column: "text" takes all of it, "boxed",
         "last_number", "hashes" (GSM8K's `#### 18`), "tagged" and "final" a part.
       grader: "exact", "last_number", "boxed", "math_verify", or a function
         (answer, completion) -> float.
-      start, stop: the slice of rows to take, to hold some of a single file out.
+      hash_start, hash_stop: rows whose question's hash, a share between 0 and 1, is within: of
+        [0, 0.9) and [0.9, 1) none has a question of the other, whatever the order of the rows.
+      start, stop: the slice of the rows so far to take; those behind it are not read.
     """
 
     question_column: str = "question"
     solution_column: str | None = "solution"
     answer_column: str | None = "answer"
     id_column: str = "id"
+    keep_columns: tuple[str, ...] | None = None
     answer_from: Annotated[str, tuple(grading.EXTRACTORS)] = "text"
     grader: str | grading.Grader = "boxed"
+    hash_start: Share = 0.0
+    hash_stop: Share = 1.0
     start: Natural = 0
     stop: int | None = None
 
     def __post_init__(self):
         name = type(self).__name__
         require(name, self)
+        if self.hash_start >= self.hash_stop:
+            raise UserError(
+                f"{name}.hash_stop must be above {name}.hash_start = {self.hash_start}, not "
+                f"{self.hash_stop}"
+            )
         check(f"{name}.stop", self.stop, Annotated[int, f"> {self.start}"] | None)
         grading.find_grader(self.grader, f"{name}.grader")
 
     def load(self, cache_dir: str | None = None) -> LoadedProblems:
-        """Reads and checks every row.
+        """Reads and checks every row, in the order of the files.
 
         Raises:
           UserError: nothing there, not of this format, a row that lacks something, an id that
@@ -134,13 +157,17 @@ class TableProblems:
         problems: dict[str, Problem] = {}
         for place, default_id, row in self._rows():
             problem = self._problem(place, default_id, row)
+            if not self.hash_start <= hash_share(problem.question) < self.hash_stop:
+                continue
             if problem.id in problems:
                 raise UserError(
                     f"{place}: the id {problem.id!r} occurs a second time; make the values of "
                     f"`{self.id_column}` unique."
                 )
             problems[problem.id] = problem
-        selected = tuple(problems.values())[self.start : self.stop]
+            if len(problems) == self.stop:
+                break
+        selected = tuple(problems.values())[self.start :]
         if not selected:
             raise UserError(
                 f"{self._where()} has {len(problems)} rows, so the slice from {self.start} is "
@@ -158,29 +185,73 @@ class TableProblems:
 
     def _problem(self, place: str, default_id: str, row: dict[str, Any]) -> Problem:
         solution = ""
+        answers: tuple[str, ...] = ("",)
         if self.solution_column is not None:
             solution = self._text(place, row, "solution")
-        answer = "" if self.answer_column is None else self._answer(place, row)
-        has_id = row.get(self.id_column) is not None
+        if self.answer_column is not None:
+            answers = self._answers(place, row)
+        used = [
+            getattr(self, f"{name}_column") for name in ("question", "solution", "answer", "id")
+        ]
         return Problem(
-            id=self._text(place, row, "id") if has_id else default_id,
-            question=self._text(place, row, "question"),
+            id=default_id if find(row, self.id_column) is None else self._text(place, row, "id"),
+            question=self._question(place, row),
             solution=solution,
-            answer=answer,
+            answer=answers[0],
+            other_answers=answers[1:],
+            columns=further_columns(row, used, self.keep_columns),
         )
 
-    def _answer(self, place: str, row: dict[str, Any]) -> str:
-        """The key of a row, which its own grader must be able to find in a completion."""
+    def _question(self, place: str, row: dict[str, Any]) -> Question:
+        """Text, also for a conversation of one turn; else the turns up to the user's last."""
+        name, column = type(self).__name__, self.question_column
+        turns = self._turns(place, column, find(row, column))
+        if turns is None:
+            return self._text(place, row, "question")
+        if turns[-1].role == "assistant":
+            if column not in (self.solution_column, self.answer_column):
+                raise UserError(
+                    f"{place}: `{column}` ends with the assistant's turn, which would be lost; set "
+                    f"{name}.solution_column = {column!r} to take it as the solution."
+                )
+            turns = turns[:-1]
+        if not turns or turns[-1].role != "user" or not turns[-1].content.strip():
+            raise UserError(f"{place}: `{column}` asks nothing: no turn of the user's ends it.")
+        for turn in turns:
+            self._check_unicode(place, column, turn.content)
+        return turns[0].content if len(turns) == 1 else turns
+
+    def _turns(self, place: str, column: str, value: Any) -> tuple[Message, ...] | None:
+        try:
+            return conversation(value)
+        except UserError as error:
+            raise UserError(f"{place}: `{column}` {error}.") from None
+
+    def _answers(self, place: str, row: dict[str, Any]) -> tuple[str, ...]:
+        """The keys of a row, which its own grader must be able to find in a completion."""
+        value = find(row, str(self.answer_column))
+        if isinstance(value, list) and value and not any(isinstance(v, dict) for v in value):
+            given = value
+        else:
+            given = [value]
+        if self.answer_from == "text":  # True is written both ways
+            given = [*given, *(str(v).lower() for v in given if isinstance(v, bool))]
+        return tuple(dict.fromkeys(self._answer(place, row, each) for each in given))
+
+    def _answer(self, place: str, row: dict[str, Any], value: Any) -> str:
         name, column = type(self).__name__, self.answer_column
-        text = self._text(place, row, "answer")
+        text = self._text(place, row, "answer", scalar_text(value))
         try:
             answer = grading.reference_answer(self.answer_from, text)
         except UserError as error:
             raise UserError(f"{place}: `{column}` has {error}.") from None
         if not answer:
+            marked = ("boxed", "hashes", "tagged", "last_number")
+            kinds = [kind for kind in marked if grading.EXTRACTORS[kind](text)]
             raise UserError(
                 f"{place}: no answer of the kind {self.answer_from!r} in `{column}`; correct the "
-                f"row or set {name}.answer_from."
+                f"row or set {name}.answer_from"
+                + (f" ({' and '.join(map(repr, kinds))} would find one)." if kinds else ".")
             )
         if fault := grading.key_fault(grading.find_grader(self.grader), answer):
             shown = answer if len(answer) <= 80 else answer[:77] + "..."
@@ -191,137 +262,44 @@ class TableProblems:
             )
         return answer
 
-    def _text(self, place: str, row: dict[str, Any], field: str) -> str:
+    def _text(self, place: str, row: dict[str, Any], field: str, value: Any = None) -> str:
         """The text of the column that stands for `field`; numbers only where they make sense."""
-        column = getattr(self, f"{field}_column")
-        value = row.get(column)
-        if field in ("answer", "id") and _is_number(value):
-            value = plain_number(Fraction(str(value)))
-        if value is None or (isinstance(value, str) and not value.strip()):
-            hint = f"set {type(self).__name__}.{field}_column to one of {', '.join(sorted(row))}"
+        name, column = type(self).__name__, getattr(self, f"{field}_column")
+        value = find(row, column) if value is None else value
+        if field == "id" and is_number(value):
+            value = scalar_text(value)
+        if field != "id" and (turns := self._turns(place, column, value)):
+            said = [turn.content for turn in turns if turn.role == "assistant"]
+            if not said:
+                raise UserError(f"{place}: `{column}` has no turn of the assistant's to take.")
+            value = said[-1]
+        if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+            known = ", ".join(sorted(key for key, _ in leaves(row)))
+            hint = f"set {name}.{field}_column to one of {known}"
             if field == "solution":
                 hint += " or, where there are no solutions, to None"
-            is_there = column in row
+            is_there = has(row, column)
             fault = f"`{column}` is empty; fill" if is_there else f"the row has no `{column}`; add"
-            raise UserError(f"{place}: {fault} it, or {hint}.")
+            layout = "" if is_there else advice(row, name)
+            raise UserError(f"{place}: {fault} it, or {hint}{layout}.")
         if not isinstance(value, str):
             raise UserError(
                 f"{place}: `{column}` must be text, but is of type {type(value).__name__}."
             )
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"{place}: `{column}` is not valid Unicode ({error}).") from None
+        self._check_unicode(place, column, value)
         return value
 
-
-@dataclasses.dataclass(frozen=True)
-class _FileProblems(TableProblems):
-    """Rows of local files with named columns.
-
-    Attributes:
-      path: a file, a directory (searched with its sub-directories) or a glob pattern; several
-        files are read in the order of their names.
-    """
-
-    path: str
-
-    suffix: ClassVar[str]
-
-    def _where(self) -> str:
-        return self.path
-
-    def _rows(self):
-        paths = self._paths()
-        root = os.path.commonpath([path.parent for path in paths])
-        for path in paths:
-            number = 0
-            for number, row in self._read(path):
-                yield f"{path}:{number}", f"{path.relative_to(root)}:{number}", row
-            if not number:
-                raise UserError(f"{path} has no rows; remove it or fill it.")
-
-    def _paths(self) -> list[pathlib.Path]:
-        path = pathlib.Path(self.path).expanduser()
-        if path.is_file():
-            return [path]
-        root, found = path, []
-        if path.is_dir():
-            found = list(path.rglob(f"*{self.suffix}"))
-        else:
-            root, pattern = _split_pattern(path)
-            found = [root / match for match in glob.glob(pattern, root_dir=root, recursive=True)]
-        found = sorted(p for p in found if p.is_file() and not is_hidden(p.relative_to(root)))
-        if not found:
-            raise UserError(
-                f"{type(self).__name__}.path: {self.path} is no file, and no directory or "
-                f"pattern with {self.suffix} files in it."
-            )
-        return found
-
-    def _read(self, path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Row numbers from 1 and the rows."""
-        raise NotImplementedError
-
-
-class JsonlProblems(_FileProblems):
-    """Local JSON lines: one object a line, UTF-8; blank lines are skipped."""
-
-    suffix = ".jsonl"
-
-    def _read(self, path):
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(
-                        line.decode("utf-8-sig"), object_pairs_hook=_once, parse_float=_decimal
-                    )
-                except (ValueError, RecursionError) as error:
-                    reason = str(error).splitlines()[0][:100]
-                    raise UserError(f"{path}:{number}: not a line of JSON ({reason}).") from None
-                if not isinstance(row, dict):
-                    raise UserError(
-                        f"{path}:{number}: a line must be a JSON object with named columns, "
-                        f"but this is of type {type(row).__name__}."
-                    )
-                yield number, row
-
-
-class ParquetProblems(_FileProblems):
-    """Local parquet files, as published on the Hugging Face Hub."""
-
-    suffix = ".parquet"
-
-    def _read(self, path):
-        import pyarrow  # comes with tensorflow-datasets, and only this source needs it
-        import pyarrow.parquet
-
-        wanted = {self.question_column, self.solution_column, self.answer_column, self.id_column}
+    def _check_unicode(self, place: str, column: str, text: str) -> None:
         try:
-            with pyarrow.parquet.ParquetFile(path) as table:
-                columns = table.schema_arrow.names
-                doubled = [c for c in wanted if columns.count(c) > 1]
-                if doubled:
-                    raise UserError(
-                        f"{path} has two columns `{doubled[0]}`; write it with one of them."
-                    )
-                missing = wanted - {None, self.id_column} - set(columns)
-                if missing:
-                    raise UserError(
-                        f"{path} has no column `{min(missing)}`, only {', '.join(columns)}; "
-                        f"set the column names of {type(self).__name__} (solution_column=None "
-                        "where there are no solutions)."
-                    )
-                number = 0
-                for batch in table.iter_batches(columns=[c for c in columns if c in wanted]):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield number, row
-        except (pyarrow.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0][:100]
-            raise UserError(f"{path}: not a readable parquet file ({reason}).") from None
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{place}: `{column}` is not valid Unicode ({error}).") from None
+
+
+def hash_share(question: Question) -> float:
+    """A number in [0, 1) that a question has whatever stands around it; white space is no part."""
+    text = " ".join(question_text(question).split())
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,39 +323,3 @@ class OtherReferences:
             tuple(dataclasses.replace(p, solution=other.solution) for p, other in moved),
             original.grade,
         )
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that is written twice, JSON would keep the last in silence."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        doubled = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"it has two values of {doubled!r}")
-    return found
-
-
-def _decimal(text: str) -> float | Decimal:
-    """A float, or all digits of a number that has more of them than a float holds."""
-    value = float(text)
-    if not value or not math.isfinite(value):  # an exponent that Decimal may not even read
-        return value
-    exact = Decimal(text)
-    more = len(exact.as_tuple().digits) > 17 and abs(exact.adjusted()) < 1000
-    return exact if more else value
-
-
-def _split_pattern(path: pathlib.Path) -> tuple[pathlib.Path, str]:
-    """The folder that is there and the pattern below it: `[1]` in a folder's name is its name."""
-    root = next(parent for parent in path.parents if parent.is_dir())
-    return root, str(path.relative_to(root))
-
-
-def is_hidden(path: pathlib.Path) -> bool:
-    """Editors and file managers leave copies in `.ipynb_checkpoints` and `._name`."""
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _is_number(value: object) -> TypeGuard[int | float | Decimal]:
-    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)  # type: ignore[arg-type]

@@ -27,7 +27,8 @@ class Problem:
       question: what both roles see: text, or the turns of a conversation that ends with the
         user's.
       solution: worked reference for the teacher; "" where the source has none.
-      answer: what the grader compares with.
+      answer: what the grader compares with; what {answer} shows.
+      other_answers: further ones that are as right.
       columns: every other column of the row as text, by name: further placeholders.
     """
 
@@ -35,6 +36,7 @@ class Problem:
     question: Question
     solution: str
     answer: str
+    other_answers: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict, kw_only=True, hash=False)
 
     @property

@@ -63,7 +63,16 @@ class TfdsProblems(TableProblems):
                     f"not {column!r}"
                 )
         named = (self.question_column, self.solution_column, self.answer_column, self.id_column)
-        return [column for column in named if column is not None and column in available]
+        kept = self.keep_columns
+        if kept is None:  # text and numbers; no image is decoded that nobody has asked for
+            kept = tuple(c for c, f in available.items() if getattr(f, "shape", None) == ())
+        if unknown := sorted(set(kept) - set(available)):
+            raise UserError(
+                f"TfdsProblems.keep_columns must be of {', '.join(sorted(available))}, not "
+                f"{unknown[0]!r}"
+            )
+        wanted = (*(column for column in named if column in available), *kept)
+        return list(dict.fromkeys(column for column in wanted if column is not None))
 
 
 def _records(builder: Any, split: str, features: Mapping[str, Any]) -> Iterator[Any]:

@@ -201,9 +201,11 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def problems_digest(problems: HasRows) -> str:
-    """Of all fields of all problems, in order; further columns count where there are some."""
+    """Of all fields of all problems, in order; further columns and answers count where
+    there are some."""
     rows = (dataclasses.asdict(problems[i]) for i in range(len(problems)))
-    said = ({name: row[name] for name in row if name != "columns" or row[name]} for row in rows)
+    often_empty = ("columns", "other_answers")
+    said = ({k: row[k] for k in row if k not in often_empty or row[k]} for row in rows)
     return digest(*(json.dumps(row, sort_keys=True) for row in said))
 
 

@@ -181,6 +181,6 @@ def record_of(run: Restored, evaluator: Evaluator) -> dict[str, Any]:
     record["tokenizer"] = tokenizer_digest(run.tokenizer)
     for role, prompts in evaluator.prompts.items():
         record[f"{role}.prompts"] = digest(json.dumps([(p.problem.id, p.ids) for p in prompts]))
-        answers = [(p.problem.id, p.problem.answer) for p in prompts]
+        answers = [(p.problem.id, p.problem.answer, *p.problem.other_answers) for p in prompts]
         record[f"{role}.answers"] = digest(json.dumps(answers))
     return record

@@ -74,7 +74,7 @@ def _names(source: Any) -> Iterator[tuple[str, Kind]]:
     """What an experiment names on the Hub without a commit."""
     for config in _dataclasses(source):
         field, kind = HUB_FIELDS.get(type(config).__name__, ("", "model"))
-        name = getattr(config, field, None)
+        name = str(getattr(config, field, ""))
         if is_hub_name(name) and not is_pinned(name):
             yield name, kind
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opsd_jax.data.problems import JsonlProblems, OtherReferences, ParquetProblems, Problem
+from opsd_jax.data.files import JsonlProblems, ParquetProblems
+from opsd_jax.data.problems import OtherReferences, Problem
 from opsd_jax.errors import UserError
 
 ROW = {"id": "a", "question": "1+1?", "solution": "It is 2.", "answer": "2"}
@@ -57,8 +58,11 @@ def test_rows_without_id_are_named_by_their_place(write):
         (ROW | {"solution": None}, r"rows.jsonl:2: `solution` is empty"),
         (ROW | {"question": ["x"]}, r"rows.jsonl:2: `question` must be text.*list"),
         (ROW | {"question": 7}, r"rows.jsonl:2: `question` must be text.*int"),
-        (ROW | {"answer": True}, r"rows.jsonl:2: `answer` must be text.*bool"),
         (ROW | {"answer": {}}, r"rows.jsonl:2: `answer` must be text.*dict"),
+        (ROW | {"answer": []}, r"rows.jsonl:2: `answer` is empty"),
+        (ROW | {"answer": ["1", {}]}, r"rows.jsonl:2: `answer` must be text.*list"),
+        (ROW | {"answer": ["1", None]}, r"rows.jsonl:2: `answer`"),
+        (ROW | {"question": []}, r"rows.jsonl:2: `question` is empty"),
         (ROW, r"rows.jsonl:2: the id 'a' occurs a second time"),
         ("{", r"rows.jsonl:2: not a line of JSON"),
         ("[1, 2]", r"rows.jsonl:2: a line must be a JSON object.*list"),

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run keeps the commits of what it names on the Hub."""
+
+import json
+import re
+
+import pytest
+
+from opsd_jax.data.tokenizer import HFTokenizer
+from opsd_jax.errors import UserError
+from opsd_jax.main import main
+from opsd_jax.pretrained.export import save_pretrained
+from opsd_jax.run.config import load_experiment
+from opsd_jax.run.pins import pinned
+from tests.data.test_tokenizer import byte_tokenizer
+from tests.host.test_hub import hub  # noqa: F401
+from tests.tiny import tiny_config, tiny_variables
+
+ROWS = [
+    {"question": f"{i}+1?", "solution": f"It is \\boxed{{{i + 1}}}.", "answer": i + 1}
+    for i in range(6)
+]
+GIN = """
+train.model = @PretrainedModel()
+PretrainedModel.path = %MODEL
+MODEL = "me/tiny"
+train.problems = @JsonlProblems()
+JsonlProblems.path = "me/rows@v1"
+heldout/JsonlProblems.path = "me/rows"
+train.heldout = @OtherReferences()
+OtherReferences.source = @heldout/JsonlProblems()
+train.num_steps = 1
+train.batch_size = 2
+train.learning_rate = 1e-3
+train.grader_workers = 0
+rollout.max_new_tokens = 3
+evaluate.roles = ("student",)
+evaluate.batch_size = 4
+"""
+
+
+@pytest.fixture
+def named(hub, tmp_path, monkeypatch):  # noqa: F811
+    """A gin file that names a model and two revisions of a data set."""
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(json.dumps(row) + "\n" for row in ROWS)
+    hub.v1 = hub.commit("dataset", "me/rows", {"train.jsonl": rows}, "v1")
+    hub.rows = hub.commit("dataset", "me/rows", {"train.jsonl": rows.replace("+1?", " + 1?")})
+    (tmp_path / "named.gin").write_text(GIN)
+    return hub
+
+
+def test_names_become_commits_in_the_experiment_and_its_text(named, tmp_path):
+    experiment, text = load_experiment("named.gin")
+    assert experiment.train.model.path == "me/tiny" and not named.requests
+    found, written = pinned(experiment, text)
+    full = {
+        "me/tiny": f"me/tiny@{named.first}",
+        "me/rows@v1": f"me/rows@{named.v1}",
+        "me/rows": f"me/rows@{named.rows}",
+    }
+    assert found.train.model.path == full["me/tiny"]
+    assert found.train.problems.path == full["me/rows@v1"]
+    assert found.train.heldout.source.path == full["me/rows"]
+    (tmp_path / "config.gin").write_text(written)
+    again, _ = load_experiment("config.gin")
+    assert again == found
+    assert re.findall(r"^# Hub: (\S+) is", written, re.M) == sorted(full)
+    for branch in ("main", "v1"):
+        named.commit("dataset", "me/rows", {"train.jsonl": ""}, branch)
+    named.requests.clear()
+    assert pinned(experiment, text, tmp_path) == (found, written)  # of the workdir's own record
+    assert pinned(again, written, tmp_path)[0] == found and not named.requests
+    assert pinned(experiment, text)[0].train.problems.path != full["me/rows@v1"]
+
+
+def test_what_has_no_name_is_left_alone_and_a_wrong_one_is_told(named):
+    experiment, text = load_experiment("named.gin", ["MODEL = 'smollm2'"])
+    assert "smollm2" in pinned(experiment, text)[1]
+    experiment, text = load_experiment("named.gin", ["MODEL = 'no/body'"])
+    with pytest.raises(UserError, match="no/body: no such local path, and the Hub answers 401"):
+        pinned(experiment, text)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_the_same_bytes_after_the_branches_moved(named, tmp_path, capfd):
+    folder, config = tmp_path / "model", tiny_config(vocab_size=264, num_layers=1)
+    save_pretrained(str(folder), config, tiny_variables(config), HFTokenizer(byte_tokenizer()))
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    named.first = named.commit("model", "me/tiny", files)
+    command = ["train", "--gin_file=named.gin", f"--workdir={tmp_path / 'run'}"]
+    assert main(command) == 0, capfd.readouterr().err
+    text = (tmp_path / "run" / "config.gin").read_text()
+    assert f"'me/tiny@{named.first}'" in text and f"me/rows@{named.v1}" in text
+    save_pretrained(str(folder), config, tiny_variables(config, 1), HFTokenizer(byte_tokenizer()))
+    named.commit("model", "me/tiny", {path.name: path.read_bytes() for path in folder.iterdir()})
+    named.commit("dataset", "me/rows", {"train.jsonl": json.dumps(ROWS[0])}, "v1")
+    named.requests.clear()
+    assert main([*command, "--gin_bindings=train.num_steps = 2"]) == 0, capfd.readouterr().err
+    assert not named.requests  # neither moved nor asked again
+    assert main([*command, "--gin_bindings=PretrainedModel.path = 'me/tiny@main'"]) == 2
+    told = capfd.readouterr().err
+    assert "train.model is not what the run" in told and "weights was" in told
+    evaluation = ["eval", "--gin_file=named.gin", f"--out={tmp_path / 'out'}"]
+    assert main([*evaluation, "--model=me/tiny@main"]) == 0, capfd.readouterr().err
+    assert main(["generate", "--model=me/nothing", "--prompt=x"]) == 2
+    assert "me/nothing: no such local path, and the Hub answers 401" in capfd.readouterr().err
