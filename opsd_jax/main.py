@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `opsd train | eval | generate | export | tokens | report`.
+"""The command line: `opsd data | train | eval | generate | export | tokens | report`.
 
 Exit status: 0 done; 2 a usage or input error, told in one sentence; 1 a bug, with a traceback; 130
 interrupted before there was anything to save.
@@ -118,7 +118,12 @@ def add_asking(commands: Any) -> None:
 
 
 def add_looking(commands: Any) -> None:
-    """`tokens` and `report`: what runs did."""
+    """`data`, `tokens` and `report`: what a run will see, and what runs did."""
+    data = commands.add_parser("data", help="the first rows as each role will see them")
+    add_gin(data, required=True)
+    data.add_argument("--num", type=flags.integer, default=3, help="rows to show (default 3)")
+    data.set_defaults(run=run_data)
+
     tokens = commands.add_parser("tokens", help="where the teacher disagrees, token by token")
     tokens.add_argument(
         "--workdir",
@@ -292,6 +297,13 @@ def run_tokens(arguments: argparse.Namespace) -> None:
     from opsd_jax.run.tokens import tokens_command
 
     tokens_command(arguments.workdir, arguments.step, arguments.num, arguments.seed)
+
+
+def run_data(arguments: argparse.Namespace) -> None:
+    check("--num", arguments.num, Annotated[int, ">= 1", f"<= {MOST_ROLLOUTS_SHOWN}"])
+    from opsd_jax.run.data import data_command
+
+    data_command(arguments.gin_file, arguments.gin_bindings, arguments.num)
 
 
 def run_report(arguments: argparse.Namespace) -> None:

@@ -226,6 +226,16 @@ def load_pretrained(
     return Pretrained(config, params, tokenizer)
 
 
+def load_tokenizer_of(path: str) -> HFTokenizer:
+    """The tokenizer of what `load_pretrained` reads; of a Hub model no weights are fetched.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = smollm2_path() if path == "smollm2" else path
+    return GGUFFile(path).tokenizer() if os.path.isfile(path) else load_tokenizer(path)
+
+
 def read_params(
     source: TensorSource, config: ModelConfig, mesh: Mesh | None, rules: Rules = FULLY_SHARDED
 ) -> dict[str, Any]:

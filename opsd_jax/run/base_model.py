@@ -20,7 +20,7 @@ from opsd_jax.model.config import DTYPES, ModelConfig
 from opsd_jax.model.decoder import Decoder, init_variables
 from opsd_jax.model.sharding import Rules, variable_shardings
 from opsd_jax.pretrained.config import config_from_hf
-from opsd_jax.pretrained.load import load_pretrained
+from opsd_jax.pretrained.load import load_pretrained, load_tokenizer_of
 from opsd_jax.run.experiment import Base
 from opsd_jax.sampling.random_keys import Use, key_for
 
@@ -42,6 +42,9 @@ class PretrainedModel:
 
     def __post_init__(self):
         require("PretrainedModel", self)
+
+    def load_tokenizer(self) -> Tokenizer:
+        return load_tokenizer_of(self.path)
 
     def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Say) -> Base:
         del cache_dir
@@ -68,6 +71,9 @@ class RandomModel:
 
     def __post_init__(self):
         require("RandomModel", self)
+
+    def load_tokenizer(self) -> Tokenizer:
+        return _tokenizer(self.tokenizer)
 
     def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Say) -> Base:
         del cache_dir

@@ -147,6 +147,9 @@ class FinishedRun:
     read: ReadConfig
     step: int | None = None
 
+    def load_tokenizer(self) -> Tokenizer:
+        return self.read(str(Path(self.workdir) / "config.gin")).train.model.load_tokenizer()  # type: ignore[attr-defined]
+
     def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Callable[[str], None]) -> Base:
         workdir = Path(self.workdir)
         for name in ("config.gin", "checkpoints"):

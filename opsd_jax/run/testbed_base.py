@@ -33,6 +33,9 @@ class TestbedBase:
     warm_start: WarmStartConfig = WarmStartConfig()
     cache_dir: str | None = None
 
+    def load_tokenizer(self) -> ChainTokenizer:
+        return ChainTokenizer()
+
     def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Callable[[str], None]) -> Base:
         del mesh, rules
         require_mounted(self.cache_dir or "", "TestbedBase.cache_dir")

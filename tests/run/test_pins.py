@@ -18,7 +18,7 @@ from tests.tiny import tiny_config, tiny_variables
 
 ROWS = [
     {"question": f"{i}+1?", "solution": f"It is \\boxed{{{i + 1}}}.", "answer": i + 1}
-    for i in range(6)
+    for i in range(16)
 ]
 GIN = """
 train.model = @PretrainedModel()
@@ -30,12 +30,12 @@ heldout/JsonlProblems.path = "me/rows"
 train.heldout = @OtherReferences()
 OtherReferences.source = @heldout/JsonlProblems()
 train.num_steps = 1
-train.batch_size = 2
+train.batch_size = 8
 train.learning_rate = 1e-3
 train.grader_workers = 0
 rollout.max_new_tokens = 3
 evaluate.roles = ("student",)
-evaluate.batch_size = 4
+evaluate.batch_size = 8
 """
 
 
@@ -84,24 +84,32 @@ def test_what_has_no_name_is_left_alone_and_a_wrong_one_is_told(named):
 
 @pytest.mark.slow
 def test_a_run_goes_on_from_the_same_bytes_after_the_branches_moved(named, tmp_path, capfd):
-    folder, config = tmp_path / "model", tiny_config(vocab_size=264, num_layers=1)
-    save_pretrained(str(folder), config, tiny_variables(config), HFTokenizer(byte_tokenizer()))
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    named.first = named.commit("model", "me/tiny", files)
-    command = ["train", "--gin_file=named.gin", f"--workdir={tmp_path / 'run'}"]
+    config = tiny_config(vocab_size=264, num_layers=1)
+
+    def files(seed):
+        folder = tmp_path / f"model{seed}"
+        tokenizer = HFTokenizer(byte_tokenizer())
+        save_pretrained(str(folder), config, tiny_variables(config, seed), tokenizer)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    named.first = named.commit("model", "me/tiny", files(0))
+    flags = ["--gin_file=named.gin", "--gin_bindings=train.heldout = None"]
+    command = ["train", *flags, f"--workdir={tmp_path / 'run'}"]
     assert main(command) == 0, capfd.readouterr().err
     text = (tmp_path / "run" / "config.gin").read_text()
     assert f"'me/tiny@{named.first}'" in text and f"me/rows@{named.v1}" in text
-    save_pretrained(str(folder), config, tiny_variables(config, 1), HFTokenizer(byte_tokenizer()))
-    named.commit("model", "me/tiny", {path.name: path.read_bytes() for path in folder.iterdir()})
+    named.commit("model", "me/tiny", files(1))
     named.commit("dataset", "me/rows", {"train.jsonl": json.dumps(ROWS[0])}, "v1")
     named.requests.clear()
     assert main([*command, "--gin_bindings=train.num_steps = 2"]) == 0, capfd.readouterr().err
     assert not named.requests  # neither moved nor asked again
-    assert main([*command, "--gin_bindings=PretrainedModel.path = 'me/tiny@main'"]) == 2
+    assert main([*command, "--gin_bindings=MODEL = 'me/tiny@main'"]) == 2
     told = capfd.readouterr().err
     assert "train.model is not what the run" in told and "weights was" in told
-    evaluation = ["eval", "--gin_file=named.gin", f"--out={tmp_path / 'out'}"]
-    assert main([*evaluation, "--model=me/tiny@main"]) == 0, capfd.readouterr().err
+
+
+def test_a_name_that_is_nobodys_is_one_sentence(named, capfd):
     assert main(["generate", "--model=me/nothing", "--prompt=x"]) == 2
+    assert "me/nothing: no such local path, and the Hub answers 401" in capfd.readouterr().err
+    assert main(["eval", "--gin_file=named.gin", "--model=me/nothing", "--out=out"]) == 2
     assert "me/nothing: no such local path, and the Hub answers 401" in capfd.readouterr().err
