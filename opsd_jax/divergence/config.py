@@ -18,7 +18,7 @@ IMPLEMENTATIONS = ("dense", "fused")
 
 Terms = Callable[[jax.Array, jax.Array], jax.Array]
 Weight = Callable[[Any, jax.Array], jax.Array]
-Target = Callable[[tuple[jax.Array, ...]], jax.Array]
+Target = Callable[..., jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,12 @@ class DivergenceConfig:
         "token" min(sum, threshold); "rescale" the sum times min(1, threshold / sum).
       clip_threshold: nats; only read when there is a clip.
       temperature: both sides' logits are divided by it; there is no T^2 factor.
+      teacher_temperature: of the teacher's logits instead, before a target is made of several;
+        None is the student's.
+      importance_clip: c of a weight sg[min(pS(y) / q(y), c)] on every token y, for completions
+        of a filtered, 8-bit or older sampler q: q(y) is the probability under the very
+        distribution that was sampled (`Completion.sampled_logps`), pS(y) at `temperature`. The
+        weight of "sampled_token", which it always has, is bounded by it. None is neither.
       support: entries that the loss sees: all, or the top k of the teacher, of the student,
         or of either.
       top_k: k of the truncated supports.
@@ -43,8 +49,9 @@ class DivergenceConfig:
         negative, and its gradient at student = teacher is not zero).
       weights: functions (tokens: TokenDivergence, mask) -> [B, C] whose product multiplies the
         objective, constant for differentiation (`token_weights.py`).
-      target: makes one target out of several teachers (`targets.py`), in a run of the teacher in
-        its own context and the same teacher in the student's; None is the first alone.
+      target: makes one target out of several teachers (`targets.py`): in a run, of the teacher
+        in each of its views, or where it has one, there and in the student's context; None is
+        the first alone.
       implementation: "dense" holds [B, C, V] logits; "fused" never does.
       token_block: rows of logits alive at a time in the fused implementation; None takes 64
         on a CPU and 1024 on an accelerator, which needs tall blocks to be busy.
@@ -56,6 +63,8 @@ class DivergenceConfig:
     clip: Annotated[str, CLIPS] = "none"
     clip_threshold: Positive = 0.05
     temperature: Positive = 1.0
+    teacher_temperature: Positive | None = None
+    importance_clip: Positive | None = None
     support: Annotated[str, SUPPORTS] = "full"
     top_k: Count = 50
     completion: Annotated[str, COMPLETIONS] = "renormalise"
@@ -64,6 +73,11 @@ class DivergenceConfig:
     implementation: Annotated[str, IMPLEMENTATIONS] = "dense"
     token_block: Count | None = None
     vocab_block: Count = 16384
+
+    @property
+    def weighs_importance(self) -> bool:
+        """Whether the loss asks with which probability a token was sampled."""
+        return self.name == "sampled_token" or self.importance_clip is not None
 
     def __post_init__(self):
         require("divergence", self)

@@ -104,7 +104,7 @@ class _Plan:
     @property
     def equal_cotangents(self) -> bool:
         """Whether to bet on a plain mean: then the head gradient is made in the forward."""
-        return not self.config.weights and self.config.name != "sampled_token"
+        return not self.config.weights and not self.config.weighs_importance
 
 
 def fused_divergence(

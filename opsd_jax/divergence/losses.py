@@ -57,7 +57,8 @@ def token_divergence(
       teacher_head: kernel [V, D'], or a tuple of heads.
       completion_ids: [B, C] int32.
       completion_mask: [B, C] bool, True = counts; masked rows may hold anything, NaN included.
-      sampled_logps: [B, C] float32, see `importance_weights`; read by "sampled_token" alone.
+      sampled_logps: [B, C] float32, see `importance_weights`; read by "sampled_token" and with
+        `config.importance_clip`, which must have them.
       mesh: for the fused implementation, the mesh whose `data` axis splits the rows and whose
         `model` axis splits the vocabulary; the mesh of `jax.set_mesh` when left out.
 
@@ -66,7 +67,8 @@ def token_divergence(
       through `objective` alone.
 
     Raises:
-      UserError: vocabularies differ, top_k exceeds them, or several teachers have no target.
+      UserError: vocabularies differ, top_k exceeds them, several teachers have no target, or an
+        importance clip has no `sampled_logps`.
     """
     hiddens, heads = _as_tuple(teacher_hidden), _as_tuple(teacher_head)
     _check(config, student_head.kernel.shape[0], [head.kernel.shape[0] for head in heads])
@@ -207,19 +209,25 @@ def sampled_token(
     ).objective
 
 
-def importance_weights(tokens: TokenDivergence, sampled_logps: jax.Array) -> jax.Array:
-    """w = sg[pS(y) / q(y)] of ids y that were sampled from q, [B, C].
+def importance_weights(
+    tokens: TokenDivergence, sampled_logps: jax.Array, clip: float | None = None
+) -> jax.Array:
+    """w = sg[min(pS(y) / q(y), clip)] of ids y that were sampled from q, [B, C].
 
     E_{y ~ q} w(y) g(y) = E_{y ~ pS} g(y) whatever q is (an older student, the teacher, another
     temperature, 8-bit weights), as long as q(y) > 0 wherever pS(y) > 0: nothing is filtered. It
-    corrects the token at hand; its prefix stays one that q wrote. Nothing bounds w, nor the
-    variance: it is small as long as q is near pS.
+    corrects the token at hand; its prefix stays one that q wrote. Without a clip nothing bounds
+    w, nor the variance: it is small as long as q is near pS. With one the estimate is biased, and
+    less so the less often w reaches it (truncated importance sampling).
 
     Args:
       tokens: holds log pS(y) at the loss temperature.
-      sampled_logps: [B, C] log q(y), as sampled (`Completion.sampled_logps`).
+      sampled_logps: [B, C] log q(y), as sampled (`Completion.sampled_logps`): after temperature,
+        filters and penalties, in the sampler's own numerics.
+      clip: None is none.
     """
-    return jax.lax.stop_gradient(jnp.exp(tokens.student_loss_logps - sampled_logps))
+    weights = jnp.exp(tokens.student_loss_logps - sampled_logps)
+    return jax.lax.stop_gradient(weights if clip is None else jnp.minimum(weights, clip))
 
 
 def fused(
@@ -253,9 +261,15 @@ def _objective(name, student_logits, teacher_logits, ids, mask, config):
 
 def _weigh(config, tokens, mask, sampled_logps):
     factors = [jax.lax.stop_gradient(weight(tokens, mask)) for weight in config.weights]
-    if config.name == "sampled_token" and sampled_logps is not None:
+    if config.importance_clip is not None and sampled_logps is None:
+        raise UserError(
+            "divergence.importance_clip needs completions that were sampled, with the "
+            "log-probabilities under what sampled them"
+        )
+    if config.weighs_importance and sampled_logps is not None:
+        weight = importance_weights(tokens, sampled_logps, config.importance_clip)
         # Masked tokens weigh 1: what was not sampled may have any log-probability.
-        factors.append(jnp.where(mask, importance_weights(tokens, sampled_logps), 1))
+        factors.append(jnp.where(mask, weight, 1))
     for factor in factors:
         tokens = tokens.replace(objective=tokens.objective * factor)
     return tokens

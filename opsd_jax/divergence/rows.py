@@ -20,6 +20,7 @@ from opsd_jax.divergence.support import (
     support_index,
     support_logps,
 )
+from opsd_jax.divergence.targets import make_target
 from opsd_jax.divergence.terms import clip_terms, entry_terms
 from opsd_jax.divergence.vocabulary import Vocabulary
 
@@ -34,7 +35,7 @@ class TokenDivergence:
       objective: the clipped and weighted loss term, to be averaged over the tokens of the
         global batch.
       divergence: the named divergence in nats, unclipped, unweighted and over the full
-        vocabulary (KL(student || teacher) for "sampled_token"), at the loss temperature.
+        vocabulary (KL(student || teacher) for "sampled_token"), at the loss temperatures.
       clipped: 1 where the clip acted, else 0.
       kept_teacher_mass: teacher probability on the entries of the completed support whose
         pull the clip left in place.
@@ -64,7 +65,7 @@ class RowLogps:
 
     Args:
       student: [..., U] log pS at the loss temperature.
-      teacher: [..., U] log pT at the loss temperature, after the target transform.
+      teacher: [..., U] log pT at its loss temperature, after the target transform.
       plain: (log pS, log pT) at temperature 1.
       index: [..., K] entries of the support, None for all.
     """
@@ -85,19 +86,23 @@ def prepare_rows(
     """Normalises logits [..., U] and chooses the support; nothing flows back to the teachers."""
     teacher_logits = jax.lax.stop_gradient(teacher_logits)
 
-    def log_probs(temperature):
-        student = vocabulary.log_softmax(student_logits, temperature)
+    def student_at(temperature):
+        return vocabulary.log_softmax(student_logits, temperature)
+
+    def teacher_at(temperature):
         teachers = tuple(vocabulary.log_softmax(z, temperature) for z in teacher_logits)
         if config.target is None:
-            (teacher,) = teachers
-        else:
-            # What a target makes of padding's -inf may be NaN: barycentre's 0 · -inf is.
-            made = vocabulary.without_padding(config.target(teachers))
-            teacher = vocabulary.log_softmax(made)
-        return student, teacher
+            return teachers[0]
+        # What a target makes of padding's -inf may be NaN: barycentre's 0 · -inf is.
+        made = vocabulary.without_padding(make_target(config.target, teachers, vocabulary))
+        return vocabulary.log_softmax(made)
 
-    student, teacher = log_probs(config.temperature)
-    plain = (student, teacher) if config.temperature == 1 else log_probs(1.0)
+    teacher_temperature = config.teacher_temperature or config.temperature
+    student, teacher = student_at(config.temperature), teacher_at(teacher_temperature)
+    plain = (
+        student if config.temperature == 1 else student_at(1.0),
+        teacher if teacher_temperature == 1 else teacher_at(1.0),
+    )
     index = support_index(config, vocabulary, student, teacher, ids)
     return RowLogps(student, teacher, plain, index)
 

@@ -49,12 +49,13 @@ def compare(
     `student_hidden` and `teacher_hidden` spare passes that were made before.
 
     Raises:
-      UserError: "sampled_token" on completions that nobody sampled.
+      UserError: a loss that asks what was sampled, on completions that nobody sampled.
     """
-    if config.name == "sampled_token" and completion.sampled_logps is None:
+    if config.weighs_importance and completion.sampled_logps is None:
+        asks = "name 'sampled_token'" if config.name == "sampled_token" else "importance_clip"
         raise UserError(
-            "divergence.name 'sampled_token' needs completions that were sampled: set "
-            "train.completions to @StudentRollouts()"
+            f"divergence.{asks} needs completions that were sampled: set train.completions to "
+            "@StudentRollouts()"
         )
     teacher_model = teacher_model or model
     teacher_variables = jax.lax.stop_gradient(teacher_variables)

@@ -65,6 +65,7 @@ FUNCTIONS = {
     "target_mean": "opsd_jax.divergence.targets:mean",
     "target_contrast": "opsd_jax.divergence.targets:contrast",
     "target_barycentre": "opsd_jax.divergence.targets:barycentre",
+    "target_cautious_barycentre": "opsd_jax.divergence.targets:cautious_barycentre",
 }
 PLACES = AREAS | SOURCES | FUNCTIONS
 

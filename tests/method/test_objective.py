@@ -86,3 +86,12 @@ def test_a_target_is_made_of_the_teacher_with_and_without_the_privilege(target):
     kl = (wanted * (np.log(wanted) - said)).sum(-1) * mask
     np.testing.assert_allclose(terms.objective, kl, atol=1e-5)
     assert kl.max() > 0.1
+
+
+def test_an_importance_clip_needs_what_was_sampled():
+    policy = Policy(Decoder(tiny_config()), tiny_variables(tiny_config()))
+    ids, mask = jnp.array([[3], [3]]), jnp.ones((2, 1), bool)
+    completion = Completion(ids, mask, jnp.zeros((2, 1)), mask[:, 0])
+    config = DivergenceConfig(importance_clip=1.5)
+    with pytest.raises(UserError, match="divergence.importance_clip needs completions that were"):
+        Reader(policy, policy, tiny_batch(2), completion, config).divergence  # noqa: B018
