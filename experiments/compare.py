@@ -56,9 +56,9 @@ STUDIES = {
     "quickstart": Study(
         methods={
             "OPSD": Method("quickstart.gin", 60, 2),
-            "GRPO": Method("baselines/grpo.gin", 240, 8),
+            "GRPO": Method("methods/grpo.gin", 240, 8),
             "off-policy distillation": Method("baselines/off_policy.gin", 60, 2),
-            "SFT on references": Method("baselines/sft.gin", 60, 2),
+            "SFT on references": Method("methods/sft.gin", 60, 2),
         },
         rates=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
         levels=[0.7, 0.8, 0.9],

@@ -164,7 +164,8 @@ def _words(hint: Any, names: Mapping[Any, str]) -> str:
     origin = typing.get_origin(hint) or hint
     if origin is tuple:
         inner = typing.get_args(hint)[:1]
-        return f"a tuple ({_words(inner[0], names) if inner else 'a value'}, ...)"
+        words = " or ".join(_words(choice, names) for choice in _choices(inner[0])) if inner else ""
+        return f"a tuple ({words or 'a value'}, ...)"
     if rules and isinstance(rules[0], tuple):
         *most, last = map(repr, rules[0])
         return f"{', '.join(most)} or {last}" if most else last

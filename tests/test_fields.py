@@ -16,8 +16,9 @@ from opsd_jax.evaluation.evaluate import EvaluateConfig
 from opsd_jax.fields import Count, Natural, check, fits, hints_of
 from opsd_jax.host.guard import GuardConfig
 from opsd_jax.method.completions import MixedRollouts
+from opsd_jax.method.mix import Anchor, Distillation, Likelihood
 from opsd_jax.method.optimizer import OptimizerConfig
-from opsd_jax.method.policy_gradient import PolicyGradient, RewardMix
+from opsd_jax.method.policy_gradient import PolicyGradient
 from opsd_jax.method.reason_first import ReasonFirst
 from opsd_jax.method.teacher import TeacherConfig
 from opsd_jax.model.config import LoraConfig
@@ -47,7 +48,9 @@ CONFIGS = [
     tiny_config(window=4, window_layers=(0,), num_experts=4, experts_per_token=2),
     MixedRollouts(),
     PolicyGradient(),
-    RewardMix(),
+    Anchor(),
+    Distillation(),
+    Likelihood(),
     ReasonFirst(),
     RandomModel(),
     ChainArithmetic(),
@@ -66,7 +69,7 @@ ZERO = set(
     optimizer.max_grad_norm evaluate.num_problems evaluate.top_k evaluate.max_new_tokens
     evaluate.seed lora.dropout model.norm_eps model.norm_offset model.query_scale
     model.embed_scale model.residual_scale model.output_scale model.num_experts
-    policygradient.kl_weight rewardmix.distillation_weight rewardmix.reward_weight
+    policygradient.weight anchor.weight distillation.weight likelihood.weight
     reasonfirst.temperature reasonfirst.top_k randommodel.seed chainarithmetic.seed chaintask.seed
     chaintask.weak_fraction chaintask.weak_right chaintask.weak_misconception
     corpus.counterfactual corpus.drop corpus.near corpus.wrong_prefix warmstart.seed

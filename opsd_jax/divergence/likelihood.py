@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -16,6 +18,7 @@ def token_logps(
     ids: jax.Array,
     mask: jax.Array,
     token_block: int | None = None,
+    process: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """log p(ids) and the entropy of p in nats, at temperature 1, each [B, C] float32.
 
@@ -26,15 +29,18 @@ def token_logps(
       mask: [B, C] bool; masked tokens are exactly 0 and may hold anything.
       token_block: about so many rows of logits exist at a time, forward and backward, by
         recomputation; None holds [B, C, V].
+      process: logits to logits, [..., V], before they are normalised; removed ones are -inf.
     """
     B, C = ids.shape
     vocabulary = Vocabulary(head.kernel.shape[0])
     hidden = jnp.where(mask[..., None], hidden, 0)
 
     def read(hidden, ids):
-        logps = vocabulary.log_softmax(head_logits(head, hidden))
+        logits = head_logits(head, hidden)
+        logps = vocabulary.log_softmax(process(logits) if process else logits)
         chosen = jnp.take_along_axis(logps, ids[..., None], axis=-1)[..., 0]
-        entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
+        finite = jnp.where(logps > -jnp.inf, logps, 0.0) if process else logps
+        entropy = -jnp.sum(jnp.exp(logps) * finite, axis=-1)
         return chosen, jax.lax.stop_gradient(entropy)
 
     if token_block is None:

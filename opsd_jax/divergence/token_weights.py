@@ -2,10 +2,13 @@
 """Weights and gates per token: functions (tokens: TokenDivergence, mask) -> [B, C].
 
 Bind the keyword arguments (gin, or `functools.partial`) and list the result in
-`DivergenceConfig.weights`; several multiply. They read only diagnostics, which carry no
-gradient. A gate returns 0 and 1: the mean stays over all tokens of the mask, so a gate also
-scales the loss by the share that it lets through. Alphabet: B batch, C completion.
+`DivergenceConfig.weights` or a term's (`method/mix.py`); several multiply. They read only
+diagnostics, which carry no gradient; in a run `tokens` is a `method.token_view.Tokens`, which has
+the same and more. A gate returns 0 and 1: the mean stays over all tokens of the mask, so a gate
+also scales the loss by the share that it lets through. Alphabet: B batch, C completion.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +73,14 @@ def gap_sigmoid(tokens: TokenDivergence, mask: jax.Array, *, beta: NotNegative =
 def positive_gap(tokens: TokenDivergence, mask: jax.Array) -> jax.Array:
     """1 where the teacher likes the sampled id better than the student does, else 0."""
     return (tokens.teacher_logps > tokens.student_logps).astype(tokens.objective.dtype)
+
+
+def evidence(tokens: Any, mask: jax.Array) -> jax.Array:
+    """1 where log pT(y | its context) > log pT(y | the student's), in a run; else 0.
+
+    EDGE-OPD, arXiv 2605.23493.
+    """
+    return (tokens.teacher_logps > tokens.plain_logps).astype(jnp.float32)
 
 
 def skip_first(tokens: TokenDivergence, mask: jax.Array, *, num_tokens: Natural = 1) -> jax.Array:

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss: one completion read under two contexts, compared token by token.
 
-An objective is a small frozen value with two functions. `plan(batch, completion, rewards,
-group_size)` sees the whole batch and says what each row must know of it (its weight in the mean,
-its advantage); calling it on a `Reader` of some rows and their plan gives a `Loss` whose values of
-all micro-batches and devices simply add up. `Distillation` is the method; `Likelihood` and
-`policy_gradient.py` are what it is compared with.
+An objective is a small frozen value with two functions. `plan(step: GradedBatch)` sees the whole
+batch and says what each row must know of it (its weight in the mean, its advantage); calling it on
+a `Reader` of some rows and their plan gives a `Loss` whose values of all micro-batches and devices
+simply add up. `mix.py` has the objectives: `Distillation` is the method.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import flax
@@ -22,10 +22,13 @@ from opsd_jax.divergence.likelihood import token_logps
 from opsd_jax.divergence.losses import DivergenceConfig, TokenDivergence, token_divergence
 from opsd_jax.errors import UserError
 from opsd_jax.method.batch import Batch, Policy
+from opsd_jax.method.rows import GradedBatch
 from opsd_jax.method.scoring import completion_hidden, hidden_of_each
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.head import output_head
+from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.prompts import Completion, Context
+from opsd_jax.sampling.tokens import filter_logits
 
 
 def compare(
@@ -91,7 +94,11 @@ def teacher_contexts(config: DivergenceConfig, batch: Batch) -> tuple[Context, .
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Some rows of a batch, read only as far as an objective asks, and each reading made once."""
+    """Some rows of a batch, read only as far as an objective asks, and each reading made once.
+
+    rollout: how the completions were sampled, None as the model itself; initial: the policy that
+    training started from, None the teacher; step: [] int32, finished steps.
+    """
 
     student: Policy
     teacher: Policy
@@ -99,6 +106,9 @@ class Reader:
     completion: Completion
     config: DivergenceConfig
     dropout_key: jax.Array | None = None
+    rollout: RolloutConfig | None = None
+    initial: Policy | None = None
+    step: jax.Array | int = 0
 
     @cached_property
     def student_hidden(self) -> jax.Array:
@@ -108,10 +118,13 @@ class Reader:
 
     @cached_property
     def divergence(self) -> TokenDivergence:
-        """Student in its context against teacher in the teacher's, each field [B, C]."""
+        """Student in its context against teacher in the teacher's, each field [B, C].
+
+        Its objective is without the token weights, which may ask for more than is known here.
+        """
         return compare(
             self.student.model,
-            self.config,
+            dataclasses.replace(self.config, weights=()),
             self.student.variables,
             self.teacher.variables,
             self.batch,
@@ -161,10 +174,50 @@ class Reader:
         return self._logps(self.student, self.student_hidden, self.completion.mask)
 
     @cached_property
-    def initial_logps(self) -> jax.Array:
+    def teacher_logps(self) -> tuple[jax.Array, jax.Array]:
+        """As `student_logps`, of the teacher in its own context; 0 in rows without one."""
+        mask = self.batch.in_context(self.completion.mask)
+        return jax.lax.stop_gradient(self._logps(self.teacher, self.teacher_hidden, mask))
+
+    @cached_property
+    def plain_logps(self) -> jax.Array:
         """[B, C] under the teacher's weights in the *student's* context."""
-        hidden = self.plain_hidden
-        return jax.lax.stop_gradient(self._logps(self.teacher, hidden, self.completion.mask)[0])
+        mask = self.completion.mask
+        return jax.lax.stop_gradient(self._logps(self.teacher, self.plain_hidden, mask)[0])
+
+    @cached_property
+    def sampled_logps(self) -> tuple[jax.Array, jax.Array]:
+        """log pS(y) now and log p(y) as sampled, [B, C], of the distribution that was sampled.
+
+        Both under `rollout.temperature`, top_k, top_p and min_p. Filters are applied to the
+        student's logits of now: an id that they remove has -inf, and no gradient.
+        """
+        rollout, completion = self.rollout, self.completion
+        if rollout is None or rollout.is_plain:
+            return self.student_logps[0], completion.logps
+        check_ratio(rollout)
+        filters = (rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p)
+        hidden, mask = self.student_hidden, completion.mask
+        now, _ = self._logps(self.student, hidden, mask, partial(sampled_logits, filters))
+        old: Any = completion.sampled_logps
+        return now, old
+
+    @cached_property
+    def initial_hidden(self) -> jax.Array:
+        """[B, C, D'] of the initial policy in the *student's* context, without a gradient."""
+        if self.initial is None:
+            return self.plain_hidden
+        model, variables = self.initial
+        variables = jax.lax.stop_gradient(variables)
+        return completion_hidden(model, variables, self.batch.student, self.completion)
+
+    @cached_property
+    def initial_logps(self) -> jax.Array:
+        """[B, C] of the initial policy in the *student's* context."""
+        if self.initial is None:
+            return self.plain_logps
+        mask = self.completion.mask
+        return jax.lax.stop_gradient(self._logps(self.initial, self.initial_hidden, mask)[0])
 
     def _teacher_reads(
         self, contexts: tuple[Context, ...], after: jax.Array | None = None
@@ -174,12 +227,38 @@ class Reader:
         return hidden_of_each(model, variables, contexts, self.completion, after)
 
     def _logps(
-        self, policy: Policy, hidden: jax.Array, mask: jax.Array
+        self,
+        policy: Policy,
+        hidden: jax.Array,
+        mask: jax.Array,
+        process: Callable[[jax.Array], jax.Array] | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         fused = self.config.implementation == "fused"
         block = (self.config.token_block or 1024) if fused else None
         head = output_head(policy.variables["params"], policy.model.config)
-        return token_logps(head, hidden, self.completion.ids, mask, block)
+        return token_logps(head, hidden, self.completion.ids, mask, block, process)
+
+
+def sampled_logits(filters: tuple[float, int, float, float], logits: jax.Array) -> jax.Array:
+    """What is sampled from, [..., V], under (temperature, top_k, top_p, min_p).
+
+    Which entries stay is constant for differentiation.
+    """
+    logits = logits.astype(jnp.float32)
+    logits -= jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    stays = filter_logits(jax.lax.stop_gradient(logits), *filters) > -jnp.inf
+    return jnp.where(stays, logits / filters[0], -jnp.inf)
+
+
+def check_ratio(rollout: RolloutConfig) -> None:
+    """Raises a UserError unless log-probabilities of what was sampled can be computed again."""
+    if rollout.temperature == 0 or rollout.penalises or rollout.min_new_tokens:
+        raise UserError(
+            "PolicyGradient compares log-probabilities of the distribution that was sampled, under "
+            "a temperature, top_k, top_p and min_p: set rollout.temperature above 0, "
+            "rollout.repetition_penalty = 1.0, rollout.presence_penalty = 0.0 and "
+            "rollout.min_new_tokens = 0"
+        )
 
 
 @flax.struct.dataclass
@@ -188,13 +267,15 @@ class Loss:
 
     value: [], minimised, divided by the global batch's denominators already; sums: name -> []
     sums over tokens, which become metrics per token; rows: name -> [B] sums over a row's tokens;
-    context_sums: as sums, over the tokens of rows with a teacher context (`Batch.in_context`).
+    context_sums: as sums, over the tokens of rows with a teacher context (`Batch.in_context`);
+    parts: name -> [], what the terms of a mix add to the value.
     """
 
     value: jax.Array
     sums: dict[str, jax.Array]
     rows: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     context_sums: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    parts: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 class Objective(Protocol):
@@ -204,82 +285,11 @@ class Objective(Protocol):
     def needs_rewards(self) -> bool:
         """Whether the loop must grade the completions before the update."""
 
-    def plan(
-        self, batch: Batch, completion: Completion, rewards: jax.Array | None, group_size: int
-    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    def plan(self, step: GradedBatch) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """(rows: name -> [B, ...], metrics: name -> []) of the whole batch."""
 
-    def __call__(self, reader: Reader, plan: dict[str, jax.Array]) -> Loss:
+    def __call__(self, reader: Reader, plan: dict[str, Any]) -> Loss:
         """The loss of the reader's rows."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Distillation:
-    """The divergence to the teacher (`divergence.*`), averaged over the tokens of the batch.
-
-    L = Σ_{b,t} mask · ℓ_{b,t} / Σ_{b,t} mask, over the rows that have a teacher context.
-    """
-
-    needs_rewards = False
-
-    def plan(
-        self, batch: Batch, completion: Completion, rewards: Any, group_size: int
-    ) -> tuple[dict, dict]:
-        return {"weights": mean_weights(batch.in_context(completion.mask), "token")}, {}
-
-    def __call__(self, reader: Reader, plan: dict[str, jax.Array]) -> Loss:
-        terms = reader.divergence
-        return Loss(
-            weighted_sum(terms.objective, plan["weights"]),
-            {},
-            {"divergence": jnp.sum(terms.divergence, axis=1)},
-            token_sums(terms, reader.batch, reader.completion),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Likelihood:
-    """The negative log-likelihood of the completions, averaged over their tokens.
-
-    L = −Σ_{b,t} mask · log pS(y_{b,t}) / Σ_{b,t} mask. On the data's completions this is
-    supervised fine-tuning, on a teacher's sequence-level distillation (arXiv 1606.07947).
-    """
-
-    needs_rewards = False
-
-    def plan(
-        self, batch: Batch, completion: Completion, rewards: Any, group_size: int
-    ) -> tuple[dict, dict]:
-        return {"weights": mean_weights(completion.mask, "token")}, {}
-
-    def __call__(self, reader: Reader, plan: dict[str, jax.Array]) -> Loss:
-        logps, entropy = reader.student_logps
-        value = weighted_sum(-logps, plan["weights"])
-        completion = reader.completion
-        return Loss(value, student_sums(logps, entropy, completion.logps, completion.mask))
-
-
-def mean_weights(mask: jax.Array, mean: str) -> jax.Array:
-    """The weight of every token in a mean over the global batch, [B, C] float32.
-
-    Args:
-      mask: [B, C] bool; a row without tokens counts nowhere.
-      mean: "token" 1 / Σ mask; "sequence" 1 / (tokens of the row · rows); "constant"
-        1 / (C · rows), which favours neither short nor long rows (arXiv 2503.20783).
-    """
-    tokens = jnp.sum(mask, axis=1, keepdims=True)
-    num_rows = jnp.sum(tokens > 0)
-    weight = {
-        "token": 1.0 / jnp.maximum(jnp.sum(tokens), 1),
-        "sequence": 1.0 / jnp.maximum(tokens * num_rows, 1),
-        "constant": 1.0 / jnp.maximum(mask.shape[1] * num_rows, 1),
-    }[mean]
-    return jnp.where(mask, weight.astype(jnp.float32), 0.0)
-
-
-def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Σ weights · values; where a weight is 0 the value may be anything."""
-    return jnp.sum(jnp.where(weights != 0, values, 0.0) * weights)
 
 
 def masked_sums(per_token: dict[str, jax.Array], mask: jax.Array) -> dict[str, jax.Array]:

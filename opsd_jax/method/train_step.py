@@ -5,7 +5,7 @@ The step has two pure halves, `sample_completion` (context -> completion) and `u
 (completion -> new state, metrics). Training jits their composition, so nothing leaves the device
 in between; a method that must grade a completion before it learns from it jits each half. Methods
 differ in where the completion comes from (`completions.py`) and in the objective of its tokens
-(`objective.py`, `policy_gradient.py`), and in nothing else.
+(`mix.py`, `policy_gradient.py`), and in nothing else.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from jax.sharding import Mesh
 from opsd_jax.divergence.losses import DivergenceConfig
 from opsd_jax.method.batch import Batch, Policy
 from opsd_jax.method.completions import CompletionSource, StudentRollouts
-from opsd_jax.method.objective import Distillation, Loss, Objective, Reader
+from opsd_jax.method.mix import Distillation
+from opsd_jax.method.objective import Loss, Objective, Reader
 from opsd_jax.method.optimizer import optimizer_shardings
 from opsd_jax.method.reason_first import Reasoner, analysis_metrics
+from opsd_jax.method.rows import GradedBatch
 from opsd_jax.method.teacher import Teacher
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.sharding import Rules, batch_sharding, on_mesh, replicated
@@ -130,7 +132,8 @@ def update(
     """
     if method.reasoner:
         batch = method.reasoner.join(batch, completion.analysis)
-    plan, planned = method.objective.plan(batch, completion, rewards, method.group_size)
+    step = GradedBatch(batch, completion, rewards, method.group_size, state.step)
+    plan, planned = method.objective.plan(step)
     rows = (batch, completion, plan, jnp.arange(completion.mask.shape[0]))
 
     def one_pass(carry: tuple[Any, Any], number: jax.Array | int):
@@ -155,13 +158,12 @@ def update(
     else:
         carry, metrics = jax.lax.scan(one_pass, carry, jnp.arange(method.num_updates))
         (trainable, opt_state), metrics = carry, jax.tree.map(lambda x: jnp.mean(x, 0), metrics)
-    step = state.step + 1
     metrics |= planned | token_metrics(method, completion) | context_metrics(batch, completion)
     return dataclasses.replace(
         state,
-        step=step,
+        step=state.step + 1,
         trainable=trainable,
-        teacher=method.teacher.update(state.teacher, trainable, step),
+        teacher=method.teacher.update(state.teacher, trainable, state.step + 1),
         opt_state=opt_state,
     ), metrics
 
@@ -175,7 +177,12 @@ def micro_loss(
     if lora and lora.dropout:
         key = key_for(Use.DROPOUT, state.key, state.step, row_numbers[0], number)
     student, teacher = policies(method, state, trainable)
-    reader = Reader(student, teacher, batch, completion, method.divergence, key)
+    # Under adapters the initial policy is there whoever teaches.
+    initial = Policy(method.model, state.frozen) if "params" in state.frozen else None
+    reader = Reader(
+        student, teacher, batch, completion, method.divergence, key,
+        rollout=method.rollout, initial=initial, step=state.step,
+    )  # fmt: skip
     loss = method.objective(reader, plan)
     # Each row in its place of the whole batch, so that micro-batches add up here, too.
     zeros = jnp.zeros(row_numbers.size * method.num_micro_batches, jnp.float32)
@@ -228,7 +235,8 @@ def loss_metrics(method: Method, loss: Loss, batch: Batch, completion: Completio
         # Whoever sampled it, it was not the student: the gap would mean nothing.
         metrics.pop("rollout/logp_gap", None)
     rows = {f"rows/{name}": total for name, total in loss.rows.items()}
-    return {"loss/objective": loss.value} | metrics | rows
+    parts = {f"loss/{name}": value for name, value in loss.parts.items()}
+    return {"loss/objective": loss.value} | parts | metrics | rows
 
 
 def token_metrics(method: Method, completion: Completion) -> Metrics:

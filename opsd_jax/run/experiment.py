@@ -17,10 +17,11 @@ from opsd_jax.errors import UserError
 from opsd_jax.evaluation.evaluate import EvaluateConfig
 from opsd_jax.fields import Count, Natural, Positive, Seed, require
 from opsd_jax.host.guard import GuardConfig
-from opsd_jax.method.completions import CompletionSource, StudentRollouts
-from opsd_jax.method.objective import Distillation, Likelihood, Objective
+from opsd_jax.method.completions import CompletionSource, References, StudentRollouts
+from opsd_jax.method.mix import Anchor, Distillation, Likelihood, terms_of
+from opsd_jax.method.objective import Objective, check_ratio
 from opsd_jax.method.optimizer import OptimizerConfig
-from opsd_jax.method.policy_gradient import PolicyGradient, RewardMix
+from opsd_jax.method.policy_gradient import PolicyGradient
 from opsd_jax.method.teacher import TeacherConfig
 from opsd_jax.model.config import DTYPES, TEXT_ATTENTION, LoraConfig, ModelConfig
 from opsd_jax.model.sharding import MeshConfig, Rules
@@ -56,8 +57,8 @@ class TrainConfig:
       group_size: G, completions of each problem, B / G problems a step.
       completions: where they come from: @StudentRollouts(), @TeacherRollouts(),
         @MixedRollouts() or @References().
-      objective: what is learned from them: @Distillation(), @PolicyGradient(), @RewardMix() or
-        @Likelihood().
+      objective: what is learned from them: @Distillation(), @Likelihood(), @PolicyGradient(), or
+        @Mix() of several.
       num_updates: optimiser passes over each batch of completions.
       learning_rate: peak of the schedule.
       seed: of rollouts, data order and adapter initialisation.
@@ -114,6 +115,16 @@ class TrainConfig:
                 f"train.batch_size = {self.batch_size} must be a multiple of train.group_size = "
                 f"{self.group_size}"
             )
+        if self.completions != self.references and isinstance(self.completions, References):
+            raise UserError("Likelihood.of and train.completions must be the same @References()")
+
+    @property
+    def references(self) -> References | None:
+        """The data's own completions, where they are those of the step or a term's."""
+        terms = terms_of(self.objective)
+        found = [term.of for term in terms if isinstance(term, Likelihood) and term.of]
+        found += [self.completions] if isinstance(self.completions, References) else []
+        return found[0] if found else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,19 +148,22 @@ class Experiment:
         return self.contexts.reasoning_first() if self.teacher.reasons else self.contexts
 
     def __post_init__(self):
-        objective = self.train.objective
-        if self.teacher.reasons and isinstance(objective, (PolicyGradient, Likelihood)):
+        terms = terms_of(self.train.objective)
+        # An objective of the user's own may look at anything.
+        reads_teacher = any(getattr(term, "reads_teacher", True) for term in terms)
+        if self.teacher.reasons and not reads_teacher:
             if self.train.completions.on_policy or not self.train.completions.generates:
                 raise UserError(
                     "teacher.reasons is of no use: neither train.objective nor train.completions "
                     "looks at the teacher's context; set it to None"
                 )
-        if not isinstance(objective, (PolicyGradient, Likelihood)):
-            self._check_sampled_token()
-        if isinstance(objective, RewardMix):
-            objective = objective.policy_gradient
-        if isinstance(objective, PolicyGradient):
-            self._check_policy_gradient(objective)
+        for term in terms:
+            if isinstance(term, PolicyGradient):
+                self._check_policy_gradient(term)
+            elif isinstance(term, Anchor):
+                self._check_anchor()
+            elif not isinstance(term, Likelihood):
+                self._check_sampled_token()
 
     def _check_sampled_token(self) -> None:
         """The weight of a sampled token is pS(y) / q(y), and its mean is over all y."""
@@ -179,7 +193,6 @@ class Experiment:
 
     def _check_policy_gradient(self, objective: PolicyGradient) -> None:
         """What a policy gradient needs of the other areas."""
-        rollout = self.rollout
         if objective.baseline == "group" and self.train.group_size == 1:
             raise UserError(
                 "PolicyGradient compares the completions of a problem: set train.group_size to 2 "
@@ -190,13 +203,13 @@ class Experiment:
                 "PolicyGradient needs completions that were sampled: set train.completions to "
                 "@StudentRollouts()"
             )
-        if not rollout.is_plain:
+        check_ratio(self.rollout)
+
+    def _check_anchor(self) -> None:
+        """The initial policy is kept as the teacher, or under the adapters."""
+        kept = self.teacher.weights == "initial" and not self.teacher.model
+        if not kept and self.train.lora is None:
             raise UserError(
-                "PolicyGradient takes log-probabilities of the model itself: set "
-                "rollout.temperature = 1.0 and no filter, penalty or rollout.min_new_tokens"
-            )
-        if objective.kl_weight and (self.teacher.weights != "initial" or self.teacher.model):
-            raise UserError(
-                "PolicyGradient.kl_weight is of the KL to the initial policy: set teacher.weights "
-                "= 'initial' and teacher.model = None"
+                "Anchor needs the initial policy, which is not kept here: set teacher.weights "
+                "= 'initial' and teacher.model = None, or train.lora = @lora()"
             )

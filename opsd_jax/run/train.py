@@ -46,7 +46,6 @@ from opsd_jax.host.metrics import MetricWriters
 from opsd_jax.host.pod import connected_mesh, wait_for_all
 from opsd_jax.host.preemption import Preemption
 from opsd_jax.host.progress import ProgressLine
-from opsd_jax.method.completions import References
 from opsd_jax.method.train_step import TrainState
 from opsd_jax.model.sharding import check_batch, num_bytes
 from opsd_jax.run.assembly import (
@@ -203,8 +202,8 @@ def training_batches(
         check_answers(problems)
     prompts = TrainingPrompts(contexts, tokenizer, problems)
     render: Any = prompts
-    if isinstance(settings.completions, References):
-        template, limit = settings.completions.template, experiment.rollout.max_new_tokens
+    if settings.references:
+        template, limit = settings.references.template, experiment.rollout.max_new_tokens
         stop_ids = experiment.rollout.stop_ids
         render = ReferenceRows(prompts, template, tokenizer, limit, contexts, stop_ids)
     num_problems = settings.batch_size // settings.group_size

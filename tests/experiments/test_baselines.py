@@ -17,9 +17,9 @@ from opsd_jax.errors import UserError
 from opsd_jax.evaluation.report import CURVES
 from opsd_jax.main import main
 from opsd_jax.method.completions import MixedRollouts, References, StudentRollouts, TeacherRollouts
-from opsd_jax.method.objective import Distillation, Likelihood
+from opsd_jax.method.mix import Anchor, Distillation, Likelihood, Mix
 from opsd_jax.method.optimizer import OptimizerConfig, make_optimizer
-from opsd_jax.method.policy_gradient import PolicyGradient, RewardMix
+from opsd_jax.method.policy_gradient import PolicyGradient
 from opsd_jax.method.train_step import init_state, jit_halves, sample_completion, state_shardings
 from opsd_jax.model.decoder import Decoder, init_variables
 from opsd_jax.model.sharding import (
@@ -38,8 +38,12 @@ from tests.method.test_policy_gradient import method_of
 from tests.run.test_train import TINY
 from tests.tiny import WordTokenizer, tiny_batch, tiny_config, tiny_variables
 
-BASELINES = sorted((Path(__file__).parents[2] / "experiments" / "baselines").glob("*.gin"))
-QUICKSTART = str(BASELINES[0].parent.parent / "quickstart.gin")
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+BASELINES = sorted((EXPERIMENTS / "baselines").glob("*.gin"))
+METHODS = sorted((EXPERIMENTS / "methods").glob("*.gin"))
+QUICKSTART = str(EXPERIMENTS / "quickstart.gin")
+CLASSICS = ("grpo", "dr_grpo", "dapo", "sft")
+SLOW = [pytest.param(path, marks=pytest.mark.slow) for path in METHODS if path.stem not in CLASSICS]
 
 
 def sampled(source, **changes):
@@ -124,10 +128,12 @@ def graded_steps(method, devices, num_micro_batches=1, num_steps=2):
 
 
 METHODS = {
-    "grpo": dict(objective=PolicyGradient(kl_weight=0.1), num_updates=2),
+    "grpo": dict(objective=Mix((PolicyGradient(), Anchor(weight=0.1))), num_updates=2),
     "sft": dict(objective=Likelihood(), completions=References()),
     "mix": dict(
-        objective=RewardMix(1.0, 0.5, "by_reward"), completions=MixedRollouts(), group_size=8
+        objective=Mix((PolicyGradient(weight=0.5, rows="right"), Distillation(rows="wrong"))),
+        completions=MixedRollouts(),
+        group_size=8,
     ),
 }
 
@@ -145,7 +151,22 @@ def test_devices_and_micro_batches_change_nothing(name):
                 np.testing.assert_allclose(metrics_2[key], value, rtol=3e-4, atol=5e-6, err_msg=key)
 
 
-@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SLOW, ids=lambda path: path.stem)
+def test_every_method_runs_two_steps(path, tmp_path):
+    tiny = [b.replace("max_new_tokens = 4", "max_new_tokens = 18") for b in TINY]
+    tiny = [b for b in tiny if not b.startswith("teacher.weights")]
+    tiny += ["train.num_steps = 2", "evaluate.greedy = False", "evaluate.roles = ('student',)"]
+    flags = [f"--gin_bindings={b}" for b in tiny]
+    assert main(["train", f"--gin_file={path}", f"--workdir={tmp_path}", *flags]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert all(np.isfinite(line["loss/objective"]) for line in lines[1:3])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*BASELINES, *(path for path in METHODS if path.stem in CLASSICS)],
+    ids=lambda path: path.stem,
+)
 def test_every_baseline_runs_two_steps(path, tmp_path):
     tiny = [b for b in TINY if not b.startswith("teacher.weights")]
     tiny = [b.replace("max_new_tokens = 4", "max_new_tokens = 18") for b in tiny]
@@ -198,19 +219,22 @@ def curves_of(page: str) -> set[str]:
              "train.completions = @References()"],
             "sampled",
         ),
+        (["train.objective = @Mix()"], r"Mix.terms must be bound"),
+        (["train.objective = @Mix()", "Mix.terms = ()"], r"must hold a term such as"),
+        (["train.objective = @Mix()", "Mix.terms = (1,)"], r"a tuple \(an objective such as"),
         (
-            ["train.objective = @RewardMix()", "train.group_size = 8",
-             "rollout.temperature = 0.7"],
-            "temperature",
+            ["train.objective = @Mix()", "Mix.terms = (@PolicyGradient(), @Distillation())",
+             "train.group_size = 8", "rollout.temperature = 0.0"],
+            "temperature above 0",
         ),
         *[
             (["train.objective = @PolicyGradient()", "train.group_size = 8", f"rollout.{one}"],
-             "no filter, penalty")
-            for one in ("min_p = 0.1", "repetition_penalty = 1.2", "min_new_tokens = 2")
+             "min_new_tokens = 0")
+            for one in ("presence_penalty = 0.1", "repetition_penalty = 1.2", "min_new_tokens = 2")
         ],
         (
-            ["train.objective = @PolicyGradient()", "train.group_size = 8",
-             "PolicyGradient.kl_weight = 0.1", "teacher.weights = 'live'"],
+            ["train.objective = @Mix()", "train.group_size = 8",
+             "Mix.terms = (@PolicyGradient(), @Anchor())", "teacher.weights = 'live'"],
             "initial policy",
         ),
         (["MixedRollouts.of = 1", "train.completions = @MixedRollouts()"], "MixedRollouts"),

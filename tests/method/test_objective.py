@@ -12,7 +12,8 @@ from opsd_jax.divergence.config import DivergenceConfig
 from opsd_jax.errors import UserError
 from opsd_jax.method.batch import Policy
 from opsd_jax.method.completions import References
-from opsd_jax.method.objective import Distillation, Reader, compare
+from opsd_jax.method.mix import Distillation
+from opsd_jax.method.objective import Reader, compare
 from opsd_jax.method.scoring import completion_hidden
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.head import head_logits, output_head

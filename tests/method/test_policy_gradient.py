@@ -17,8 +17,9 @@ from opsd_jax.divergence.likelihood import token_logps
 from opsd_jax.divergence.losses import DivergenceConfig
 from opsd_jax.errors import UserError
 from opsd_jax.method.completions import StudentRollouts
-from opsd_jax.method.objective import Distillation, Likelihood, mean_weights
-from opsd_jax.method.policy_gradient import PolicyGradient, RewardMix, group_advantages
+from opsd_jax.method.mix import Anchor, Distillation, Likelihood, Mix
+from opsd_jax.method.policy_gradient import PolicyGradient, group_advantages
+from opsd_jax.method.rows import GradedBatch, mean_weights
 from opsd_jax.method.scoring import completion_hidden
 from opsd_jax.method.teacher import TeacherConfig
 from opsd_jax.method.train_step import Method, init_state, sample_completion, update
@@ -48,10 +49,14 @@ def completion_of(lengths, old, stopped=None) -> Completion:
 
 
 def loss_of(objective, logps, completion, rewards, group_size, initial=INITIAL):
-    rows, _ = objective.plan(None, completion, jnp.asarray(rewards, jnp.float32), group_size)
+    batch = SimpleNamespace(in_context=lambda mask: mask)
+    step = GradedBatch(batch, completion, jnp.asarray(rewards, jnp.float32), group_size)
+    rows, _ = objective.plan(step)
     reader = SimpleNamespace(
+        batch=batch,
         completion=completion,
         student_logps=(logps, jnp.zeros_like(logps)),
+        sampled_logps=(logps, completion.logps),
         initial_logps=jnp.asarray(initial, jnp.float32),
     )
     return objective(reader, rows)
@@ -101,9 +106,9 @@ def numeric_gradient(function, x, step=1e-6):
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 def test_the_loss_and_its_gradient_are_trls(loss_type, mean, scale, beta):
     """Four rows of two problems: padding, both clips, and a group without variance."""
-    objective = PolicyGradient(
-        clip_low=0.2, clip_high=0.28, mean=mean, normalize_std=scale, kl_weight=beta
-    )
+    objective = PolicyGradient(clip_low=0.2, clip_high=0.28, mean=mean, normalize_std=scale)
+    if beta:
+        objective = Mix((objective, Anchor(weight=beta, mean=mean)))
     completion, mask = completion_of(LENGTHS, OLD), np.arange(3) < LENGTHS[:, None]
     expected = partial(
         trl_loss, loss_type, old=OLD, rewards=REWARDS, mask=mask, group_size=2, low=0.2,
@@ -139,17 +144,17 @@ def test_one_number_by_hand():
 def test_groups_without_variance_are_counted_and_can_be_left_out():
     completion = completion_of(LENGTHS, OLD, stopped=[True, False, True, True])
     rewards = jnp.asarray(REWARDS, jnp.float32)
-    rows, metrics = PolicyGradient(mean="token").plan(None, completion, rewards, 2)
+    rows, metrics = PolicyGradient(mean="token").plan(GradedBatch(None, completion, rewards, 2))
     assert metrics["reward/zero_variance_fraction"] == 0.5
     np.testing.assert_allclose(rows["weights"][0], 1 / 9, rtol=1e-6)
     assert not np.any(rows["advantages"][2:])
-    dropping = PolicyGradient(mean="token", drop_zero_variance=True)
-    rows, _ = dropping.plan(None, completion, rewards, 2)
+    dropping = PolicyGradient(mean="token", rows="varied")
+    rows, _ = dropping.plan(GradedBatch(None, completion, rewards, 2))
     np.testing.assert_allclose(rows["weights"].sum(axis=1), [3 / 4, 1 / 4, 0, 0], rtol=1e-6)
-    dropping = dataclasses.replace(dropping, drop_truncated=True)
-    rows, _ = dropping.plan(None, completion, rewards, 2)
+    dropping = dataclasses.replace(dropping, rows=("varied", "complete"))
+    rows, _ = dropping.plan(GradedBatch(None, completion, rewards, 2))
     np.testing.assert_allclose(rows["weights"].sum(axis=1), [1, 0, 0, 0], rtol=1e-6)
-    rows, _ = dropping.plan(None, completion, jnp.ones(4), 2)
+    rows, _ = dropping.plan(GradedBatch(None, completion, jnp.ones(4), 2))
     assert not np.any(rows["weights"])  # All left out: a step without a gradient, and no NaN.
 
 
@@ -254,18 +259,21 @@ def logit_oracle(objective, method, state, batch, completion, rewards, initial):
             advantage = (rewards[b] - group.mean()) / (group.std(ddof=1) + 1e-4)
             weight = 1 / (mask[b].sum() * len(mask))
             ratio = np.exp(logp - old[b, t])
-            bound = np.clip(ratio, 1 - objective.clip_low, 1 + objective.clip_high)
+            bound = np.clip(ratio, 0.95, 1.08)
             loss = -min(ratio * advantage, bound * advantage)
             slope = -ratio * advantage if ratio * advantage <= bound * advantage else 0.0
             d = initial[b, t] - logp
-            loss += objective.kl_weight * (np.exp(d) - d - 1)
-            slope += objective.kl_weight * (1 - np.exp(d))
+            loss += 0.5 * (np.exp(d) - d - 1)
+            slope += 0.5 * (1 - np.exp(d))
         total += weight * loss
         gradient[b, t] = weight * slope * (np.eye(len(p))[ids[b, t]] - p)
     return total, gradient
 
 
-@pytest.mark.parametrize("objective", [PolicyGradient(0.05, 0.08, kl_weight=0.5), Likelihood()])
+GRPO_KL = Mix((PolicyGradient(0.05, 0.08), Anchor(weight=0.5, mean="sequence")))
+
+
+@pytest.mark.parametrize("objective", [GRPO_KL, Likelihood()], ids=["grpo", "sft"])
 @pytest.mark.parametrize("num_micro_batches", [1, 2])
 def test_a_step_follows_the_oracles_gradient(objective, num_micro_batches, rollouts):
     state, batch, completion, rewards = rollouts
@@ -294,7 +302,7 @@ def test_a_step_follows_the_oracles_gradient(objective, num_micro_batches, rollo
         params, new.trainable["params"], gradient,
     )  # fmt: skip
     assert metrics["optim/grad_norm"] > 0.01
-    if isinstance(objective, PolicyGradient):
+    if objective is GRPO_KL:
         assert 0 < metrics["policy/clip_fraction"] < 1 and metrics["policy/kl_initial"] > 0
         assert metrics["reward/zero_variance_fraction"] == 0.5
 
@@ -302,7 +310,10 @@ def test_a_step_follows_the_oracles_gradient(objective, num_micro_batches, rollo
 def test_routing_distils_wrong_rows_and_reinforces_right_ones(rollouts):
     """Each part of the mixture equals its own objective on its own rows."""
     state, batch, completion, rewards = rollouts
-    mix = RewardMix(0.7, 0.3, "by_reward", PolicyGradient(mean="token"))
+    mix = Mix((
+        PolicyGradient(mean="token", weight=0.3, rows="right", over="batch"),
+        Distillation(weight=0.7, rows="wrong", over="batch"),
+    ))  # fmt: skip
 
     def step(objective, completion, rewards=rewards):
         run = jax.jit(partial(update, method_of(objective)))
@@ -323,7 +334,10 @@ def test_routing_distils_wrong_rows_and_reinforces_right_ones(rollouts):
     divergence = mixed["rows/divergence"]
     assert divergence.shape == (8,) and np.all(divergence > 0)
     np.testing.assert_allclose(divergence.sum() / num_tokens, mixed["loss/divergence"], rtol=1e-5)
-    whole = step(RewardMix(0.7, 0.3, "all", PolicyGradient(mean="token")), completion)
+    parts = mixed["loss/policy_gradient"], mixed["loss/distillation"]
+    np.testing.assert_allclose(parts, [0.3 * reinforced, 0.7 * distilled], rtol=1e-5)
+    whole = Mix((PolicyGradient(mean="token", weight=0.3), Distillation(weight=0.7)))
+    whole = step(whole, completion)
     plain = step(Distillation(), completion)["loss/objective"]
     reward = step(PolicyGradient(mean="token"), completion)["loss/objective"]
     np.testing.assert_allclose(whole["loss/objective"], 0.7 * plain + 0.3 * reward, rtol=1e-5)
@@ -352,7 +366,10 @@ def test_several_passes_move_away_from_the_rollout(rollouts):
         dict(clip_high=-1),
         dict(baseline="x"),
         dict(mean="x"),
-        dict(kl_weight=-1),
+        dict(weight=-1),
+        dict(rows="x"),
+        dict(rows=("right", 2)),
+        dict(over="x"),
     ],
 )
 def test_bad_settings_are_named(fields):

@@ -97,10 +97,11 @@ def test_resume_equals_uninterrupted_bit_for_bit(whole, tmp_path):
 
 
 GRPO = [
-    "train.objective = @PolicyGradient()",
+    "train.objective = @Mix()",
+    "Mix.terms = (@PolicyGradient(), @Anchor())",
+    "Anchor.weight = @linear",
     "train.group_size = 4",
     "train.num_updates = 2",
-    "PolicyGradient.kl_weight = 0.1",
     "teacher.weights = 'initial'",
 ]
 
