@@ -40,10 +40,12 @@ from tests.tiny import WordTokenizer, tiny_batch, tiny_config, tiny_variables
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 BASELINES = sorted((EXPERIMENTS / "baselines").glob("*.gin"))
-METHODS = sorted((EXPERIMENTS / "methods").glob("*.gin"))
+METHOD_FILES = sorted((EXPERIMENTS / "methods").glob("*.gin"))
 QUICKSTART = str(EXPERIMENTS / "quickstart.gin")
 CLASSICS = ("grpo", "dr_grpo", "dapo", "sft")
-SLOW = [pytest.param(path, marks=pytest.mark.slow) for path in METHODS if path.stem not in CLASSICS]
+SLOW = [
+    pytest.param(path, marks=pytest.mark.slow) for path in METHOD_FILES if path.stem not in CLASSICS
+]
 
 
 def sampled(source, **changes):
@@ -164,7 +166,7 @@ def test_every_method_runs_two_steps(path, tmp_path):
 
 @pytest.mark.parametrize(
     "path",
-    [*BASELINES, *(path for path in METHODS if path.stem in CLASSICS)],
+    [*BASELINES, *(path for path in METHOD_FILES if path.stem in CLASSICS)],
     ids=lambda path: path.stem,
 )
 def test_every_baseline_runs_two_steps(path, tmp_path):
