@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import threading
+import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,6 +16,7 @@ class Hub:
     Attributes:
       requests: (method, path) of everything that was asked.
       gated, private: ids that are answered 401, as the Hub does without a login.
+      delay_s: before each answer.
       cut: file -> bytes after which its content ends, and the connection too.
     """
 
@@ -26,6 +28,7 @@ class Hub:
         self.gated: set[str] = set()
         self.private: set[str] = set()
         self.cut: dict[str, int] = {}
+        self.delay_s = 0.0
         self.lock = threading.Lock()
 
     def commit(self, kind: str, repo: str, files: dict, branch: str = "main") -> str:
@@ -39,6 +42,7 @@ class Hub:
 
     def answer(self, method: str, path: str, wanted: str | None) -> tuple[int, dict, bytes]:
         """(status, headers, body)."""
+        time.sleep(self.delay_s)
         with self.lock:
             self.requests.append((method, path))
         parts = [urllib.parse.unquote(p) for p in path.partition("?")[0].strip("/").split("/")]

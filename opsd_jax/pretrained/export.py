@@ -17,6 +17,7 @@ import numpy as np
 from opsd_jax.data.tokenizer import HFTokenizer
 from opsd_jax.errors import UserError
 from opsd_jax.host.files import scratch_folder
+from opsd_jax.host.hub import is_hub_name
 from opsd_jax.model.config import LORA_TARGETS, ModelConfig
 from opsd_jax.pretrained.config import config_to_hf
 from opsd_jax.pretrained.tensor_names import Leaf, file_shapes, leaves, to_file
@@ -130,7 +131,8 @@ def save_adapter(
       out_dir: a new or empty folder.
       config: the model's, with `lora`.
       variables: {"params", "lora"}.
-      base: path of the base model, which adapter_config.json has in full, or its name on a hub.
+      base: path of the base model, which adapter_config.json has in full, or its name on the Hub,
+        whose commit becomes its "revision".
 
     Raises:
       UserError: no adapters, a family whose file merges the adapted projections, or `out_dir` has
@@ -142,12 +144,14 @@ def save_adapter(
     tensors = dict(_adapter_tensors(plan, variables["lora"]))
     lora = config.lora
     adapted = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in tensors}
+    base, revision = base.split("@") if is_hub_name(base) and "@" in base else (base, None)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         # PEFT looks it up from wherever it runs: a relative path would be another one there.
         "base_model_name_or_path": (os.path.abspath(base) if os.path.exists(base) else base)
         or None,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,

@@ -305,3 +305,10 @@ def test_a_pinned_data_set_is_read_offline(hub, monkeypatch):  # noqa: F811
     assert [p.id for p in JsonlProblems(name).load().problems] == ["a"]
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     assert [p.id for p in JsonlProblems(name).load().problems] == ["a"]
+
+
+def test_hostile_names_of_files_are_not_asked_for(hub):  # noqa: F811
+    evil = {f"{place}rows.jsonl": rows_text("evil") for place in ("../../", "/etc/", "a/../../")}
+    hub.commit("dataset", "me/sums", {"train.jsonl": rows_text("a")} | evil)
+    assert ids() == ["a"]
+    assert not [path for _, path in hub.requests if "rows.jsonl" in path]

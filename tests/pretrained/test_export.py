@@ -345,6 +345,20 @@ def test_exports_load_elsewhere_and_compute_the_same(family, tmp_path, monkeypat
     np.testing.assert_allclose(ours, theirs(model), atol=2e-5)
 
 
+def test_an_adapter_names_the_commit_of_its_base(tmp_path):
+    config = model_config(lora=LORA)
+    commit = "0" * 40
+    for base, wanted in (
+        (f"me/tiny@{commit}", ("me/tiny", commit)),
+        ("me/tiny", ("me/tiny", None)),
+        ("", (None, None)),
+    ):
+        out = tmp_path / f"out{len(base)}"
+        save_adapter(str(out), config, variables_of(config), base=base)
+        found = json.loads((out / "adapter_config.json").read_text())
+        assert (found["base_model_name_or_path"], found["revision"]) == wanted
+
+
 def test_peft_needs_adapters_and_separate_projections(tmp_path):
     config = model_config()
     with pytest.raises(UserError, match="no adapters"):

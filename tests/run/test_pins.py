@@ -15,6 +15,7 @@ from opsd_jax.run.pins import pinned
 from tests.data.test_tokenizer import byte_tokenizer
 from tests.host.test_hub import hub  # noqa: F401
 from tests.tiny import tiny_config, tiny_variables
+from tests.two_processes import run_pair
 
 ROWS = [
     {"question": f"{i}+1?", "solution": f"It is \\boxed{{{i + 1}}}.", "answer": i + 1}
@@ -105,7 +106,35 @@ def test_a_run_goes_on_from_the_same_bytes_after_the_branches_moved(named, tmp_p
     assert not named.requests  # neither moved nor asked again
     assert main([*command, "--gin_bindings=MODEL = 'me/tiny@main'"]) == 2
     told = capfd.readouterr().err
-    assert "train.model is not what the run" in told and "weights was" in told
+    assert f"MODEL was 'me/tiny@{named.first}' and is now 'me/tiny@" in told
+
+
+POD = """
+from opsd_jax.host.hub import model_folder
+from opsd_jax.run.config import load_experiment
+from opsd_jax.run.pins import pinned
+jax.distributed.initialize()
+found, text = pinned(*load_experiment("named.gin", ["train.heldout = None"]))
+print("found", model_folder(found.train.model.path, "path"), found.train.problems.path)
+"""
+
+
+@pytest.mark.slow
+def test_a_pod_asks_once_and_downloads_once_per_host(named, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", named.constants.ENDPOINT)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    named.delay_s = 0.2
+    said = [out for out, _ in run_pair(POD)]
+    found = {line for out in said for line in out.splitlines() if line.startswith("found")}
+    assert len(found) == 1 and named.first in found.pop()
+    asked = [path for method, path in named.requests if method == "GET"]
+    assert sum("/revision/" in path for path in asked) == 2  # of the model and of the data set
+    files = [path for path in asked if "/resolve/" in path]
+    assert len(files) == len(set(files)) == 3
+    named.private.add("me/tiny")
+    with pytest.raises(AssertionError, match="the Hub answers 401|process 0 tells why"):
+        run_pair(POD)
 
 
 def test_a_name_that_is_nobodys_is_one_sentence(named, capfd):
