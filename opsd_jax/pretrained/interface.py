@@ -18,7 +18,8 @@ def load_model(path: str, dtype: str = "float32", mesh: Mesh | None = None) -> t
     """Reads a model: `model, variables = load_model(path)`.
 
     Args:
-      path: a Hugging Face directory, a GGUF file, or "smollm2" (fetched once).
+      path: a Hugging Face directory, a GGUF file, `owner/name[@revision]` on the Hub, or "smollm2"
+        (the latter two are fetched once).
       dtype: of parameters and computation, "float32" or "bfloat16".
       mesh: where the parameters are laid out; None is the default device.
 

@@ -12,6 +12,7 @@ from opsd_jax.errors import UserError
 from opsd_jax.main import main
 from opsd_jax.run.data import data_command, shown_ids
 from tests.data.test_tokenizer import TEMPLATE, byte_tokenizer
+from tests.host.test_hub import hub  # noqa: F401
 
 GIN = """
 train.model = @PretrainedModel()
@@ -50,8 +51,12 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def as_line(row):
+    return json.dumps(row) + "\n"
+
+
 def write(folder, found):
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    (folder / "rows.jsonl").write_text("".join(map(as_line, found)))
 
 
 def test_rows_as_every_role_sees_them(folder, capsys):
@@ -178,8 +183,18 @@ def test_ids_of_a_tokenizer_without_special_tokens():
     assert shown_ids(Plain(), [1, 2]) == "1 2"
 
 
-def test_no_weights_are_looked_at(folder):
-    """The folder has none; and the command line runs it."""
+def test_of_a_hub_model_no_weights_are_fetched(folder, hub, capsys):  # noqa: F811
+    files = {path.name: path.read_bytes() for path in (folder / "model").iterdir()}
+    hub.commit("model", "me/chat", files | {"model.safetensors": b"weights", "config.json": "{}"})
+    hub.commit("dataset", "me/rows", {"train.jsonl": "".join(map(as_line, rows()))})
+    names = ["PretrainedModel.path = 'me/chat'", "JsonlProblems.path = 'me/rows'"]
+    assert data_command(["a.gin"], names) == []
+    assert "8 problems" in capsys.readouterr().out
+    asked = " ".join(path for _, path in hub.requests)
+    assert "tokenizer.json" in asked and "safetensors" not in asked
+
+
+def test_how_many_are_shown_is_checked_first(folder):
     write(folder, rows())
     command = [sys.executable, "-m", "opsd_jax", "data", "--gin_file=a.gin", "--num=0"]
     ran = subprocess.run(command, capture_output=True, text=True)
