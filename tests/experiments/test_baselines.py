@@ -35,6 +35,7 @@ from opsd_jax.run.stepping import to_batch
 from opsd_jax.sampling.prompts import Context
 from opsd_jax.testbed.world import ChainTokenizer
 from tests.method.test_policy_gradient import method_of
+from tests.representatives import representatives
 from tests.run.test_train import TINY
 from tests.tiny import WordTokenizer, tiny_batch, tiny_config, tiny_variables
 
@@ -43,6 +44,8 @@ BASELINES = sorted((EXPERIMENTS / "baselines").glob("*.gin"))
 METHOD_FILES = sorted((EXPERIMENTS / "methods").glob("*.gin"))
 QUICKSTART = str(EXPERIMENTS / "quickstart.gin")
 CLASSICS = ("grpo", "dr_grpo", "dapo", "sft")
+CURVED = [*BASELINES, *(path for path in METHOD_FILES if path.stem in CLASSICS)]
+FAST = [path for path in CURVED if path.stem in ("opsd_reward", "sft")]
 SLOW = [
     pytest.param(path, marks=pytest.mark.slow) for path in METHOD_FILES if path.stem not in CLASSICS
 ]
@@ -140,7 +143,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", representatives(METHODS, "mix"))
 def test_devices_and_micro_batches_change_nothing(name):
     """Invariant 7 for every method: same tokens, same metrics."""
     optimizer = make_optimizer(OptimizerConfig(), 1e-2)
@@ -164,11 +167,7 @@ def test_every_method_runs_two_steps(path, tmp_path):
     assert all(np.isfinite(line["loss/objective"]) for line in lines[1:3])
 
 
-@pytest.mark.parametrize(
-    "path",
-    [*BASELINES, *(path for path in METHOD_FILES if path.stem in CLASSICS)],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.parametrize("path", representatives(CURVED, *FAST), ids=lambda path: path.stem)
 def test_every_baseline_runs_two_steps(path, tmp_path):
     tiny = [b for b in TINY if not b.startswith("teacher.weights")]
     tiny = [b.replace("max_new_tokens = 4", "max_new_tokens = 18") for b in tiny]

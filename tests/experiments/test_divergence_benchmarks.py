@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+from tests.representatives import representatives
+
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "benchmarks"
 
 
@@ -19,7 +21,7 @@ def script(name):
     return module
 
 
-@pytest.mark.parametrize("flags", [[], ["--frozen_head", "--dtype=bfloat16"]])
+@pytest.mark.parametrize("flags", representatives([[], ["--frozen_head", "--dtype=bfloat16"]], []))
 def test_divergence_benchmark(flags, monkeypatch, capsys):
     small = [
         "--vocab=300",

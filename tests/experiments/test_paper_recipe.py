@@ -18,6 +18,7 @@ from opsd_jax.pretrained.config import config_from_hf
 from opsd_jax.run.assembly import assemble
 from opsd_jax.run.config import load_experiment
 from opsd_jax.sampling.prompts import Context
+from tests.representatives import representatives
 from tests.tiny import WordTokenizer
 
 PAPER = Path(__file__).parents[2] / "experiments" / "paper"
@@ -69,8 +70,8 @@ def test_the_recipe_is_the_official_one(size):
     assert (contexts.student_thinking, contexts.teacher_thinking) == (False, True)
 
 
-@pytest.mark.parametrize("size", SHAPES)
-@pytest.mark.parametrize("model_axis", [1, 2])
+@pytest.mark.parametrize("size", representatives(SHAPES, "1p7b"))
+@pytest.mark.parametrize("model_axis", representatives([1, 2], 2))
 def test_the_whole_step_fits_together(size, model_axis):
     experiment, _ = load_experiment([str(PAPER / f"qwen3_{size}.gin")])
     mesh = make_mesh(MeshConfig(model=model_axis))

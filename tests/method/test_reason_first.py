@@ -150,6 +150,7 @@ def test_draws_of_completions_and_analyses_are_apart():
     assert len({tuple(ids) for ids in analyses}) > 2
 
 
+@pytest.mark.slow
 def test_halves_devices_and_micro_batches_change_nothing():
     """One program on 2 x 4 devices, against two halves on two devices with micro-batches."""
     method = method_of(CONFIG, "ema", reasoner=REASONER)
@@ -177,6 +178,7 @@ BINDINGS = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_and_its_token_view(tmp_path):
     flags = ("train.num_steps = 2", "train.group_size = 2", "train.eval_every_steps = 0")
     assert main(command(tmp_path, *BINDINGS, *flags)) == 0

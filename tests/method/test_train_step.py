@@ -35,6 +35,7 @@ from opsd_jax.model.sharding import (
 from opsd_jax.run.assembly import split_trainable
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.prompts import Completion
+from tests.representatives import representatives
 from tests.tiny import tiny_batch, tiny_config, tiny_variables
 
 
@@ -72,6 +73,7 @@ def norm(tree) -> float:
     return float(np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree))))
 
 
+@pytest.mark.parametrize("any_config", representatives(["full", "lora"], "full"), indirect=True)
 def test_same_context_and_weights_give_no_divergence_and_no_gradient(any_config):
     """Invariant 2; and with another context both are there."""
     method = method_of(any_config, "live")
@@ -84,6 +86,7 @@ def test_same_context_and_weights_give_no_divergence_and_no_gradient(any_config)
     assert loss > 0.05 and norm(gradient) > 0.05
 
 
+@pytest.mark.parametrize("any_config", representatives(["full", "lora"], "lora"), indirect=True)
 def test_no_gradient_reaches_the_teacher(any_config):
     """Invariant 3: the live teacher's gradient equals that with a literal copy of the weights."""
     live, copied = method_of(any_config, "live"), method_of(any_config, "snapshot")
@@ -157,7 +160,7 @@ MESHES = {
 }
 
 
-@pytest.fixture(scope="module", params=["full", "lora"])
+@pytest.fixture(scope="module", params=representatives(["full", "lora"], "full"))
 def alone(request):
     """Three steps on one device, without micro-batches."""
     lora = LoraConfig(rank=4, alpha=8.0) if request.param == "lora" else None
@@ -172,7 +175,7 @@ def assert_same_run(one, other):
             np.testing.assert_allclose(metrics_2[name], value, rtol=2e-4, atol=2e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", representatives(MESHES, "data 2 x model 4"))
 def test_the_run_is_the_same_on_eight_devices(alone, mesh, caplog):
     """Invariant 7, devices: same tokens, same metrics; and 8: three steps, one compilation."""
     method, found = alone

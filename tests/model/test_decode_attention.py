@@ -59,7 +59,10 @@ def test_a_row_attends_to_what_it_holds_and_may_see(interpreted, softcap):
 
 @pytest.mark.parametrize(
     ("changes", "unroll_layers"),
-    [({}, 4), (dict(window=4, window_layers=(1,), attention_softcap=2.0), 0)],
+    [
+        pytest.param({}, 4, marks=pytest.mark.slow),
+        (dict(window=4, window_layers=(1,), attention_softcap=2.0), 0),
+    ],
     ids=["unrolled", "scanned-windowed"],
 )
 def test_rollouts_are_the_same_through_the_kernel(interpreted, changes, unroll_layers):

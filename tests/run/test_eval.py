@@ -261,6 +261,7 @@ assert main([*command, f"--out={folder}/{'pair' if index else 'another'}"]) == 2
 """
 
 
+@pytest.mark.slow
 def test_two_processes_say_what_one_says(folder, alone):
     """Every generation is written once, cut short and continued too; numbers bit for bit."""
     flags = command(folder, "", *SMALL, "contexts.evaluation_thinking = False")

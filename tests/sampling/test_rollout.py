@@ -2,6 +2,7 @@
 """The rollout against a slow loop that has no cache, no padding and no batch."""
 
 import dataclasses
+import itertools
 import re
 from functools import partial
 
@@ -27,6 +28,7 @@ from opsd_jax.model.sharding import (
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.rollout import rollout, stages
 from opsd_jax.sampling.tokens import filter_logits, sample
+from tests.representatives import representatives
 from tests.tiny import VOCAB, text_hidden, tiny_batch, tiny_config, tiny_variables
 
 # Segments of three tokens, so that every test crosses their borders.
@@ -56,6 +58,7 @@ def slow_rollout(model, variables, prompt, key, row, config):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
+@pytest.mark.parametrize("any_config", representatives(["full", "lora"], "lora"), indirect=True)
 def test_rollout_equals_the_slow_loop(any_config, temperature):
     config = dataclasses.replace(CONFIG, temperature=temperature)
     model, variables = Decoder(any_config), tiny_variables(any_config)
@@ -74,8 +77,10 @@ def test_rollout_equals_the_slow_loop(any_config, temperature):
         assert (out.logps[row, len(ids) :] == 0).all()
 
 
-@pytest.mark.parametrize("unroll_layers", [0, 4])
-@pytest.mark.parametrize("segment_len", [1, 2, 64])
+@pytest.mark.parametrize(
+    "segment_len, unroll_layers",
+    representatives(itertools.product([1, 2, 64], [0, 4]), (1, 4), (2, 0)),
+)
 def test_neither_segments_nor_unrolling_change_a_token(segment_len, unroll_layers):
     """Long enough for the cache to grow three times."""
     model, variables = Decoder(tiny_config()), tiny_variables(tiny_config())
@@ -134,7 +139,7 @@ def test_penalties_and_a_least_length_act_at_every_step():
         assert len(said) >= 4
 
 
-@pytest.mark.parametrize("temperature", [1e-4, 1e-10, 1e-30])
+@pytest.mark.parametrize("temperature", representatives([1e-4, 1e-10, 1e-30], 1e-30))
 def test_a_small_temperature_is_nearly_greedy(temperature):
     model, variables = Decoder(tiny_config()), tiny_variables(tiny_config())
     prompts = tiny_batch(8).student
@@ -194,7 +199,7 @@ def compiled_text(config, mesh, settings):
         return jitted.lower(variables, prompts.ids, prompts.lengths).compile().as_text()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", representatives([0.0, 1.0], 1.0))
 def test_a_split_vocabulary_is_never_gathered(temperature):
     """No collective of the compiled rollout carries as many columns as there are tokens."""
     config = dataclasses.replace(tiny_config(), vocab_size=512)
@@ -206,7 +211,7 @@ def test_a_split_vocabulary_is_never_gathered(temperature):
         assert "512" not in shape.split(","), f"an all-gather of [{shape}]"
 
 
-@pytest.mark.parametrize("unroll_layers", [0, 4])
+@pytest.mark.parametrize("unroll_layers", representatives([0, 4], 0))
 def test_weights_are_gathered_once_and_not_at_every_token(unroll_layers):
     mesh, config = make_mesh(MeshConfig(8, 1)), dataclasses.replace(CONFIG, temperature=1.0)
 
@@ -220,10 +225,12 @@ def test_weights_are_gathered_once_and_not_at_every_token(unroll_layers):
         outside = entry.count(" all-gather(")
         return outside, text.count(" all-gather(") - outside
 
-    assert gathers(True)[0] > 0 == gathers(True)[1]
+    outside, inside = gathers(True)
+    assert outside > 0 == inside
     assert gathers(False)[1] > 0
 
 
+@pytest.mark.parametrize("any_config", representatives(["full", "lora"], "full"), indirect=True)
 def test_rollout_logps_equal_scoring_logps(any_config):
     """Invariant 4: the rollout and the scoring are one function of the same ids."""
     model, variables = Decoder(any_config), tiny_variables(any_config)

@@ -16,6 +16,7 @@ from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.prompts import pad
 from opsd_jax.sampling.rollout import rollout
 from opsd_jax.sampling.slots import Sampler
+from tests.representatives import representatives
 from tests.tiny import VOCAB, tiny_config, tiny_variables
 
 CONFIG = RolloutConfig(max_new_tokens=23, stop_ids=(3, 5), segment_len=4)
@@ -61,8 +62,8 @@ PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "min_new_tokens
 @pytest.mark.parametrize(
     "changes, slots",
     [
-        ({}, (1, 1)),
-        ({}, (4, 2)),
+        pytest.param({}, (1, 1), marks=pytest.mark.slow),
+        pytest.param({}, (4, 2), marks=pytest.mark.slow),
         ({}, (4, 2, 16)),
         (PENALTIES, (1, 1)),
         ({"max_new_tokens": 1}, (1, 1)),
@@ -163,7 +164,7 @@ def test_nothing_asked_nothing_said():
     assert list(sampler()(tiny_variables(tiny_config()), [], CONFIG, keys)) == []
 
 
-@pytest.mark.parametrize("unroll_layers", [0, 4])
+@pytest.mark.parametrize("unroll_layers", representatives([0, 4], 4))
 def test_no_device_holds_the_caches_of_all_rows(unroll_layers):
     """Neither before the first prompt is placed nor when a quarter of the rows goes on."""
     prompts, keys = questions()
@@ -202,7 +203,7 @@ def recorded_caches(run, variables, prompts, config, keys):
 @pytest.mark.parametrize(
     "changes, model",
     [
-        ({"stop_ids": (11,)}, 1),
+        pytest.param({"stop_ids": (11,)}, 1, marks=pytest.mark.slow),
         ({"stop_ids": (7,), "presence_penalty": 0.3, "unroll_layers": 0}, 2),
     ],
 )
