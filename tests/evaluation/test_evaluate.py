@@ -211,6 +211,8 @@ def test_settings_that_cannot_work_name_themselves():
         EvaluateConfig(roles=("pupil",))
     with pytest.raises(UserError, match="evaluate.roles must be a tuple"):
         EvaluateConfig(roles="student")
+    with pytest.raises(UserError, match="evaluate.roles must name each role once"):
+        EvaluateConfig(roles=("student", "student"))
     for setting, value in (("temperature", 0), ("top_k", -1), ("top_p", 0.0), ("top_p", None)):
         with pytest.raises(UserError, match=f"evaluate.{setting} must be"):
             EvaluateConfig(**{setting: value})

@@ -32,3 +32,12 @@ def test_grades_that_failed_are_worth_nothing_and_are_counted():
         "loss/divergence_right": (0.0 + 3.0) / 4,
         "loss/divergence_wrong": 1.0 / 2,
     }
+
+
+def test_a_stop_id_of_the_run_is_no_part_of_what_is_graded():
+    """9 is none of the tokenizer's stop ids; a completion that was cut has nothing to lose."""
+    ids, mask, seen = jnp.array([[5, 9], [5, 9]]), jnp.ones((2, 2), bool), []
+    with GraderPool(lambda problem, text: float(bool(seen.append(text))), num_workers=0) as pool:
+        grade_rows = row_grader(PROBLEMS, WordTokenizer(), pool.grade)
+        grade_rows(Completion(ids, mask, None, jnp.array([True, False])), np.array([0, 0]))
+    assert seen == ["5", "5 9"]
