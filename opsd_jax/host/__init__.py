@@ -9,6 +9,10 @@ In reading order:
   checkpoint          saving and restoring, falling back to the last whole step
   metrics             metrics.jsonl, samples, TensorBoard, W&B
   progress            the line that a user watches
+  chips               peaks of chips, their memory, the time spent compiling
+  goodput             the share of the time since the first start that was kept
+  profile_window      a profiler trace of some steps
+  compilation_cache   compiled programs kept for the next start
   guard               alarms for collapse and leakage, and what ends a run
   pod                 how the processes of a pod wait for each other
   lock, preemption    one writer per workdir; SIGTERM and Ctrl-C

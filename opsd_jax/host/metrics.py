@@ -23,6 +23,20 @@ What a training step writes, nats per token of the student's own answers unless 
   rollout/reward_mean         mean grade, where answers can be graded
   optim/grad_norm             before it is clipped
   time/rollout_s, time/update_s, time/step_s
+                              of a step that is one program, the rollout is timed at evaluations
+
+How busy the chips are; what cannot be known (a peak that chips.py does not list) has no name:
+
+  time/rollout_tokens_per_s_per_chip  sampled; time/update_tokens_…: read in the update
+  chip/model_tflops           10^12 FLOPs of the step per chip, by formula (run/flops.py)
+  chip/mfu, chip/update_mfu   their share of the peak (bfloat16, whatever train.dtype is) in
+                              time/step_s and, of the update's own, in time/update_s
+  chip/decode_bandwidth       share of the memory's bandwidth that the rollout needed at the least
+  chip/memory_peak_gib        most in use on any device of process 0 since it started
+  time/compile_s              since the line before; time/compile_programs, and of them
+                              time/compile_from_disk (train.compilation_cache)
+  time/data_s, time/grading_s waited for, since the line before
+  goodput/…                   since the first start (host/goodput.py)
 
 When a run misbehaves:
 

@@ -56,6 +56,35 @@ def connected_mesh(config: MeshConfig) -> Mesh:
     return mesh
 
 
+class FirstProcessSays:
+    """Process 0's yes or no, for all to act on alike, and none waits for it.
+
+    `ask` before a step is dispatched; once the step before it is done, `said` is known. (A
+    broadcast would hold every step until the one before it is done.)
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._size = mesh.size
+        whole = NamedSharding(mesh, PartitionSpec())
+        self._sum = jax.jit(lambda x: x.sum(), out_shardings=whole)
+        self._said: bool | jax.Array = False
+
+    def ask(self, yes: bool) -> None:
+        """Every process calls; what the others say does not count."""
+        if jax.process_count() == 1:
+            self._said = yes
+            return
+        word = np.full(self._size, yes and jax.process_index() == 0, np.int32)
+        # Every device has a share, and those of process 0 alone hold a yes.
+        shares = jax.make_array_from_callback(word.shape, self._split, lambda index: word[index])
+        self._said = self._sum(shares)
+
+    def said(self) -> bool:
+        """The last answer, the same on every process."""
+        return bool(self._said)
+
+
 def _sum_over(mesh: Mesh, axes: str | tuple[str, ...]) -> None:
     split, zeros = PartitionSpec(mesh.axis_names), np.zeros(mesh.size, np.float32)
     # Not made inside the program: the sum of a constant would be one, without a collective.

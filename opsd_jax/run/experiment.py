@@ -15,7 +15,7 @@ from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.divergence.losses import DivergenceConfig
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.evaluate import EvaluateConfig
-from opsd_jax.fields import Count, Natural, Positive, Seed, require
+from opsd_jax.fields import Count, Natural, NotNegative, Positive, Seed, require
 from opsd_jax.host.guard import GuardConfig
 from opsd_jax.method.completions import CompletionSource, References, StudentRollouts
 from opsd_jax.method.mix import Anchor, Distillation, Likelihood, terms_of
@@ -73,7 +73,14 @@ class TrainConfig:
       remat: recompute layers in the backward pass.
       log_every_steps, eval_every_steps, checkpoint_every_steps: periods; 0 = never (a
         checkpoint is always written at the end).
+      checkpoint_every_minutes: besides, so long after the last one, by the clock of process 0;
+        0 = never.
       keep_checkpoints: the latest so many, and the best by eval/student/accuracy.
+      profile_steps: (first, last) step of a profiler trace in WORKDIR/profile
+        (`host/profile_window.py`).
+      compilation_cache: where compiled programs are kept for the next start: "auto" is
+        WORKDIR/compiled on accelerators, unless JAX_COMPILATION_CACHE_DIR is set, and nowhere on a
+        CPU; a folder, on any device; None leaves it to JAX.
       num_samples_logged: graded completions kept in samples/ at each evaluation.
       probes: functions (model, student, teacher variables, tokenizer) -> metrics, called at
         each evaluation.
@@ -101,7 +108,10 @@ class TrainConfig:
     log_every_steps: Count = 1
     eval_every_steps: Natural = 20
     checkpoint_every_steps: Natural = 20
+    checkpoint_every_minutes: NotNegative = 0
     keep_checkpoints: Count = 2
+    profile_steps: tuple[Count, ...] | None = None
+    compilation_cache: str | None = "auto"
     num_samples_logged: Natural = 16
     probes: tuple[Callable[..., dict[str, float]], ...] = ()
     grader_workers: Natural = 2
@@ -117,6 +127,14 @@ class TrainConfig:
             )
         if self.completions != self.references and isinstance(self.completions, References):
             raise UserError("Likelihood.of and train.completions must be the same @References()")
+        if self.profile_steps is not None:
+            object.__setattr__(self, "profile_steps", tuple(self.profile_steps))
+            window = self.profile_steps
+            if len(window) != 2 or not window[0] <= window[1] <= self.num_steps:
+                raise UserError(
+                    "train.profile_steps must be (first, last) with first <= last <= "
+                    f"train.num_steps = {self.num_steps}, not {window}"
+                )
 
     @property
     def references(self) -> References | None:

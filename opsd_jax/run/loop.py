@@ -26,13 +26,17 @@ from opsd_jax.evaluation.generations import Generation
 from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.host.guard import Guard, forget_verdict, write_verdict
 from opsd_jax.host.metrics import MetricWriters
+from opsd_jax.host.pod import FirstProcessSays
 from opsd_jax.host.preemption import Preemption
+from opsd_jax.host.profile_window import ProfileWindow
 from opsd_jax.host.progress import ProgressLine
 from opsd_jax.method.batch import Batch
 from opsd_jax.method.train_step import TrainState
 from opsd_jax.model.sharding import shard_batch
 from opsd_jax.run.assembly import Assembly, teacher_variables
 from opsd_jax.run.experiment import Experiment
+from opsd_jax.run.flops import Lengths
+from opsd_jax.run.meter import Meter
 from opsd_jax.run.stepping import (
     GradeAll,
     Taken,
@@ -47,11 +51,15 @@ BEST_METRIC = "eval/student/accuracy"
 
 
 class Step(NamedTuple):
-    """A dispatched step whose numbers nobody has read yet."""
+    """A dispatched step whose numbers nobody has read yet.
+
+    prompts: [B] lengths of the student's and of the teacher's prompts.
+    """
 
     number: int
     taken: Taken
     problems: np.ndarray
+    prompts: tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass
@@ -69,6 +77,8 @@ class Loop:
     checkpoints: Checkpoints
     progress: ProgressLine
     guard: Guard
+    profile: ProfileWindow
+    meter: Meter
     tokens_total: int
     meta: dict[str, Any]
 
@@ -78,7 +88,8 @@ class Loop:
         self._time_rollout = rollout_timer(self.parts)
         self._rollout_s = float("nan")
         self._best = -np.inf
-        self._read_at = time.monotonic()
+        self._time_to_save = FirstProcessSays(self.parts.mesh)
+        self._saved_at = time.monotonic()
         self.evaluated: dict[str, float] = {}
 
     def run(
@@ -94,31 +105,39 @@ class Loop:
             forget_verdict(self.workdir)
         if start == 0 and settings.eval_every_steps:
             self.report_start(state)
+        self.meter.begin()
         waiting: Step | None = None
         for number in range(start + 1, settings.num_steps + 1):
-            rows = next(batches)
+            with self.meter.waiting("data"):
+                rows = next(batches)
             batch = shard_batch(to_batch(rows, settings.group_size), self.parts.mesh)
             numbers = np.repeat(rows["index"], settings.group_size)
-            taken = self._step(state, batch, numbers)
+            self.ask_for_time()
+            with self.profile.step(number):
+                taken = self._step(state, batch, numbers)
             state = taken.state
             if waiting:
                 self.report(waiting)
-            waiting = Step(number, taken._replace(state=None), numbers)
+            waiting = Step(
+                number, taken._replace(state=None), numbers, prompts(rows, settings.group_size)
+            )
+            self.profile.after(number, taken.metrics)
             last = number == settings.num_steps
             stop = preemption.requested(number) or self.guard.ends_the_run
             evaluated: dict[str, float] = {}
-            finished: float | None = None
             if settings.eval_every_steps and due(number, settings.eval_every_steps, last):
-                finished = self.finish(taken, batch)
+                self.finish(taken, batch)
                 evaluated = self.evaluate(number, state)
             save = due(number, settings.checkpoint_every_steps, last or stop)
-            save = save or self.is_best(evaluated)
+            save = save or self.is_best(evaluated) or self._time_to_save.said()
             if evaluated or save:
-                self.report(waiting, evaluated, finished)
+                self.report(waiting, evaluated)
                 waiting = None
             if save:
-                meta = self.meta | {"tokens_total": self.tokens_total}
+                counted = {"tokens_total": self.tokens_total, "kept_s": self.meter.kept_s}
+                meta = self.meta | counted
                 self.checkpoints.save(number, saved(state), batches, meta, evaluated)
+                self._saved_at = time.monotonic()
             if stop and not last:
                 if not self.guard.ends_the_run:
                     self.progress.note(
@@ -136,13 +155,17 @@ class Loop:
         self.progress.update(0, self.evaluated)
         self.watch(0, self.evaluated)
 
-    def finish(self, taken: Taken, batch: Batch) -> float:
-        """Waits for a step, and times its rollout if that is a part of one program; when it was."""
+    def ask_for_time(self) -> None:
+        """Whether it is time for a checkpoint, by the clock of process 0."""
+        if minutes := self.experiment.train.checkpoint_every_minutes:
+            self._time_to_save.ask(time.monotonic() - self._saved_at >= 60 * minutes)
+
+    def finish(self, taken: Taken, batch: Batch) -> None:
+        """Waits for a step, and times its rollout if that is a part of one program."""
         jax.block_until_ready(taken.metrics)
-        finished = time.monotonic()
+        self.meter.end()
         if taken.rollout_s is None:
             self._rollout_s = self._time_rollout(taken.state, batch)
-        return finished
 
     def watch(self, number: int, metrics: dict[str, float]) -> None:
         """Says so when the metrics of a step set off an alarm."""
@@ -184,24 +207,17 @@ class Loop:
         self.evaluated = metrics
         return metrics
 
-    def report(
-        self,
-        step: Step,
-        evaluated: dict[str, float] | None = None,
-        finished: float | None = None,
-    ) -> None:
+    def report(self, step: Step, evaluated: dict[str, float] | None = None) -> None:
         """Reads a step's numbers (waiting for them), grades its completions, writes its line.
 
         Args:
           step: what was dispatched.
           evaluated: metrics of an evaluation after this step, for the same line.
-          finished: when the step was done, if an evaluation has taken time since.
         """
         found = jax.device_get(step.taken.metrics)
         rows = {name: found.pop(name) for name in list(found) if name.startswith("rows/")}
         metrics = {name: float(value) for name, value in found.items()}
-        now = time.monotonic()
-        step_s, self._read_at = (finished or now) - self._read_at, now
+        step_s = self.meter.read()
         if not np.isfinite(metrics["loss/objective"]) or not np.isfinite(
             metrics["optim/grad_norm"]
         ):
@@ -222,17 +238,27 @@ class Loop:
             metrics["time/tokens_per_s"] = tokens / self._rollout_s
         grades = step.taken.grades
         if grades is None:
-            grades = self._grade_rows(step.taken.completion, step.problems)
+            with self.meter.waiting("grading"):
+                grades = self._grade_rows(step.taken.completion, step.problems)
         metrics |= grade_metrics(grades, rows)
         metrics |= {
             "time/step_s": step_s,
             "time/rollout_s": self._rollout_s,
             "time/update_s": step_s - self._rollout_s,
         }
+        lengths = Lengths(*step.prompts, rows["rows/tokens"])
+        metrics |= self.meter.line(step.number, lengths, tokens, self._rollout_s, step_s)
         metrics |= evaluated or {}
         self.writers.write(step.number, metrics)
         self.progress.update(step.number, metrics)
         self.watch(step.number, metrics)
+
+
+def prompts(rows: dict[str, Any], group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """[B] lengths of the student's and of the teacher's prompts of a batch."""
+    lengths = (np.asarray(rows[f"{role}_length"]) for role in ("student", "teacher"))
+    student, teacher = (np.repeat(x, group_size) for x in lengths)
+    return student, teacher
 
 
 def due(number: int, every: int, final: bool) -> bool:

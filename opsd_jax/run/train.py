@@ -29,8 +29,11 @@ from opsd_jax.errors import UserError
 from opsd_jax.evaluation.evaluate import ROLES, Evaluator
 from opsd_jax.evaluation.runs import Run, read_run
 from opsd_jax.host.checkpoint import Checkpoints
+from opsd_jax.host.chips import compile_clock
+from opsd_jax.host.compilation_cache import kept_programs
 from opsd_jax.host.config_text import first_difference
 from opsd_jax.host.files import read_metrics, read_text, require_mounted, write_whole
+from opsd_jax.host.goodput import Goodput
 from opsd_jax.host.guard import Guard
 from opsd_jax.host.identity import (
     OWN_CODE,
@@ -45,6 +48,7 @@ from opsd_jax.host.lock import only_writer
 from opsd_jax.host.metrics import MetricWriters
 from opsd_jax.host.pod import connected_mesh, wait_for_all
 from opsd_jax.host.preemption import Preemption
+from opsd_jax.host.profile_window import ProfileWindow
 from opsd_jax.host.progress import ProgressLine
 from opsd_jax.method.train_step import TrainState
 from opsd_jax.model.sharding import check_batch, num_bytes
@@ -57,6 +61,7 @@ from opsd_jax.run.assembly import (
 )
 from opsd_jax.run.experiment import Base, Experiment
 from opsd_jax.run.loop import BEST_METRIC, Loop, saved
+from opsd_jax.run.meter import Meter, Throughput
 from opsd_jax.run.pins import pinned
 from opsd_jax.run.stepping import GradeAll, check_answers
 from opsd_jax.sampling.slots import Sampler
@@ -80,6 +85,7 @@ def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict
         progress = stack.enter_context(ProgressLine(experiment.train.num_steps))
         stack.enter_context(only_writer(workdir, progress.note))
         experiment, config_text = pinned(experiment, config_text, workdir)
+        stack.enter_context(kept_programs(experiment.train.compilation_cache, workdir))
         check_config(workdir, config_text)
         loop, state, batches, start = prepare(experiment, config_text, workdir, progress, stack)
         return loop.run(state, batches, start, stack.enter_context(Preemption()))
@@ -102,6 +108,7 @@ def prepare(
       stack: what has to be closed after the run is entered there.
     """
     settings, say = experiment.train, progress.note
+    compiling = stack.enter_context(compile_clock())
     mesh = connected_mesh(experiment.mesh)
     check_batch(settings.batch_size, settings.num_micro_batches, mesh)
     folder, kept = workdir / "checkpoints", settings.keep_checkpoints
@@ -123,7 +130,7 @@ def prepare(
     for notice in start_notices(experiment, parts, base.tokenizer, longest, evaluator):
         say(notice)
     wait_for_all()
-    state, tokens, start = start_or_resume(
+    state, counted, start = start_or_resume(
         checkpoints, parts, batches, base, external, settings.seed
     )
     write_config(workdir, config_text)
@@ -131,6 +138,7 @@ def prepare(
         f"{num_bytes(state.trainable) // 4:,} trainable parameters, {len(problems):,} "
         f"problems, mesh {dict(mesh.shape)}, from step {start}"
     )
+    goodput = Goodput(workdir, start) if jax.process_index() == 0 else None
     loop = Loop(
         experiment,
         workdir,
@@ -143,7 +151,9 @@ def prepare(
         checkpoints,
         progress,
         guard_of(experiment, workdir, start),
-        tokens_total=tokens,
+        stack.enter_context(ProfileWindow(workdir, settings.profile_steps, say)),
+        Meter(Throughput(parts), compiling, counted["kept_s"], goodput),
+        tokens_total=counted["tokens_total"],
         meta={"config": config_text} | identity.meta(),
     )
     return loop, state, batches, start
@@ -349,13 +359,14 @@ def start_or_resume(
     base: Base,
     external: Base | None,
     seed: int,
-) -> tuple[TrainState, int, int]:
-    """(state, tokens generated so far, finished steps); `batches` is set to its position."""
+) -> tuple[TrainState, dict[str, Any], int]:
+    """(state, what was counted so far, finished steps); `batches` is set to its position."""
+    counted = {"tokens_total": 0, "kept_s": 0.0}
     teacher_params = external and external.params
     if not checkpoints.steps():
-        return initial_state(parts, base.params, seed, teacher_params), 0, 0
+        return initial_state(parts, base.params, seed, teacher_params), counted, 0
     step, state, meta = checkpoints.restore(saved(parts.abstract), batches)
     frozen = frozen_variables(parts, base.params)
     teacher = external_variables(parts, teacher_params)
     state = dataclasses.replace(state, frozen=frozen, external=teacher)
-    return state, meta["tokens_total"], step
+    return state, {name: meta.get(name, value) for name, value in counted.items()}, step

@@ -109,3 +109,22 @@ def test_two_processes_say_what_one_says(method, steps, order, model, tmp_path):
     for path in (path for path in kept if path.name != "metrics.jsonl"):
         ours, theirs = (sorted((root / path).read_text().splitlines()) for root in (two, one))
         assert ours == theirs, path
+
+
+SAID = """
+import json
+from opsd_jax.host.pod import FirstProcessSays, connected_mesh
+from opsd_jax.model.sharding import MeshConfig
+jax.distributed.initialize()
+says, found = FirstProcessSays(connected_mesh(MeshConfig())), []
+for first, second in ((False, True), (True, False), (True, True), (False, False)):
+    says.ask((first, second)[index])
+    found.append(says.said())
+print("found", json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_the_first_process_decides_for_all():
+    for said, _ in run_pair(SAID, num_devices=2):
+        assert "found [false, true, true, false]" in said

@@ -55,7 +55,7 @@ def command(workdir, *bindings) -> list[str]:
 def lines_of(workdir) -> list[dict]:
     """metrics.jsonl without what is measured in seconds."""
     lines = map(json.loads, (Path(workdir) / "metrics.jsonl").read_text().splitlines())
-    timed = ("wall_s", "time/")
+    timed = ("wall_s", "time/", "chip/", "goodput/")
     return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
 
 
@@ -80,6 +80,10 @@ def test_a_run_leaves_what_the_contract_names(whole):
             assert {f"eval/{role}/{name}" for name in evaluated} <= set(lines[step])
     last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["time/rollout_s"] > 0 and last["time/update_s"] is not None
+    assert last["chip/model_tflops"] > 0 and "chip/mfu" not in last  # nobody knows a CPU's peak
+    assert 0 < last["goodput/fraction"] < 1 and last["goodput/restarts"] == 0
+    waited = "time/data_s time/grading_s time/compile_s time/rollout_tokens_per_s_per_chip"
+    assert set(waited.split()) <= set(last)
     assert lines[6]["rollout/tokens_total"] <= 6 * 8 * 4
     assert (whole / "config.gin").exists() and (whole / "checkpoints" / "6").is_dir()
     samples = [json.loads(x) for x in (whole / "samples/step_000006.jsonl").open()]

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model FLOPs of a step and bytes read while decoding, by formula.
+
+Model FLOPs are those that the mathematics needs (PaLM, arXiv 2204.02311, appendix B): 2 per weight
+and token of a product, 4 N H per query and key that it sees, twice that again for gradients; no
+padding, no recomputation (remat), no embedding look-up, no norms. With adapters the frozen
+matrices have no gradient of their own, which spares a third.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from opsd_jax.method.completions import MixedRollouts, TeacherRollouts
+from opsd_jax.method.objective import Likelihood
+from opsd_jax.method.policy_gradient import PolicyGradient
+from opsd_jax.method.train_step import Method
+from opsd_jax.model.config import ModelConfig
+
+
+class Lengths(NamedTuple):
+    """Tokens of each row of a global batch, [B] int."""
+
+    student: np.ndarray  # prompt
+    teacher: np.ndarray  # prompt
+    completion: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """Weights that one token is multiplied with: in the layers, in their adapters, in the head."""
+
+    layers: int
+    adapters: int
+    head: int
+
+
+def products(config: ModelConfig) -> Products:
+    """Numbers of weights; of experts, those that a token picks."""
+    D, F, H = config.embed_dim, config.mlp_dim, config.head_dim
+    queries, keys = config.num_heads * H, config.num_kv_heads * H
+    shapes = {"q_proj": (D, queries), "k_proj": (D, keys), "v_proj": (D, keys)}
+    shapes |= {"o_proj": (queries, D)}
+    mlp = {"gate_proj": (D, F), "up_proj": (D, F), "down_proj": (F, D)}
+    layer = sum(a * b for a, b in shapes.values())
+    layer += max(1, config.experts_per_token) * 3 * D * F + config.num_experts * D
+    adapted = shapes if config.num_experts else shapes | mlp
+    lora = config.lora
+    adapter = sum(
+        lora.rank * (a + b) for name, (a, b) in adapted.items() if lora and lora.covers(name)
+    )
+    return Products(config.num_layers * layer, config.num_layers * adapter, D * config.vocab_size)
+
+
+def seen(config: ModelConfig, lengths: np.ndarray) -> float:
+    """Σ over rows, positions and layers of the positions that a token attends to, itself too."""
+    n = lengths.astype(np.float64)
+    total = 0.0
+    for layer in range(config.num_layers):
+        w = np.minimum(n, config.window or 0) if config.windows(layer) else n
+        total += float(np.sum(w * (w + 1) / 2 + (n - w) * w))
+    return total
+
+
+def forward_flops(
+    config: ModelConfig, prompt: np.ndarray, completion: np.ndarray, adapters: bool = True
+) -> float:
+    """One pass over the texts of prompt and completion, with logits of the completion alone."""
+    return sum(_forward_parts(config, prompt, completion, adapters))
+
+
+def training_flops(config: ModelConfig, prompt: np.ndarray, completion: np.ndarray) -> float:
+    """`forward_flops` and the gradient of what is trained."""
+    frozen, trained, attended = _forward_parts(config, prompt, completion, True)
+    return (2 if config.lora else 3) * frozen + 3 * (trained + attended)
+
+
+def _forward_parts(
+    config: ModelConfig, prompt: np.ndarray, completion: np.ndarray, adapters: bool
+) -> tuple[float, float, float]:
+    """(products with the model's matrices, with adapters, attention)."""
+    weights = products(config)
+    tokens, logits = float(np.sum(prompt + completion)), float(np.sum(completion))
+    pair = 4 * config.num_heads * config.head_dim
+    return (
+        2 * (weights.layers * tokens + weights.head * logits),
+        2.0 * weights.adapters * tokens * adapters,
+        pair * seen(config, prompt + completion),
+    )
+
+
+def writer_prompts(method: Method, lengths: Lengths) -> np.ndarray:
+    """[B] lengths of the prompts that the completions were sampled from."""
+    source = method.completions
+    if isinstance(source, TeacherRollouts):
+        return lengths.teacher
+    if isinstance(source, MixedRollouts):
+        own = np.arange(len(lengths.student)) % source.of < source.of - source.teacher_rows
+        return np.where(own, lengths.student, lengths.teacher)
+    return lengths.student
+
+
+def step_flops(method: Method, lengths: Lengths) -> tuple[float, float] | None:
+    """Model FLOPs of (rollout, update) of a global batch; None where the teacher reasons first,
+    whose analyses are not counted.
+
+    The teacher reads every completion once a pass where the objective looks at it: a policy
+    gradient does if PolicyGradient.kl_weight is set, the likelihood never.
+    """
+    if method.reasoner is not None:
+        return None
+    config, objective, n = method.model.config, method.objective, lengths.completion
+    teacher = method.external.config if method.external else config
+    rollout = 0.0
+    if method.completions.generates:
+        rollout = forward_flops(config, writer_prompts(method, lengths), n)
+    update = training_flops(config, lengths.student, n)
+    if isinstance(objective, PolicyGradient):
+        if objective.kl_weight:
+            update += forward_flops(config, lengths.student, n, adapters=False)
+    elif not isinstance(objective, Likelihood):
+        update += forward_flops(teacher, lengths.teacher, n, adapters=False)
+    return rollout, method.num_updates * update
+
+
+def decoding_bytes(
+    method: Method, lengths: Lengths, weight_bytes: int, data: int, model: int
+) -> float | None:
+    """The least that one device reads from its memory to decode a batch; None where unknown.
+
+    Every weight of a product once per decoded token, and the keys and values of what is there:
+    sampling reads the whole model along `data`, a part of it along `model`.
+
+    Args:
+      method: whose rollout.
+      lengths: of the global batch.
+      weight_bytes: of a weight that is stored for the rollout.
+      data, model: devices along each axis of the mesh.
+    """
+    config = method.model.config
+    if not method.completions.generates or method.external or config.num_experts:
+        return None  # which experts a batch wakes is not known here
+    rollout = method.rollout
+    weight_bytes = {"int8": 1}.get(rollout.weights or "", weight_bytes)
+    weights = products(config)
+    prompts, n = writer_prompts(method, lengths), lengths.completion
+    cached = seen(config, prompts + n) - seen(config, prompts)
+    value_bytes = np.dtype("float32").itemsize
+    if (rollout.dtype or config.dtype) == "bfloat16":
+        value_bytes, weight_bytes = 2, min(weight_bytes, 2)
+    entry = 2 * config.num_kv_heads * config.head_dim * value_bytes
+    steps = int(np.max(n, initial=0))
+    whole = (weights.layers + weights.head) * weight_bytes + weights.adapters * 4
+    return (steps * whole + entry * cached / data) / model
