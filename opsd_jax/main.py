@@ -190,29 +190,46 @@ def add_step(command: argparse.ArgumentParser) -> None:
 
 
 def add_distributed(command: argparse.ArgumentParser) -> None:
-    """--distributed, for a command that every host of a pod starts alike."""
+    """How a command that every host of a pod starts alike finds the other processes."""
     command.add_argument(
         "--distributed",
         action="store_true",
-        help="one of several processes: call jax.distributed.initialize() first",
+        help="one of several processes, which JAX finds: Cloud TPU, GKE, SLURM, Open MPI",
     )
+    for name, kind, words in (
+        ("coordinator", flags.address, "HOST:PORT of process 0, where JAX finds nothing by itself"),
+        ("num_processes", flags.integer, "how many there are, with --coordinator"),
+        ("process_id", flags.integer, "which of them this is, from 0, with --coordinator"),
+    ):
+        command.add_argument(f"--{name}", type=kind, metavar=name.upper(), help=words)
 
 
 # The commands import late: `opsd --help` must not wait for jax.
 
 
 def join_pod(arguments: argparse.Namespace) -> None:
-    if arguments.distributed:
-        import jax
+    """Connects to the other processes, if there are to be any.
 
-        try:
-            jax.distributed.initialize()
-        except (ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+    Raises:
+      UserError: flags that do not fit together, or the others are not found.
+    """
+    names = ("coordinator", "num_processes", "process_id")
+    told = {name: getattr(arguments, name) for name in names}
+    if missing := [name for name in names if told[name] is None]:
+        if len(missing) < len(names):
             raise UserError(
-                f"--distributed: {reason} (JAX finds the other processes under SLURM, Open MPI, "
-                "Kubernetes and on Cloud TPU; a single process needs no --distributed)"
-            ) from None
+                "--coordinator, --num_processes and --process_id go together; "
+                f"--{missing[0]} is missing"
+            )
+        told = {}
+    else:
+        check("--num_processes", told["num_processes"], Count)
+        last = told["num_processes"] - 1
+        check("--process_id", told["process_id"], Annotated[int, ">= 0", f"<= {last}"])
+    if told or arguments.distributed:
+        from opsd_jax.host.pod import join
+
+        join(told.get("coordinator"), told.get("num_processes"), told.get("process_id"))
 
 
 def refuse(arguments: argparse.Namespace, chosen: str, *flags: str) -> None:
@@ -239,6 +256,7 @@ def run_train(arguments: argparse.Namespace) -> None:
 def run_eval(arguments: argparse.Namespace) -> None:
     if arguments.compare:
         refuse(arguments, "compare", "step", "out", "gin_file", "gin_bindings", "distributed")
+        refuse(arguments, "compare", "coordinator", "num_processes", "process_id")
         from opsd_jax.evaluation import compare
 
         found = compare.compare(*arguments.compare)

@@ -28,13 +28,17 @@ NUMBERS = ["nan", "inf", "-inf", "1e400", "-1", "1.5", "", " ", "x", "0x10", "9"
 NUMBERS += ["½", "٣½", "1e5", "None", "-0.5", "1,000", "\udcff", "\0", "0.5", "1"]
 TEXTS = ["\udcff", "a\ud800b", "\0", "a\0b"]
 PATHS = ["", *TEXTS, "x" * 5000, "x" * 300, "a_pipe", "a_file/below", "gs://bucket/run", "s3://b"]
+ADDRESSES = ["", "host", "host:", ":80", "a b:1", "host:0", "host:65536", "gs://b:1", *TEXTS]
 FLAGS = {
     "generate": {
         **dict.fromkeys(("--temperature", "--top_p", "--min_p", "--repetition_penalty"), NUMBERS),
         **dict.fromkeys(("--top_k", "--max_tokens", "--seed", "--presence_penalty"), NUMBERS),
         **{"--prompt": TEXTS, "--stop": ["", *TEXTS], "--model": PATHS},
     },
-    "train": {"--gin_file": [*PATHS, "a_folder"], "--workdir": [*PATHS, "a_file"]},
+    "train": {
+        **{"--gin_file": [*PATHS, "a_folder"], "--workdir": [*PATHS, "a_file"]},
+        **{"--coordinator": ADDRESSES, "--num_processes": NUMBERS, "--process_id": NUMBERS},
+    },
     "eval": {"--out": [*PATHS, "a_file"], "--gin_file": PATHS, "--gin_bindings": TEXTS},
     "export": {"--out": [*PATHS, "a_file"], "--format": ["", "x", *TEXTS]},
     "tokens": {"--num": [*NUMBERS, "0", "1025"], "--seed": NUMBERS, "--workdir": ["a_file"]},
@@ -191,6 +195,35 @@ def test_an_answer_has_a_prompt_and_positions(lengths, words):
     check_length(6, 4, 10)
     with pytest.raises(UserError, match=re.escape(words)):
         check_length(*lengths)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--coordinator=h:1"], "go together; --num_processes is missing"),
+        (["--num_processes=2", "--process_id=0"], "go together; --coordinator is missing"),
+        (
+            ["--coordinator=h:1", "--num_processes=2", "--process_id=2"],
+            "--process_id must be an integer >= 0 and <= 1, not 2",
+        ),
+        (
+            ["--coordinator=h:1", "--num_processes=0", "--process_id=0"],
+            "--num_processes must be an integer >= 1, not 0",
+        ),
+        (["--coordinator=h:1:2", "--num_processes=1", "--process_id=0"], "must be HOST:PORT"),
+    ],
+)
+def test_plain_hosts_name_all_of_their_pod(flags, words, places, capsys):
+    for command in (["train", "--gin_file=a_file", "--workdir=r"], ["eval", "--model=a_folder"]):
+        assert words in told([*command, *flags], capsys)
+
+
+def test_plain_hosts_are_joined_as_named(places, monkeypatch):
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *named: joined.append(named))
+    flags = ["--coordinator=[fd00::1]:8476", "--num_processes=2", "--process_id=1"]
+    assert main(["train", "--gin_file=a_file", "--workdir=r", *flags]) == 2  # an empty experiment
+    assert joined == [("[fd00::1]:8476", 2, 1)]
 
 
 def test_an_interpreter_that_cannot_print_the_value_still_tells(places, capsys):

@@ -38,6 +38,37 @@ def wait_for_all() -> None:
     multihost.get_barrier_sync_fn()(key=f"opsd_jax:{next(_count)}", timeout_ms=_ONE_DAY_MS)
 
 
+def join(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Connects this process with the others of its pod, before anything touches a device.
+
+    Args:
+      coordinator: HOST:PORT of process 0, at which it listens; None: JAX finds all three by itself.
+      num_processes, process_id: how many there are, and which this is.
+
+    Raises:
+      UserError: JAX finds nothing, or the others did not come within five minutes.
+    """
+    try:
+        if coordinator is None:
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        if coordinator is not None:
+            raise UserError(
+                f"--coordinator={coordinator}: {reason} (every process must be started within five "
+                "minutes, and reach that port of the host of process 0)"
+            ) from None
+        raise UserError(
+            f"--distributed: {reason} (JAX finds the other processes under SLURM, Open MPI, "
+            "Kubernetes and on Cloud TPU; on plain hosts name them by --coordinator, "
+            "--num_processes and --process_id; a single process needs none of these)"
+        ) from None
+
+
 def require_32_bits() -> None:
     """Raises a UserError where JAX makes 64-bit arrays by default: parameters, moments and counters
     would have other types than checkpoints have, and no result would be comparable."""

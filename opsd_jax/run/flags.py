@@ -55,6 +55,20 @@ def number(value: str) -> float:
         raise argparse.ArgumentTypeError(f"must be a number, not {_shown(value)}") from None
 
 
+def address(value: str) -> str:
+    """HOST:PORT of a process that others connect to."""
+    host, _, port = some_text(value).rpartition(":")
+    if not re.fullmatch(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", host) or not re.fullmatch(
+        r"[0-9]{1,5}", port
+    ):
+        raise argparse.ArgumentTypeError(
+            f"must be HOST:PORT, such as 10.0.0.1:8476, not {_shown(value)}"
+        )
+    if not 1 <= int(port) <= 65535:
+        raise argparse.ArgumentTypeError(f"must end with a port from 1 to 65535, not {int(port)}")
+    return value
+
+
 def level(value: str) -> float:
     """An accuracy to reach."""
     found = number(value)

@@ -123,6 +123,8 @@ def step_flops(method: Method, lengths: Lengths) -> tuple[float, float] | None:
             update += forward_flops(config, lengths.student, n, adapters=False)
     elif not isinstance(objective, Likelihood):
         update += forward_flops(teacher, lengths.teacher, n, adapters=False)
+        if method.divergence.target is not None:  # of the teacher without privilege, too
+            update += forward_flops(teacher, lengths.student, n, adapters=False)
     return rollout, method.num_updates * update
 
 

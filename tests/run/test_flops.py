@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from opsd_jax.divergence.losses import DivergenceConfig
 from opsd_jax.method.completions import MixedRollouts, References, StudentRollouts, TeacherRollouts
 from opsd_jax.method.objective import Distillation, Likelihood
 from opsd_jax.method.policy_gradient import PolicyGradient
@@ -100,6 +101,7 @@ def method(**changes):
         "completions": StudentRollouts(),
         "objective": Distillation(),
         "rollout": RolloutConfig(8),
+        "divergence": DivergenceConfig(),
         "num_updates": 1,
         "external": None,
         "reasoner": None,
@@ -122,6 +124,8 @@ def test_a_step_counts_who_writes_and_who_reads():
     assert step_flops(grpo, LENGTHS) == (read[0], 2 * learn)
     grpo.objective = PolicyGradient(kl_weight=0.1)
     assert step_flops(grpo, LENGTHS) == (read[0], 2 * (learn + read[0]))
+    both = method(divergence=SimpleNamespace(target=len))
+    assert step_flops(both, LENGTHS) == (read[0], learn + read[1] + read[0])
     assert step_flops(method(reasoner=object()), LENGTHS) is None
     mixed = writer_prompts(method(completions=MixedRollouts()), LENGTHS)
     assert mixed.tolist() == [3, 9]
