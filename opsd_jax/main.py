@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `opsd data | train | eval | generate | export | tokens | report`.
 
-Exit status: 0 done; 2 a usage or input error, told in one sentence; 1 a bug, with a traceback; 130
-interrupted before there was anything to save.
+Exit status: 0 done; 2 a usage or input error, told in one sentence; 1 a bug, with a traceback; 75
+start it again, it goes on (`host/watchdog.py`); 130 interrupted before there was anything to save.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ended(str(error), 2)
     command = f"opsd {arguments.command}"
     try:
-        arguments.run(arguments)
+        status = arguments.run(arguments)
     except UserError as error:
         return ended(f"{command}: {error}", 2)
     except BrokenPipeError:
@@ -39,7 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None and error.errno is None:
             raise
         return ended(f"{command}: {error}", 2)
-    return 0
+    except RuntimeError as error:  # XLA's errors are of that kind
+        if arguments.command in ("train", "eval"):
+            from opsd_jax.host.watchdog import leave, other_process_lost
+
+            if why := other_process_lost(error):
+                leave(why)
+        raise
+    return status or 0
 
 
 def ended(why: str, status: int) -> int:
@@ -62,6 +69,13 @@ def parser() -> argparse.ArgumentParser:
         type=flags.folder,
         required=True,
         help="made if missing; resumed if it has a run",
+    )
+    train.add_argument(
+        "--stopped_status",
+        type=flags.integer,
+        default=0,
+        help="exit status after SIGTERM or Ctrl-C saved a run that is not finished (default 0); "
+        "75 tells a scheduler to start it again",
     )
     add_distributed(train)
     train.set_defaults(run=run_train)
@@ -239,7 +253,8 @@ def refuse(arguments: argparse.Namespace, chosen: str, *flags: str) -> None:
             raise UserError(f"--{flag} does not apply to --{chosen}; leave it out")
 
 
-def run_train(arguments: argparse.Namespace) -> None:
+def run_train(arguments: argparse.Namespace) -> int:
+    check("--stopped_status", arguments.stopped_status, Annotated[int, ">= 0", "<= 125"])
     import jax
 
     from opsd_jax.evaluation.summary import summary
@@ -248,9 +263,11 @@ def run_train(arguments: argparse.Namespace) -> None:
 
     join_pod(arguments)
     experiment, text = load_experiment(arguments.gin_file, arguments.gin_bindings)
-    train(experiment, text, arguments.workdir)
+    stopped: list[bool] = []
+    train(experiment, text, arguments.workdir, on_stop=lambda: stopped.append(True))
     if jax.process_index() == 0:
         print(summary(arguments.workdir))
+    return arguments.stopped_status if stopped else 0
 
 
 def run_eval(arguments: argparse.Namespace) -> None:

@@ -220,10 +220,21 @@ def test_plain_hosts_name_all_of_their_pod(flags, words, places, capsys):
 
 def test_plain_hosts_are_joined_as_named(places, monkeypatch):
     joined = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *named: joined.append(named))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *named, **_: joined.append(named))
     flags = ["--coordinator=[fd00::1]:8476", "--num_processes=2", "--process_id=1"]
     assert main(["train", "--gin_file=a_file", "--workdir=r", *flags]) == 2  # an empty experiment
     assert joined == [("[fd00::1]:8476", 2, 1)]
+
+
+def test_a_run_that_was_stopped_ends_with_the_status_asked_for(places, monkeypatch, capsys):
+    monkeypatch.setattr("opsd_jax.run.config.load_experiment", lambda *_: (None, ""))
+    monkeypatch.setattr("opsd_jax.evaluation.summary.summary", lambda workdir: "")
+    arguments = ["train", "--gin_file=a_file", "--workdir=r"]
+    for stops, flag, status in ((1, "=75", 75), (1, None, 0), (0, "=75", 0), (1, "=126", 2)):
+        told = lambda *_, on_stop, stops=stops: [on_stop() for _ in range(stops)]  # noqa: E731
+        monkeypatch.setattr("opsd_jax.run.train.train", told)
+        assert main([*arguments, *([f"--stopped_status{flag}"] if flag else [])]) == status
+    assert "--stopped_status must be an integer >= 0 and <= 125, not 126" in capsys.readouterr().err
 
 
 def test_an_interpreter_that_cannot_print_the_value_still_tells(places, capsys):

@@ -20,14 +20,11 @@ arguments = sys.argv[3:]
 """
 
 
-def run_pair(script: str, *arguments: object, num_devices: int = 1) -> list[tuple[str, str]]:
-    """Runs a script in both processes, which finds `index`, `main` and `arguments`.
+def start_pair(script: str, *arguments: object, num_devices: int = 1) -> list[subprocess.Popen]:
+    """Starts a script in two processes, which finds `index`, `main` and `arguments`.
 
     Args:
       num_devices: of each process.
-
-    Returns:
-      (stdout, stderr) of each; both have ended with status 0.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -35,7 +32,7 @@ def run_pair(script: str, *arguments: object, num_devices: int = 1) -> list[tupl
     # The last of two values counts.
     devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={num_devices}"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": devices}
-    pair = [
+    return [
         subprocess.Popen(
             [sys.executable, "-c", JOIN + script, address, str(index), *map(str, arguments)],
             env=environment | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"},
@@ -45,11 +42,21 @@ def run_pair(script: str, *arguments: object, num_devices: int = 1) -> list[tupl
         )
         for index in (0, 1)
     ]
+
+
+def ended_pair(pair: list[subprocess.Popen]) -> list[tuple[str, str]]:
+    """(stdout, stderr) of each, once both have ended, however."""
     try:
-        said = [child.communicate(timeout=300) for child in pair]
+        return [child.communicate(timeout=300) for child in pair]
     finally:
         for child in pair:
             child.kill()
+
+
+def run_pair(script: str, *arguments: object, num_devices: int = 1) -> list[tuple[str, str]]:
+    """Runs a script in both processes: (stdout, stderr) of each; both have ended with status 0."""
+    pair = start_pair(script, *arguments, num_devices=num_devices)
+    said = ended_pair(pair)
     for child, (_, errors) in zip(pair, said, strict=True):
         assert child.returncode == 0, errors[-3000:]
     return said

@@ -15,5 +15,6 @@ In reading order:
   compilation_cache   compiled programs kept for the next start
   guard               alarms for collapse and leakage, and what ends a run
   pod                 how the processes of a pod wait for each other
+  watchdog            how a process ends when another one dies or hangs
   lock, preemption    one writer per workdir; SIGTERM and Ctrl-C
 """

@@ -11,7 +11,7 @@ import re
 # Bindings that a resumed run may change: they alter neither the state nor the trajectory.
 FREE_TO_CHANGE = (
     "train.num_steps train.log_every_steps train.eval_every_steps train.checkpoint_every_steps "
-    "train.checkpoint_every_minutes train.profile_steps train.compilation_cache "
+    "train.checkpoint_every_minutes train.profile_steps train.compilation_cache train.hang_minutes "
     "train.keep_checkpoints train.num_samples_logged train.tensorboard train.wandb "
     "mesh.data mesh.model mesh.fully_sharded"
 ).split()

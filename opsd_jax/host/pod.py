@@ -54,7 +54,10 @@ def join(
         if coordinator is None:
             jax.distributed.initialize()
         else:
-            jax.distributed.initialize(coordinator, num_processes, process_id)
+            # Under SLURM detection would leave each process one GPU.
+            jax.distributed.initialize(
+                coordinator, num_processes, process_id, cluster_detection_method="deactivate"
+            )
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         if coordinator is not None:

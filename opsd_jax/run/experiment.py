@@ -81,6 +81,8 @@ class TrainConfig:
       compilation_cache: where compiled programs are kept for the next start: "auto" is
         WORKDIR/compiled on accelerators, unless JAX_COMPILATION_CACHE_DIR is set, and nowhere on a
         CPU; a folder, on any device; None leaves it to JAX.
+      hang_minutes: a process of a pod ends with status 75 if it waits so long for a step
+        (`host/watchdog.py`); evaluations may take longer; 0 = never.
       num_samples_logged: graded completions kept in samples/ at each evaluation.
       probes: functions (model, student, teacher variables, tokenizer) -> metrics, called at
         each evaluation.
@@ -112,6 +114,7 @@ class TrainConfig:
     keep_checkpoints: Count = 2
     profile_steps: tuple[Count, ...] | None = None
     compilation_cache: str | None = "auto"
+    hang_minutes: NotNegative = 60
     num_samples_logged: Natural = 16
     probes: tuple[Callable[..., dict[str, float]], ...] = ()
     grader_workers: Natural = 2

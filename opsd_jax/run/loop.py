@@ -30,6 +30,7 @@ from opsd_jax.host.pod import FirstProcessSays
 from opsd_jax.host.preemption import Preemption
 from opsd_jax.host.profile_window import ProfileWindow
 from opsd_jax.host.progress import ProgressLine
+from opsd_jax.host.watchdog import Watchdog
 from opsd_jax.method.batch import Batch
 from opsd_jax.method.train_step import TrainState
 from opsd_jax.model.sharding import shard_batch
@@ -79,6 +80,7 @@ class Loop:
     guard: Guard
     profile: ProfileWindow
     meter: Meter
+    watchdog: Watchdog
     tokens_total: int
     meta: dict[str, Any]
 
@@ -91,6 +93,7 @@ class Loop:
         self._time_to_save = FirstProcessSays(self.parts.mesh)
         self._saved_at = time.monotonic()
         self.evaluated: dict[str, float] = {}
+        self.stopped = False  # before its last step, and not by the guard
 
     def run(
         self, state: TrainState, batches: Iterator, start: int, preemption: Preemption
@@ -140,6 +143,7 @@ class Loop:
                 self._saved_at = time.monotonic()
             if stop and not last:
                 if not self.guard.ends_the_run:
+                    self.stopped = True
                     self.progress.note(
                         f"stopped after step {number}; the same command goes on from here"
                     )
@@ -191,6 +195,10 @@ class Loop:
 
     def evaluate(self, number: int, state: TrainState) -> dict[str, float]:
         """Held-out accuracy of student and teacher, probes, and sample texts on disk."""
+        with self.watchdog.paused():
+            return self._evaluated(number, state)
+
+    def _evaluated(self, number: int, state: TrainState) -> dict[str, float]:
         metrics: dict[str, float] = {}
         teacher = teacher_variables(self.parts, state)
         if self.evaluator:
@@ -218,6 +226,7 @@ class Loop:
         rows = {name: found.pop(name) for name in list(found) if name.startswith("rows/")}
         metrics = {name: float(value) for name, value in found.items()}
         step_s = self.meter.read()
+        self.watchdog.beat()
         if not np.isfinite(metrics["loss/objective"]) or not np.isfinite(
             metrics["optim/grad_norm"]
         ):

@@ -50,6 +50,7 @@ from opsd_jax.host.pod import connected_mesh, wait_for_all
 from opsd_jax.host.preemption import Preemption
 from opsd_jax.host.profile_window import ProfileWindow
 from opsd_jax.host.progress import ProgressLine
+from opsd_jax.host.watchdog import Watchdog
 from opsd_jax.method.train_step import TrainState
 from opsd_jax.model.sharding import check_batch, num_bytes
 from opsd_jax.run.assembly import (
@@ -67,13 +68,19 @@ from opsd_jax.run.stepping import GradeAll, check_answers
 from opsd_jax.sampling.slots import Sampler
 
 
-def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict[str, float]:
+def train(
+    experiment: Experiment,
+    config_text: str,
+    workdir: str | Path,
+    on_stop: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Runs or resumes an experiment in `workdir`; returns the last evaluation's metrics.
 
     Args:
       experiment: what to run.
       config_text: its operative config, kept as workdir/config.gin.
       workdir: made if missing; if it holds a checkpoint of the same config, the run goes on.
+      on_stop: called once a run that was asked to stop before its last step is saved.
 
     Raises:
       UserError: another command or another config in the workdir, data or model that do not
@@ -88,7 +95,10 @@ def train(experiment: Experiment, config_text: str, workdir: str | Path) -> dict
         stack.enter_context(kept_programs(experiment.train.compilation_cache, workdir))
         check_config(workdir, config_text)
         loop, state, batches, start = prepare(experiment, config_text, workdir, progress, stack)
-        return loop.run(state, batches, start, stack.enter_context(Preemption()))
+        loop.run(state, batches, start, stack.enter_context(Preemption()))
+    if loop.stopped:
+        on_stop()
+    return loop.evaluated
 
 
 def prepare(
@@ -153,6 +163,7 @@ def prepare(
         guard_of(experiment, workdir, start),
         stack.enter_context(ProfileWindow(workdir, settings.profile_steps, say)),
         Meter(Throughput(parts), compiling, counted["kept_s"], goodput),
+        stack.enter_context(Watchdog(60 * settings.hang_minutes)),
         tokens_total=counted["tokens_total"],
         meta={"config": config_text} | identity.meta(),
     )
