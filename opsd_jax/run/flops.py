@@ -15,8 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from opsd_jax.method.completions import MixedRollouts, TeacherRollouts
-from opsd_jax.method.objective import Likelihood
-from opsd_jax.method.policy_gradient import PolicyGradient
+from opsd_jax.method.mix import Anchor, Likelihood, terms_of
 from opsd_jax.method.train_step import Method
 from opsd_jax.model.config import ModelConfig
 
@@ -104,24 +103,25 @@ def writer_prompts(method: Method, lengths: Lengths) -> np.ndarray:
 
 
 def step_flops(method: Method, lengths: Lengths) -> tuple[float, float] | None:
-    """Model FLOPs of (rollout, update) of a global batch; None where the teacher reasons first,
-    whose analyses are not counted.
+    """Model FLOPs of (rollout, update) of a global batch; None where other texts are read, too: a
+    teacher's analyses (teacher.reasons), references beside completions (Likelihood.of).
 
-    The teacher reads every completion once a pass where the objective looks at it: a policy
-    gradient does if PolicyGradient.kl_weight is set, the likelihood never.
+    The student learns from every completion once a pass; the teacher reads it once where a term
+    looks at the teacher, and the initial policy for an `Anchor`.
     """
-    if method.reasoner is not None:
+    terms = terms_of(method.objective)
+    others = any(isinstance(term, Likelihood) and term.of for term in terms)
+    if method.reasoner is not None or others:
         return None
-    config, objective, n = method.model.config, method.objective, lengths.completion
+    config, n = method.model.config, lengths.completion
     teacher = method.external.config if method.external else config
     rollout = 0.0
     if method.completions.generates:
         rollout = forward_flops(config, writer_prompts(method, lengths), n)
     update = training_flops(config, lengths.student, n)
-    if isinstance(objective, PolicyGradient):
-        if objective.kl_weight:
-            update += forward_flops(config, lengths.student, n, adapters=False)
-    elif not isinstance(objective, Likelihood):
+    if any(isinstance(term, Anchor) for term in terms):
+        update += forward_flops(config, lengths.student, n, adapters=False)
+    if any(getattr(term, "reads_teacher", True) for term in terms):
         update += forward_flops(teacher, lengths.teacher, n, adapters=False)
         if method.divergence.target is not None:  # of the teacher without privilege, too
             update += forward_flops(teacher, lengths.student, n, adapters=False)

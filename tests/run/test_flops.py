@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 from opsd_jax.divergence.losses import DivergenceConfig
 from opsd_jax.method.completions import MixedRollouts, References, StudentRollouts, TeacherRollouts
-from opsd_jax.method.objective import Distillation, Likelihood
+from opsd_jax.method.mix import Anchor, Distillation, Likelihood, Mix
 from opsd_jax.method.policy_gradient import PolicyGradient
 from opsd_jax.model.config import LoraConfig
 from opsd_jax.model.decoder import Decoder
@@ -122,10 +122,12 @@ def test_a_step_counts_who_writes_and_who_reads():
     assert step_flops(method(completions=References()), LENGTHS)[0] == 0
     grpo = method(objective=PolicyGradient(), num_updates=2)
     assert step_flops(grpo, LENGTHS) == (read[0], 2 * learn)
-    grpo.objective = PolicyGradient(kl_weight=0.1)
+    grpo.objective = Mix((PolicyGradient(), Anchor()))
     assert step_flops(grpo, LENGTHS) == (read[0], 2 * (learn + read[0]))
     both = method(divergence=SimpleNamespace(target=len))
     assert step_flops(both, LENGTHS) == (read[0], learn + read[1] + read[0])
+    beside = Mix((Distillation(), Likelihood(of=References())))
+    assert step_flops(method(objective=beside), LENGTHS) is None
     assert step_flops(method(reasoner=object()), LENGTHS) is None
     mixed = writer_prompts(method(completions=MixedRollouts()), LENGTHS)
     assert mixed.tolist() == [3, 9]
