@@ -55,11 +55,7 @@ for ((start = 1; start <= starts; start++)); do
       kill -0 "$pid" 2>/dev/null || break # a signal ends wait, not the process
     done
     # Input errors and bugs count more than what they did to the others.
-    case $code in
-      0) ;;
-      1 | 2) status=$code ;;
-      *) ((status == 1 || status == 2)) || status=$code ;;
-    esac
+    ((code == 0 || status == 1 || status == 2)) || status=$code
   done
   echo "start $start ended with status $status; logs: $workdir/logs/$start.*.log"
   [ -z "$stopping" ] || exit "$status"

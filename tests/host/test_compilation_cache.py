@@ -29,6 +29,7 @@ def test_accelerators_keep_programs_in_the_workdir_unless_told_otherwise(tmp_pat
 
 
 def test_what_was_compiled_is_read_and_the_setting_comes_back(tmp_path):
+    jax.jit(lambda x: x + 1)(jnp.ones(3))  # JAX has opened its folder
     before, counts = jax.config.jax_compilation_cache_dir, []
     for _ in range(2):
         jax.clear_caches()

@@ -122,11 +122,11 @@ def test_a_run_that_learns_from_grades_resumes_bit_for_bit(tmp_path):
     assert set(names.split()) <= set(whole[1]) and "loss/divergence" not in whole[1]
 
 
-def start(workdir, *bindings) -> subprocess.Popen:
+def start(workdir, *bindings, flags=()) -> subprocess.Popen:
     devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
     env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": devices}
     return subprocess.Popen(
-        [sys.executable, "-m", "opsd_jax", *command(workdir, *bindings)],
+        [sys.executable, "-m", "opsd_jax", *command(workdir, *bindings), *flags],
         env=env,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -152,11 +152,11 @@ def test_kill_9_loses_nothing_that_was_committed_and_sigterm_saves(tmp_path):
     wait_for_step(process, tmp_path, 7)
     process.kill()
     process.communicate()
-    process = start(tmp_path, long)
+    process = start(tmp_path, long, flags=["--stopped_status=75"])
     wait_for_step(process, tmp_path, 9)
     process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, errors
+    assert process.returncode == 75, errors
     assert "goes on from here" in errors
     lines = lines_of(tmp_path)
     steps = [line["step"] for line in lines]
