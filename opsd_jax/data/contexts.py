@@ -1,106 +1,98 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each role is shown: all prompt text but the turn of a tokenizer without a chat template.
 
-A template is text with the placeholders {question}, {solution}, {answer} and {instruction};
-every other brace is plain text, so LaTeX needs no escapes. It becomes one user turn of the
-tokenizer's chat template, with that role's own template switches, or of `tokenizer.PLAIN_FORMAT`
-where there is none.
+A context is a list of chat turns. A template (`templates.py`) is one turn of the user's; where the
+question is a conversation it takes the place of its last turn, and {question} in it is what that
+turn says. A system text goes in front of the turns, a prefill behind them, in the role's own turn.
+Where there is no chat template, the turns are lines of `tokenizer.PLAIN_FORMAT`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import re
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable
 from typing import Annotated, Any
 
-import numpy as np
-
-from opsd_jax.data.problems import Problem, ProblemSet
-from opsd_jax.data.tokenizer import HFTokenizer, Tokenizer, quoted
+from opsd_jax.data.templates import AFTER, TEMPLATES, check_template, names_in, shows_data
 from opsd_jax.errors import UserError
 from opsd_jax.fields import Count, require
 
-BOXED = "Reason step by step and put your final answer in \\boxed{}."
-
-TEMPLATES: dict[str, str] = {
-    # The bare question: what a chat model is normally asked.
-    "question": "{question}",
-    # The published student and evaluation prompts differ by the label.
-    "boxed": "{question}\n\n" + BOXED,
-    "problem_boxed": "Problem: {question}\n\n" + BOXED,
-    # The privileged context of arXiv 2601.18734: the meaning of its newest wording, which asks
-    # for understanding rather than copying.
-    "solution_boxed": (
-        "Problem: {question}\n\n"
-        "A verified solution to this problem is given for your eyes only.\n"
-        "=== Reference Solution Begin ===\n{solution}\n=== Reference Solution End ===\n\n"
-        "Work through the reference until you see why each of its steps holds. Then solve the "
-        "problem yourself: do not copy or reword the reference, but reach the same answer by "
-        "your own reasoning; you may explore, and turn back when a path fails.\n\n" + BOXED
-    ),
-    # What a teacher is asked that reasons first; the transition follows its analysis.
-    "solution_analysis_boxed": (
-        "Problem: {question}\n\n"
-        "A verified solution to this problem is given for your eyes only.\n"
-        "=== Reference Solution Begin ===\n{solution}\n=== Reference Solution End ===\n\n"
-        "Before you solve the problem, analyse the reference: the idea it rests on, why each of "
-        "its steps holds, and where one could go wrong. Only after this analysis solve the "
-        "problem by your own reasoning.\n\n" + BOXED
-    ),
-    "answer_boxed": (
-        "Problem: {question}\n\n"
-        "The correct final answer is known to be {answer}. Find a full derivation of it by your "
-        "own reasoning.\n\n" + BOXED
-    ),
-    "solution": (
-        "{question}\n\nFor your eyes only, a verified solution:\n{solution}\n\n"
-        "Answer the question in your own words, as if you had not been shown the solution."
-    ),
-    "answer": "{question}\n\n(For your eyes only: the correct answer is {answer}.)",
-    "instruction": "{question}\n\n{instruction}",
-}
-
 TRANSITION = "\n\nNow I solve the problem by my own reasoning.\n\n"
+ROLES = ("student", "teacher", "evaluation", "analysis")
 
-_PLACEHOLDER = re.compile(r"\{(question|solution|answer|instruction)\}")
-_NEAR_PLACEHOLDER = re.compile(r"(?<![\w^])\{ *(?:question|solution|answer|instruction) *\}", re.I)
+# Text, the name of one of `TEMPLATES`, or a function: see `ContextConfig`.
+Template = str | Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class ContextConfig:
-    """The prompts of the three roles.
+    """The prompts of the roles.
+
+    A template is a name from `TEMPLATES` or text with a placeholder: {question}, {solution},
+    {answer}, {instruction} or any column of the data. In the place of a template may stand a
+    function of your own, (problem) -> the text of the user's turn, or all turns as a list of
+    {"role": ..., "content": ...}.
+
+    The teacher and its views may be asked what is known only when this step's answers are graded:
+    {attempt} is the row's own answer, {grade} its grade, {feedback} what the grader said of it
+    (a grader may return (grade, text)), {sibling} another answer to the same problem in this step
+    that is right, {wrong_sibling} one that is wrong. The nth of teacher and views that shows a
+    sibling shows the nth one behind the row. A function (problem, attempts, number) is called then
+    too: `attempts` are those of the problem's group (`attempts.Attempt`), `number` is the row's
+    own; it returns None where it can build nothing.
 
     Args:
-      student, teacher, evaluation: a name from `TEMPLATES`, or template text that contains
-        {question}. What the teacher's template shows beyond the student's is the privilege.
+      student, teacher, evaluation: templates. What the teacher's shows beyond the student's is the
+        privilege.
       analysis: likewise, in the place of `teacher` where it reasons first (teacher.reasons). The
         evaluated teacher writes no analysis and is asked `teacher`.
+      views: templates of further contexts of the teacher, K - 1 of them: `divergence.target` makes
+        one distribution of them. System text, prefill and budget are the teacher's.
+      teacher_fallback: template for the rows that the teacher's has nothing to show of: no right
+        sibling, no feedback, an empty column. None: such a row weighs nothing where it lacks what
+        a rollout gives (context/missing_fraction), and is refused where the data lacks it.
       transition: text between the analysis and the solution, of the teacher's own turn.
       instruction: fills {instruction}.
+      student_system, teacher_system, evaluation_system, analysis_system: text of a system turn,
+        which may have placeholders; behind a conversation's own.
+      student_prefill, teacher_prefill, evaluation_prefill, analysis_prefill: text that opens the
+        role's own answer, such as "<think>\\n"; it is prompt: not sampled, scored or graded.
       student_thinking, teacher_thinking, analysis_thinking, evaluation_thinking: passed to the chat
         template as `enable_thinking`; None passes nothing.
+      strip_thinking: show attempts and siblings without what stands between <think> and </think>.
       student_max_tokens, teacher_max_tokens: budgets of the rendered prompts; a longer prompt is
         never cut.
-      too_long: "drop" counts and leaves out problems over budget, "error" stops.
-      special_tokens: what becomes of the tokenizer's special tokens in questions, solutions and
-        answers: "text" encodes them as text, "error" stops and names the problem. Those in the
-        templates here, in `instruction` and in `transition` are left what they are.
+      too_long: "drop" counts and leaves out problems over budget (after the rollout: the row weighs
+        nothing, context/too_long_fraction), "error" stops.
+      special_tokens: what becomes of the tokenizer's special tokens in the data: "text" encodes
+        them as text, "error" stops and names the problem. In attempts they are text. Those in the
+        texts of this config are left what they are.
       num_widths: how many widths the batches of a run may have; each is compiled. 1 pads every
         batch to the longest prompts of the data.
     """
 
-    student: str = "problem_boxed"
-    teacher: str = "solution_boxed"
-    evaluation: str = "boxed"
-    analysis: str = "solution_analysis_boxed"
+    student: Template = "problem_boxed"
+    teacher: Template = "solution_boxed"
+    evaluation: Template = "boxed"
+    analysis: Template = "solution_analysis_boxed"
+    views: tuple[Template, ...] = ()
+    teacher_fallback: Template | None = None
     transition: str = TRANSITION
     instruction: str = ""
+    student_system: str = ""
+    teacher_system: str = ""
+    evaluation_system: str = ""
+    analysis_system: str = ""
+    student_prefill: str = ""
+    teacher_prefill: str = ""
+    evaluation_prefill: str = ""
+    analysis_prefill: str = ""
     student_thinking: bool | None = None
     teacher_thinking: bool | None = None
     analysis_thinking: bool | None = False
     evaluation_thinking: bool | None = None
+    strip_thinking: bool = False
     student_max_tokens: Count = 1024
     teacher_max_tokens: Count = 4096
     too_long: Annotated[str, ("drop", "error")] = "drop"
@@ -109,197 +101,115 @@ class ContextConfig:
 
     def __post_init__(self):
         require("contexts", self)
-        for role in ("student", "teacher", "evaluation", "analysis"):
-            template = self.template(role)
-            if "{question}" not in template:
-                raise UserError(
-                    f"contexts.{role} must be one of {sorted(TEMPLATES)} or a template with "
-                    f"{{question}} in it, not {template!r}"
-                )
-            for near in _NEAR_PLACEHOLDER.findall(template):
-                if not _PLACEHOLDER.fullmatch(near):
-                    name = near.strip("{} ").lower()
-                    raise UserError(f"contexts.{role} must say {{{name}}}, not {near}")
-            if "{instruction}" in template and not self.instruction:
-                raise UserError(
-                    f"contexts.{role} uses {{instruction}}: set contexts.instruction to its text"
-                )
+        views = (f"views[{n}]" for n in range(len(self.views)))
+        fallback = () if self.teacher_fallback is None else ("teacher_fallback",)
+        for name in (*ROLES, *views, *fallback):
+            self._check(name)
 
-    def template(self, role: str) -> str:
-        """Template text of a role: "student", "teacher", "analysis" or "evaluation"."""
-        chosen = getattr(self, role)
-        return TEMPLATES.get(chosen, chosen)
+    def _check(self, name: str) -> None:
+        template, field = self.template(name), f"contexts.{name}"
+        if callable(template):
+            if num_required(template) not in (1, 3):
+                raise UserError(
+                    f"{field} must be a function (problem) or (problem, attempts, number), but "
+                    f"@{getattr(template, '__name__', template)} needs {num_required(template)} "
+                    "arguments"
+                )
+        elif not shows_data(template):
+            raise UserError(
+                f"{field} must be one of {sorted(TEMPLATES)} or a template with a placeholder such "
+                f"as {{question}} in it, not {template!r}"
+            )
+        for text in self._texts(name):
+            check_template(field, text)
+            if "{instruction}" in text and not self.instruction:
+                raise UserError(
+                    f"{field} uses {{instruction}}: set contexts.instruction to its text"
+                )
+        if role_of(name) != "teacher" and self.is_after(name):
+            raise UserError(
+                f"{field} is asked before there are attempts: only contexts.teacher, "
+                "teacher_fallback and views may show "
+                + ", ".join(f"{{{name}}}" for name in AFTER)
+                + " or be a function of them"
+            )
+
+    def template(self, name: str) -> Template:
+        """The template of a context: a role, "teacher_fallback" or "views[n]"."""
+        n = name.removeprefix("views[").removesuffix("]")
+        chosen = getattr(self, name) if n == name else self.views[int(n)]
+        return TEMPLATES.get(chosen, chosen) if isinstance(chosen, str) else chosen
+
+    def _texts(self, name: str) -> list[str]:
+        """All text of the config that a context may show."""
+        owner = role_of(name)
+        texts = (self.template(name), getattr(self, f"{owner}_system"), self.prefill(name))
+        return [text for text in texts if isinstance(text, str)]
+
+    def shows(self, name: str) -> frozenset[str]:
+        """The placeholders of a context; of a function that sees attempts, "attempt"."""
+        found = frozenset().union(*map(names_in, self._texts(name)))
+        template = self.template(name)
+        sees = callable(template) and num_required(template) == 3
+        return found | {"attempt"} if sees else found
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The teacher's contexts: "teacher" and its views."""
+        return ("teacher", *(f"views[{n}]" for n in range(len(self.views))))
+
+    def is_after(self, name: str) -> bool:
+        """Whether a context needs this step's attempts; "teacher" also if its fallback does."""
+        names = [name]
+        if name == "teacher" and self.teacher_fallback is not None:
+            names.append("teacher_fallback")
+        return any(not self.shows(each).isdisjoint(AFTER) for each in names)
+
+    @property
+    def after_rollout(self) -> frozenset[str]:
+        """All that the teacher's contexts show of attempts; empty where none needs any."""
+        names = [*self.teachers]
+        if self.teacher_fallback is not None:
+            names.append("teacher_fallback")
+        return frozenset().union(*map(self.shows, names)) & frozenset(AFTER)
+
+    def evaluated(self, role: str) -> str | None:
+        """The context that an evaluated role is asked: a teacher without attempts its fallback."""
+        if not self.is_after(role):
+            return role
+        has_other = self.teacher_fallback is not None and not self.is_after("teacher_fallback")
+        return "teacher_fallback" if has_other else None
+
+    def prefill(self, name: str) -> str:
+        return getattr(self, f"{role_of(name)}_prefill")
 
     def reasoning_first(self) -> ContextConfig:
         """The same with a teacher that is asked for an analysis."""
-        return dataclasses.replace(
-            self, teacher=self.analysis, teacher_thinking=self.analysis_thinking
-        )
-
-    def budget(self, role: str) -> int:
-        return self.teacher_max_tokens if role == "teacher" else self.student_max_tokens
-
-    def prompt(self, problem: Problem, role: str) -> str:
-        """The text of one role's user turn.
-
-        All placeholders are filled in a single pass: a problem that itself contains
-        "{solution}" leaks nothing.
-        """
         fields = {
-            "question": problem.question_text,
-            "solution": problem.solution,
-            "answer": problem.answer,
-            "instruction": self.instruction,
+            f"teacher{part}": getattr(self, f"analysis{part}")
+            for part in ("", "_system", "_prefill", "_thinking")
         }
-        return _PLACEHOLDER.sub(lambda m: shown(fields, m.group(1), problem), self.template(role))
+        return dataclasses.replace(self, **fields)
 
-    def switches(self, role: str) -> dict[str, Any]:
-        """Keyword arguments of a role for the chat template."""
-        thinking = getattr(self, f"{role}_thinking")
+    def budget(self, name: str) -> int:
+        return self.teacher_max_tokens if role_of(name) == "teacher" else self.student_max_tokens
+
+    def switches(self, name: str) -> dict[str, Any]:
+        """Keyword arguments of a context for the chat template."""
+        thinking = getattr(self, f"{role_of(name)}_thinking")
         return {} if thinking is None else {"enable_thinking": thinking}
 
 
-def shown(fields: Mapping[str, str], name: str, problem: Problem) -> str:
-    """The field that a template names; a UserError where the problem has none."""
-    if not fields[name]:
-        raise UserError(f"problem {problem.id!r} has no {name}, which a template shows")
-    return fields[name]
+def role_of(name: str) -> str:
+    """Whose system text, prefill, switches and budget a context has."""
+    return name if name in ROLES else "teacher"
 
 
-def quoted_problem(config: ContextConfig, tokenizer: Tokenizer, problem: Problem) -> Problem:
-    """The problem with special tokens in its texts made text, as `contexts.special_tokens` says.
-
-    Raises:
-      UserError: it has some and they are refused, or a text is not valid Unicode.
-    """
-    fields: dict[str, Any] = {}
-    for name in ("question", "solution", "answer"):
-        text = getattr(problem, name)
-        if not isinstance(text, str):
-            raise UserError(
-                f"problem {problem.id!r}: its {name} must be text, not {type(text).__name__}"
-            )
-        try:
-            fields[name] = quoted(tokenizer, text)
-        except UserError as error:
-            raise UserError(f"problem {problem.id!r}: its {name} is {error}") from None
-        if config.special_tokens == "error" and fields[name] != text:
-            raise UserError(
-                f"problem {problem.id!r}: its {name} has special tokens of the tokenizer; remove "
-                "them, or set contexts.special_tokens = 'text'"
-            )
-    return dataclasses.replace(problem, **fields)
-
-
-def prompt_ids(
-    config: ContextConfig, tokenizer: Tokenizer, problem: Problem, role: str
-) -> list[int]:
-    """Token ids of one role's prompt, whatever their number.
-
-    Raises:
-      UserError: the problem cannot be shown; it names the problem and the role.
-    """
-    text = config.prompt(quoted_problem(config, tokenizer, problem), role)
-    try:
-        ids = tokenizer.render(text, **config.switches(role))
-        added = isinstance(tokenizer, HFTokenizer) and (
-            tokenizer.controls(ids) != _own_controls(config, tokenizer, role)
-        )
-    except UserError as error:
-        raise UserError(f"problem {problem.id!r}: the {role} prompt: {error}") from None
-    if added:
-        raise UserError(
-            f"problem {problem.id!r}: the {role} prompt: its texts change which special tokens are "
-            "in it, joined to one another or by the tokenizer's or the chat template's rewriting; "
-            "remove what makes them"
-        )
-    if not ids:
-        raise UserError(f"problem {problem.id!r}: the {role} prompt is empty")
-    return ids
-
-
-@functools.lru_cache(maxsize=16)
-def _own_controls(config: ContextConfig, tokenizer: HFTokenizer, role: str) -> list[int]:
-    """The special tokens of a role's prompt, whatever the problem."""
-    text = config.prompt(Problem("", "1", "1", "1"), role)
-    return tokenizer.controls(tokenizer.render(text, **config.switches(role)))
-
-
-def render(
-    config: ContextConfig, tokenizer: Tokenizer, problem: Problem, role: str
-) -> list[int] | None:
-    """Token ids of one role's prompt, or None when it is over budget and may be dropped.
-
-    Raises:
-      UserError: over budget with `too_long = "error"`, or it cannot be rendered.
-    """
-    ids = prompt_ids(config, tokenizer, problem, role)
-    budget = config.budget(role)
-    if len(ids) <= budget:
-        return ids
-    if config.too_long == "error":
-        name = "teacher_max_tokens" if role == "teacher" else "student_max_tokens"
-        raise UserError(
-            f"problem {problem.id!r}: the {role} prompt has {len(ids)} tokens, over "
-            f"contexts.{name} = {budget}; raise it, or set contexts.too_long = 'drop'"
-        )
-    return None
-
-
-class TrainingPrompts:
-    """The student's and the teacher's prompts of a problem set, rendered once.
-
-    A batch is as wide as the narrowest of a few levels that all its prompts fit: the longest
-    prompts of the data, and halves of them, rounded up to a multiple of 8. So a run compiles as
-    many steps as there are levels and no more.
-
-    Args:
-      config: templates and budgets.
-      tokenizer: of the model.
-      problems: the training problems.
-
-    Attributes:
-      levels: (student's width, teacher's width), ascending.
-      longest: tokens of the student's and the teacher's longest prompt.
-    """
-
-    ROLES = ("student", "teacher")
-
-    def __init__(self, config: ContextConfig, tokenizer: Tokenizer, problems: ProblemSet):
-        self._pad_id = tokenizer.pad_id
-        self._rows: dict[str, tuple[np.ndarray, ...] | None] = {}
-        for i in range(len(problems)):
-            problem = problems[i]
-            ids = [render(config, tokenizer, problem, role) for role in self.ROLES]
-            kept = [np.array(row, np.int32) for row in ids if row is not None]
-            self._rows[problem.id] = tuple(kept) if len(kept) == len(ids) else None
-        fitting = [row for row in self._rows.values() if row is not None]
-        longest = [max((len(row[role]) for row in fitting), default=1) for role in range(2)]
-        self.longest = (longest[0], longest[1])
-        # A level that saves fewer than 32 columns is not worth a compilation.
-        halvings = [n for n in range(config.num_widths) if n == 0 or sum(longest) >= 64 << (n - 1)]
-        self.levels = [
-            tuple(-(-length // (8 << n)) * 8 for length in longest) for n in reversed(halvings)
-        ]
-
-    def __call__(self, problem: Problem) -> dict[str, np.ndarray] | None:
-        """Arrays <role>_ids [P or Q] and <role>_length [] int32; None if over budget."""
-        rows = self._rows[problem.id]
-        if rows is None:
-            return None
-        out: dict[str, Any] = {}
-        for role, row, width in zip(self.ROLES, rows, self.levels[-1], strict=True):
-            out[f"{role}_ids"] = np.full(width, self._pad_id, np.int32)
-            out[f"{role}_ids"][: len(row)] = row
-            out[f"{role}_length"] = np.int32(len(row))
-        return out
-
-    def narrow(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The arrays of a batch, cut to the narrowest level that its prompts fit."""
-        longest = [arrays[f"{role}_length"].max() for role in self.ROLES]
-        level = next(w for w in self.levels if all(a <= b for a, b in zip(longest, w, strict=True)))
-        cut = {
-            f"{role}_ids": arrays[f"{role}_ids"][:, :width]
-            for role, width in zip(self.ROLES, level, strict=True)
-        }
-        return arrays | cut
+def num_required(function: Callable[..., Any]) -> int:
+    """Arguments by position that a function must be given; those bound in gin it has."""
+    bound = getattr(function, "keywords", {})
+    return sum(
+        p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        for name, p in inspect.signature(function).parameters.items()
+        if name not in bound
+    )

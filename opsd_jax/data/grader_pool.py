@@ -27,7 +27,8 @@ from opsd_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_MAX_REPLY_BYTES = 2**16  # an answer of MAX_ANSWER_LEN characters takes at most 12 bytes for each
+MAX_FEEDBACK_LEN = 2**14  # characters
+_MAX_REPLY_BYTES = 2**12 + 12 * (MAX_ANSWER_LEN + MAX_FEEDBACK_LEN)  # JSON's, for a character
 
 
 class Grade(NamedTuple):
@@ -39,19 +40,22 @@ class Grade(NamedTuple):
       detail: the error, else "".
       answer: what the grader found to compare, None if it found nothing, something longer than
         `grading.MAX_ANSWER_LEN`, or has no `extract`.
+      feedback: what the grader said beside the grade, "" for nothing.
     """
 
     value: float
     outcome: str = "graded"
     detail: str = ""
     answer: str | None = None
+    feedback: str = ""
 
 
 class GraderPool:
     """Worker processes that grade completions; a context manager.
 
     Args:
-      grade: (problem, completion) -> float in [0, 1], for example the `grade` of a problem set.
+      grade: (problem, completion) -> float in [0, 1], for example the `grade` of a problem set; or
+        (float, feedback text of at most `MAX_FEEDBACK_LEN` characters).
         It is sent to the workers once, so it should be light. Its method `warm_up()`, if it
         has one, runs first and outside the limit: for imports and first-use costs. With
         `extract` and `same` (see `ProblemSet.grade`) answers can vote.
@@ -63,7 +67,7 @@ class GraderPool:
 
     def __init__(
         self,
-        grade: Callable[[Any, str], float],
+        grade: Callable[[Any, str], Any],
         *,
         num_workers: int = 2,
         time_limit_s: float = 5.0,
@@ -172,12 +176,25 @@ def _reply(grade: Any, what: str, *arguments: Any) -> bytes:
     try:
         if what == "same":
             return json.dumps({"same": True} if grade.same(*arguments) else {}).encode()
-        value = float(grade(*arguments))
-        if not (math.isfinite(value) and 0 <= value <= 1):
-            raise ValueError(f"a grade must be in [0, 1], got {value}")
+        value, feedback = _value_and_feedback(grade(*arguments))
         answer = grade.extract(arguments[1]) if hasattr(grade, "extract") else None
         if not answer or len(answer) > MAX_ANSWER_LEN:
             answer = None
-        return json.dumps({"value": value, "answer": answer}).encode()
+        found = {"value": value, "answer": answer, "feedback": feedback}
+        return json.dumps(found).encode()
     except Exception as error:
         return json.dumps({"outcome": "error", "detail": describe(error)}).encode()
+
+
+def _value_and_feedback(given: Any) -> tuple[float, str]:
+    """What a grader returned: a number, or a number and a text."""
+    value, feedback = given if isinstance(given, tuple) and len(given) == 2 else (given, "")
+    value = float(value)
+    if not (math.isfinite(value) and 0 <= value <= 1):
+        raise ValueError(f"a grade must be in [0, 1], got {value}")
+    if not isinstance(feedback, str) or len(feedback) > MAX_FEEDBACK_LEN:
+        raise ValueError(
+            f"feedback must be text of at most {MAX_FEEDBACK_LEN:,} characters, got "
+            f"{type(feedback).__name__} {str(feedback)[:40]!r}"
+        )
+    return value, feedback.encode(errors="replace").decode()  # a surrogate is no text

@@ -21,7 +21,8 @@ from opsd_jax.data.numbers import (
 )
 from opsd_jax.errors import UserError
 
-Grader: TypeAlias = Callable[[str, str], float]  # (answer, completion) -> grade in [0, 1]
+Given: TypeAlias = float | tuple[float, str]  # a grade in [0, 1], maybe with feedback
+Grader: TypeAlias = Callable[[str, str], Given]  # (answer, completion) -> grade
 
 MAX_ANSWER_LEN = 2000  # characters; parsing longer garbage would take the whole time limit
 _CLOSE = Fraction(1, 10_000)  # relative; below it math-verify decides whether a number was rounded

@@ -11,10 +11,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from opsd_jax.data.contexts import ContextConfig, prompt_ids
+from opsd_jax.data.contexts import ContextConfig
 from opsd_jax.data.grader_pool import Grade, GraderPool
 from opsd_jax.data.problems import ProblemSet
 from opsd_jax.data.record import Message, Problem
+from opsd_jax.data.rendering import prompt_ids
 from opsd_jax.data.tokenizer import Tokenizer, quoted
 from opsd_jax.errors import UserError
 

@@ -67,8 +67,8 @@ def told_answers(contexts: ContextConfig, roles: Iterable[str]) -> list[str]:
     """
     told = []
     for role in dict.fromkeys(roles):
-        shown = [f"{{{name}}}" for name in ("solution", "answer")]
-        shown = [name for name in shown if name in contexts.template(role)]
+        names = contexts.shows(role)
+        shown = [f"{{{name}}}" for name in ("solution", "answer") if name in names]
         if role not in ("teacher", "analysis") and shown:
             told.append(
                 f"contexts.{role} shows {' and '.join(shown)}: the student is told what it is "
@@ -113,4 +113,25 @@ def beyond_positions(
     return [
         f"the {role}'s longest prompt has {longest:,} tokens, with {num_new:,} to follow: beyond "
         f"the {max_positions:,} positions that the model was trained for; lower {settings}"
+    ]
+
+
+def asked_after(contexts: ContextConfig, roles: Iterable[str]) -> list[str]:
+    """Told of an evaluated teacher that training asks only after a rollout.
+
+    Args:
+      roles: evaluated, such as "teacher" and "teacher_thinking".
+    """
+    teachers = [role for role in roles if role.startswith("teacher")]
+    if not teachers or not contexts.is_after("teacher"):
+        return []
+    names = ", ".join(f"eval/{role}/*" for role in teachers)
+    if contexts.evaluated("teacher"):
+        return [
+            f"{names}: the teacher is asked contexts.teacher_fallback, as there are no attempts to "
+            "show it"
+        ]
+    return [
+        f"{names} are left out: contexts.teacher shows what a rollout gives, and "
+        "contexts.teacher_fallback is no template that does without"
     ]

@@ -34,8 +34,10 @@ class ProblemSet(Protocol):
 
     def __getitem__(self, index: int, /) -> Problem: ...
 
-    def grade(self, problem: Problem, completion: str, /) -> float:
+    def grade(self, problem: Problem, completion: str, /) -> grading.Given:
         """Grade of one completion, in [0, 1]; hostile text goes through a `GraderPool`.
+
+        It may be (grade, feedback): what a template of the teacher shows as {feedback}.
 
         A grade that is an object may also have `extract(completion) -> str | None`, the answer
         that was given, and `same(answer, other) -> bool`: then answers can vote (maj@n).
@@ -56,7 +58,7 @@ class LoadedProblems:
     """
 
     problems: tuple[Problem, ...]
-    grade: Callable[[Problem, str], float]
+    grade: Callable[[Problem, str], grading.Given]
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -75,7 +77,7 @@ class AnswerGrader:
 
     grader: grading.Grader
 
-    def __call__(self, problem: Problem, completion: str) -> float:
+    def __call__(self, problem: Problem, completion: str) -> grading.Given:
         grades = [self.grader(a, completion) for a in (problem.answer, *problem.other_answers)]
         # A grader may give (value, feedback).
         return max(grades, key=lambda grade: grade[0] if isinstance(grade, tuple) else grade)
@@ -117,7 +119,7 @@ class TableProblems:
       answer_from: how to read the answer out of its column: "text" takes all of it, "boxed",
         "last_number", "hashes" (GSM8K's `#### 18`), "tagged" and "final" a part.
       grader: "exact", "last_number", "boxed", "math_verify", or a function
-        (answer, completion) -> float.
+        (answer, completion) -> float, or (float, feedback text).
       hash_start, hash_stop: rows whose question's hash, a share between 0 and 1, is within: of
         [0, 0.9) and [0.9, 1) none has a question of the other, whatever the order of the rows.
       start, stop: the slice of the rows so far to take; those behind it are not read.

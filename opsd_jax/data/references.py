@@ -4,18 +4,18 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from opsd_jax.data.contexts import ContextConfig, quoted_problem, shown
+from opsd_jax.data.contexts import ContextConfig
 from opsd_jax.data.problems import Problem
+from opsd_jax.data.rendering import quoted_problem
+from opsd_jax.data.templates import fill
 from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.errors import UserError
 
 Render = Callable[[Problem], dict[str, np.ndarray] | None]
-_PLACEHOLDER = re.compile(r"\{(solution|answer)\}")
 
 
 class ReferenceRows:
@@ -107,7 +107,7 @@ def reference_text(template: str | Callable[[Problem], str], problem: Problem) -
         text = template(problem)
     else:
         fields = {"solution": problem.solution, "answer": problem.answer}
-        text = _PLACEHOLDER.sub(lambda m: shown(fields, m.group(1), problem), template)
+        text = fill(template, fields, "References.template", problem.id)
     if not text:
         raise UserError(f"problem {problem.id!r} has no reference completion to learn from")
     return text

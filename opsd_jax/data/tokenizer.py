@@ -21,6 +21,8 @@ from opsd_jax.host.hub import model_folder
 # What a model without a chat template is shown; base models continue a dialogue written so.
 PLAIN_FORMAT = "User: {prompt}\nAssistant:"
 
+_PLAIN_NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
+
 # Stands inside what is to be no special token. A lone surrogate: no valid text has one.
 _MARK = "\ud800"
 
@@ -61,6 +63,26 @@ def quoted(tokenizer: Tokenizer, text: str) -> str:
 def _harmless(text: str) -> str:
     """The same without the special tokens that `quoted` has broken up."""
     return re.sub(f".{_MARK}.?", "xx", text, flags=re.DOTALL)
+
+
+def _plain_text(messages: Sequence[tuple[str, str]], prefill: str) -> str:
+    """`PLAIN_FORMAT` of the last turn, each turn before it in a line of its own."""
+    *earlier, (_, prompt) = messages
+    lines = [f"{_PLAIN_NAMES[role]}: {content}\n" for role, content in earlier]
+    gap = " " if prefill and not prefill[0].isspace() else ""
+    return "".join([*lines, PLAIN_FORMAT.format(prompt=prompt), gap, prefill])
+
+
+def _check_all_said(messages: Sequence[tuple[str, str]], text: str) -> None:
+    """Raises a UserError where a dialogue's template leaves out what system or user says.
+
+    Of what an assistant said, templates leave out the thoughts.
+    """
+    for number, (role, content) in enumerate(messages, start=1):
+        if len(messages) > 1 and role != "assistant" and content.strip() not in text:
+            raise UserError(
+                f"the chat template leaves out turn {number}, of {role!r}: it has no place for one"
+            )
 
 
 class HFTokenizer:
@@ -139,28 +161,43 @@ class HFTokenizer:
         return self.inner.decode(kept, clean_up_tokenization_spaces=False)
 
     def render(self, prompt: str, **template_kwargs: Any) -> list[int]:
-        """Renders one user turn and the opening of the assistant's, with the model's template.
+        """`render_chat` of one user turn."""
+        return self.render_chat([("user", prompt)], **template_kwargs)
+
+    def render_chat(
+        self, messages: Sequence[tuple[str, str]], prefill: str = "", **template_kwargs: Any
+    ) -> list[int]:
+        """Renders turns and the opening of the assistant's, with the model's template.
 
         Args:
-          prompt: what the user says; text of others goes through `quoted` first.
+          messages: (role, content) each, the last of "user"; text of others goes through `quoted`
+            first.
+          prefill: text that opens the assistant's turn; it is encoded together with the template's
+            opening, as a template's own think block is.
           **template_kwargs: switches of the template, for example `enable_thinking=False`.
 
         Returns:
-          Exactly the ids that `apply_chat_template(..., add_generation_prompt=True)` gives;
-          without a template, the ids of `PLAIN_FORMAT`, with a warning the first time.
+          Exactly the ids that `apply_chat_template(..., add_generation_prompt=True)` gives, the
+          prefill behind; without a template, the ids of `PLAIN_FORMAT` with further turns in
+          lines of their own, with a warning the first time.
 
         Raises:
-          UserError: the template fails, or special tokens that were quoted come out as such.
+          UserError: the template fails or leaves a turn out, or special tokens that were quoted
+            come out as such.
         """
         if not self.inner.chat_template:
             self._tell(
                 f"this tokenizer has no chat template: prompts are rendered as {PLAIN_FORMAT!r}"
             )
-            ids = [*self._prefix, *self.encode(PLAIN_FORMAT.format(prompt=prompt))]
+            ids = [*self._prefix, *self.encode(_plain_text(messages, prefill))]
         else:
-            ids = self.encode(self.turns(prompt, **template_kwargs))
-        if _MARK in prompt:
-            self._check_controls(ids, self.render(_harmless(prompt), **template_kwargs))
+            text = self._dialogue(messages, add_generation_prompt=True, **template_kwargs)
+            _check_all_said(messages, text)
+            ids = self.encode(text + prefill)
+        if any(_MARK in text for text in (*(content for _, content in messages), prefill)):
+            harmless = [(role, _harmless(content)) for role, content in messages]
+            wanted = self.render_chat(harmless, _harmless(prefill), **template_kwargs)
+            self._check_controls(ids, wanted)
         return ids
 
     def turns(self, *said: str, answered: bool = False, **template_kwargs: Any) -> str:
@@ -171,16 +208,16 @@ class HFTokenizer:
           answered: whether it ends there; else the assistant's next turn is opened.
           **template_kwargs: switches.
         """
-        roles = itertools.cycle(("user", "assistant"))
+        messages = list(zip(itertools.cycle(("user", "assistant")), said, strict=False))
+        return self._dialogue(messages, add_generation_prompt=not answered, **template_kwargs)
+
+    def _dialogue(self, messages: Sequence[tuple[str, str]], **values: Any) -> str:
+        """What the chat template writes of (role, content) pairs."""
         return render_template(
             self.inner.get_chat_template(),
-            [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)],
+            [{"role": role, "content": content} for role, content in messages],
             self.now,
-            **{
-                **self.inner.special_tokens_map,
-                "add_generation_prompt": not answered,
-                **template_kwargs,
-            },
+            **{**self.inner.special_tokens_map, **values},
         )
 
     def controls(self, ids: Iterable[int]) -> list[int]:

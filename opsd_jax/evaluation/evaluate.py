@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from opsd_jax.data.contexts import ContextConfig, render
+from opsd_jax.data.contexts import ContextConfig
 from opsd_jax.data.grader_pool import Grade, GraderPool
 from opsd_jax.data.grading import group_answers
 from opsd_jax.data.problems import AnswerGrader, Problem, ProblemSet
+from opsd_jax.data.rendering import render
 from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation import statistics
@@ -163,6 +164,11 @@ class Evaluator:
             top_k=config.top_k,
             top_p=config.top_p,
         )
+        if all(contexts.evaluated(ROLES[role][0]) is None for role in config.roles):
+            raise UserError(
+                f"evaluate.roles = {config.roles!r} can be asked nothing: contexts.teacher shows "
+                "what a rollout gives; add 'student', or set contexts.teacher_fallback"
+            )
         self.prompts: dict[str, list[Prompt]] = {}
         self.num_dropped: dict[str, int] = {}
         for role in config.roles:
@@ -170,12 +176,15 @@ class Evaluator:
             switch: dict[str, Any] = {}
             if thinking is not None:
                 switch = {f"{context}_thinking": thinking}
+            asked = contexts.evaluated(context)
+            if asked is None:  # `notices.asked_after` tells
+                continue
             self.prompts[role], self.num_dropped[role] = held_out_prompts(
                 config,
                 dataclasses.replace(contexts, **switch),
                 tokenizer,
                 problems,
-                context,
+                asked,
             )
             if self.num_dropped[role]:
                 log.warning(
@@ -251,8 +260,10 @@ class Evaluator:
         keys = sample_keys(key, len(prompts), num_samples)
 
         def finish(i: int, ungraded: Generation, grade: Future[Grade]) -> None:
-            value, outcome, _, answer = grade.result()
-            finished[i] = ungraded._replace(reward=value, outcome=outcome, answer=answer)
+            found = grade.result()
+            finished[i] = ungraded._replace(
+                reward=found.value, outcome=found.outcome, answer=found.answer
+            )
             if log is not None:
                 log.append(places[i], finished[i])
 

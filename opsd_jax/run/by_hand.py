@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from opsd_jax.data.contexts import ContextConfig, render
+from opsd_jax.data.contexts import ContextConfig
 from opsd_jax.data.problems import Problem
+from opsd_jax.data.rendering import render
 from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.errors import UserError
 from opsd_jax.method.batch import Batch
@@ -42,6 +43,8 @@ def make_batch(contexts: ContextConfig, tokenizer: Tokenizer, problems: Iterable
     Raises:
       UserError: no problem, or one over its budget of tokens.
     """
+    if contexts.after_rollout:
+        raise UserError("make_batch comes before a rollout: contexts.teacher shows what one gives")
     asked = list(problems)
     if not asked:
         raise UserError("make_batch needs at least one problem")
@@ -58,4 +61,5 @@ def make_batch(contexts: ContextConfig, tokenizer: Tokenizer, problems: Iterable
             rows.append(ids)
         return Context(*map(jnp.asarray, pad(rows, max(map(len, rows)), tokenizer.pad_id)))
 
-    return Batch(role_prompts("student"), role_prompts("teacher"))
+    views = tuple(role_prompts(name) for name in contexts.teachers[1:])
+    return Batch(role_prompts("student"), role_prompts("teacher"), views=views)

@@ -87,7 +87,8 @@ def parts_of(experiment: Experiment, cache: str) -> Iterator[Part]:
         ("train.heldout", train.heldout, ("evaluation",)),
     ):
         if source is not None:
-            yield Part(field, source.load(cache), roles, type(source).__name__)
+            before = tuple(r for r in roles if not experiment.training_contexts.is_after(r))
+            yield Part(field, source.load(cache), before, type(source).__name__)
 
 
 def inspect(experiment: Experiment, tokenizer: Tokenizer, part: Part, num: int) -> list[Finding]:
@@ -226,6 +227,8 @@ def notices(experiment: Experiment, tokenizer: Tokenizer) -> list[str]:
         )
     roles = ["student", "analysis" if experiment.teacher.reasons else "teacher"]
     roles += ["evaluation"] * (experiment.train.heldout is not None)
+    if contexts.is_after("teacher"):
+        told.append("contexts.teacher shows what a rollout gives, so the teacher is not shown here")
     return told + told_answers(contexts, roles) + idle_switches(contexts, tokenizer, roles)
 
 

@@ -169,6 +169,7 @@ class Experiment:
         return self.contexts.reasoning_first() if self.teacher.reasons else self.contexts
 
     def __post_init__(self):
+        self._check_contexts()
         terms = terms_of(self.train.objective)
         # An objective of the user's own may look at anything.
         reads_teacher = any(getattr(term, "reads_teacher", True) for term in terms)
@@ -185,6 +186,31 @@ class Experiment:
                 self._check_anchor()
             elif not isinstance(term, Likelihood):
                 self._check_sampled_token()
+
+    def _check_contexts(self) -> None:
+        """What contexts that show attempts, and several views, need of the other areas."""
+        contexts, completions = self.contexts, self.train.completions
+        shown = contexts.after_rollout
+        if self.teacher.reasons and (shown or contexts.views):
+            raise UserError(
+                "teacher.reasons writes one analysis before the rollout: set it to None, or leave "
+                "out contexts.views and what contexts.teacher shows of attempts"
+            )
+        if not shown:
+            return
+        name = f"{{{min(shown)}}}"
+        if completions.generates and not completions.on_policy:
+            raise UserError(
+                f"contexts.teacher or a view shows {name}, which there is only after the rollout, "
+                "but train.completions has the teacher answer in its context: set it to "
+                "@StudentRollouts()"
+            )
+        if siblings := shown & {"sibling", "wrong_sibling"}:
+            if self.train.group_size == 1:
+                raise UserError(
+                    f"contexts.teacher or a view shows {{{min(siblings)}}}, another answer to the "
+                    "same problem: set train.group_size to 2 or more"
+                )
 
     def _check_sampled_token(self) -> None:
         """The weight of a sampled token is pS(y) / q(y), and its mean is over all y."""

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from opsd_jax.data.contexts import prompt_ids
 from opsd_jax.data.notices import unended_turns
 from opsd_jax.data.problems import Problem
+from opsd_jax.data.rendering import prompt_ids
 from opsd_jax.data.tokenizer import Tokenizer, quoted
 from opsd_jax.errors import UserError
 from opsd_jax.host.pod import require_32_bits

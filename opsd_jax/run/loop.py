@@ -34,19 +34,13 @@ from opsd_jax.host.watchdog import Watchdog
 from opsd_jax.method.batch import Batch
 from opsd_jax.method.train_step import TrainState
 from opsd_jax.model.sharding import shard_batch
+from opsd_jax.run.after_rollout import AfterRollout
 from opsd_jax.run.assembly import Assembly, teacher_variables
 from opsd_jax.run.experiment import Experiment
 from opsd_jax.run.flops import Lengths
+from opsd_jax.run.graded_rows import GradeAll, grade_metrics, row_grader
 from opsd_jax.run.meter import Meter
-from opsd_jax.run.stepping import (
-    GradeAll,
-    Taken,
-    grade_metrics,
-    make_step,
-    rollout_timer,
-    row_grader,
-    to_batch,
-)
+from opsd_jax.run.stepping import Taken, make_step, rollout_timer, to_batch
 
 BEST_METRIC = "eval/student/accuracy"
 
@@ -83,10 +77,11 @@ class Loop:
     watchdog: Watchdog
     tokens_total: int
     meta: dict[str, Any]
+    after: AfterRollout | None = None
 
     def __post_init__(self):
         self._grade_rows = row_grader(self.problems, self.tokenizer, self.grade)
-        self._step = make_step(self.parts, self._grade_rows)
+        self._step = make_step(self.parts, self._grade_rows, self.after)
         self._time_rollout = rollout_timer(self.parts)
         self._rollout_s = float("nan")
         self._best = -np.inf
@@ -99,7 +94,7 @@ class Loop:
         self, state: TrainState, batches: Iterator, start: int, preemption: Preemption
     ) -> dict[str, float]:
         """Steps start + 1 … num_steps; saves and returns early when asked to stop."""
-        settings = self.experiment.train
+        settings, teachers = self.experiment.train, self.experiment.training_contexts.teachers
         if self.guard.ends_the_run:
             self.progress.note("the guard has ended this run; guard.action = 'warn' lets it go on")
             self.conclude()  # It may have been killed before it could, or now be told to restore.
@@ -113,7 +108,8 @@ class Loop:
         for number in range(start + 1, settings.num_steps + 1):
             with self.meter.waiting("data"):
                 rows = next(batches)
-            batch = shard_batch(to_batch(rows, settings.group_size), self.parts.mesh)
+            asked = to_batch(rows, settings.group_size, teachers)
+            batch = shard_batch(asked, self.parts.mesh)
             numbers = np.repeat(rows["index"], settings.group_size)
             self.ask_for_time()
             with self.profile.step(number):
@@ -122,7 +118,10 @@ class Loop:
             if waiting:
                 self.report(waiting)
             waiting = Step(
-                number, taken._replace(state=None), numbers, prompts(rows, settings.group_size)
+                number,
+                taken._replace(state=None),
+                numbers,
+                prompts(rows, settings.group_size, taken),
             )
             self.profile.after(number, taken.metrics)
             last = number == settings.num_steps
@@ -249,7 +248,7 @@ class Loop:
         if grades is None:
             with self.meter.waiting("grading"):
                 grades = self._grade_rows(step.taken.completion, step.problems)
-        metrics |= grade_metrics(grades, rows)
+        metrics |= grade_metrics(grades, rows) | dict(step.taken.contexts)
         metrics |= {
             "time/step_s": step_s,
             "time/rollout_s": self._rollout_s,
@@ -263,11 +262,12 @@ class Loop:
         self.watch(step.number, metrics)
 
 
-def prompts(rows: dict[str, Any], group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """[B] lengths of the student's and of the teacher's prompts of a batch."""
-    lengths = (np.asarray(rows[f"{role}_length"]) for role in ("student", "teacher"))
-    student, teacher = (np.repeat(x, group_size) for x in lengths)
-    return student, teacher
+def prompts(rows: dict[str, Any], group_size: int, taken: Taken) -> tuple[np.ndarray, np.ndarray]:
+    """[B] lengths of the student's and of the teacher's prompts of a step."""
+    student = np.repeat(np.asarray(rows["student_length"]), group_size)
+    if taken.teacher_lengths is not None:
+        return student, taken.teacher_lengths
+    return student, np.repeat(np.asarray(rows["teacher_length"]), group_size)
 
 
 def due(number: int, every: int, final: bool) -> bool:

@@ -8,7 +8,6 @@ alternatives kept of each side.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -18,29 +17,24 @@ from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax.data.contexts import render
-from opsd_jax.data.problems import Problem, ProblemSet
 from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.divergence.losses import DivergenceConfig, TokenDivergence, logit_divergence
 from opsd_jax.errors import UserError
 from opsd_jax.host.files import require_writable, write_json_lines
 from opsd_jax.host.identity import problems_digest
-from opsd_jax.method.batch import Batch, Policy
-from opsd_jax.method.reason_first import Reasoner
+from opsd_jax.method.batch import Batch
+from opsd_jax.method.objective import teacher_contexts
 from opsd_jax.method.scoring import completion_hidden
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.head import head_logits, output_head
 from opsd_jax.model.sharding import on_mesh
 from opsd_jax.run.config import load_run
 from opsd_jax.run.finished_run import Restored, restore_run
+from opsd_jax.run.shown_rows import Shown, analysis_texts, shown_rows
 from opsd_jax.run.train import grading
-from opsd_jax.sampling.config import RolloutConfig
-from opsd_jax.sampling.prompts import Completion, Context, pad
-from opsd_jax.sampling.random_keys import Use, key_for
-from opsd_jax.sampling.rollout import rollout
+from opsd_jax.sampling.prompts import Completion
 
 NUM_ALTERNATIVES = 5
 
@@ -82,9 +76,8 @@ def compare_tokens(
       completion: [B, C], the same ids for both.
       num_alternatives: K.
     """
-    roles = [(student_variables, batch.student), (teacher_variables, batch.teacher)]
-    if config.target is not None:
-        roles.append((teacher_variables, batch.student))
+    roles = [(student_variables, batch.student)]
+    roles += [(teacher_variables, context) for context in teacher_contexts(config, batch)]
     hiddens = tuple(completion_hidden(model, v, context, completion) for v, context in roles)
     heads = tuple(output_head(v["params"], model.config) for v, _ in roles)
     K = min(num_alternatives, heads[0].kernel.shape[0])
@@ -100,65 +93,12 @@ def compare_tokens(
     return jax.lax.map(row, (completion.ids, completion.mask, *hiddens))
 
 
-def view_problems(run: Restored, problems: ProblemSet, num: int) -> tuple[list[Problem], Batch]:
-    """The first `num` problems that fit both budgets, and their prompts in both roles.
-
-    Raises:
-      UserError: none fits.
-    """
-    chosen: list[Problem] = []
-    prompts: dict[str, list[list[int]]] = {"student": [], "teacher": []}
-    for i in range(len(problems)):
-        rendered = {
-            role: render(run.experiment.training_contexts, run.tokenizer, problems[i], role)
-            for role in prompts
-        }
-        if all(ids is not None for ids in rendered.values()):
-            chosen.append(problems[i])
-            for role, ids in rendered.items():
-                prompts[role].append(ids or [])
-        if len(chosen) == num:
-            break
-    if not chosen:
-        raise UserError("no problem fits contexts.student_max_tokens and teacher_max_tokens")
-    contexts = {
-        role: Context(*map(jnp.asarray, pad(rows, max(map(len, rows)), run.tokenizer.pad_id)))
-        for role, rows in prompts.items()
-    }
-    return chosen, Batch(contexts["student"], contexts["teacher"])
-
-
-def sample_and_compare(
-    run: Restored, batch: Batch, seed: int = 0
-) -> tuple[Completion, TokenComparison]:
-    """Rollouts of the student and both sides on them, as host arrays; compiled once."""
+def compared(run: Restored, shown: Shown) -> TokenComparison:
+    """Both sides on the rows that are shown, as host arrays."""
     method = run.parts.method
-    compiled = jax.jit(
-        partial(_sampled, method.model, method.divergence, method.rollout, method.reasoner)
-    )
-    sample = on_mesh(compiled, run.parts.mesh, run.parts.rules)
-    key = key_for(Use.SHOWN, jax.random.key(seed))
-    return jax.device_get(sample(run.student, run.teacher, batch, key))
-
-
-def _sampled(
-    model: Decoder,
-    divergence: DivergenceConfig,
-    settings: RolloutConfig,
-    reasoner: Reasoner | None,
-    student: dict,
-    teacher: dict,
-    batch: Batch,
-    key: jax.Array,
-) -> tuple[Completion, TokenComparison]:
-    prompts, completion_key = batch.student, key_for(Use.COMPLETIONS, key)
-    completion = rollout(model, student, prompts.ids, prompts.lengths, completion_key, settings)
-    if reasoner:
-        analysis_key = key_for(Use.ANALYSES, key)
-        analysis = reasoner.write(Policy(model, teacher), batch.teacher, analysis_key)
-        batch = reasoner.join(batch, analysis)
-        completion = dataclasses.replace(completion, analysis=analysis)
-    return completion, compare_tokens(model, divergence, student, teacher, batch, completion)
+    compiled = jax.jit(partial(compare_tokens, method.model, method.divergence))
+    compare = on_mesh(compiled, run.parts.mesh, run.parts.rules)
+    return jax.device_get(compare(run.student, run.teacher, shown.batch, shown.completion))
 
 
 def added_text(tokenizer: Tokenizer, whole: Sequence[int], parts: Sequence[int], token: int) -> str:
@@ -244,20 +184,6 @@ def _number(value: Any) -> float | None:
     return round(float(value), 5) if np.isfinite(value) else None
 
 
-def analysis_texts(run: Restored, completion: Completion) -> list[str | None]:
-    """What the teacher read behind its prompt in every row, None where it does not reason first."""
-    if completion.analysis is None:
-        return [None] * len(completion.ids)
-    written = completion_rows(completion.analysis)
-    transition = run.experiment.contexts.transition
-    # Without the stop token, as `Reasoner.join` has it.
-    read = [
-        ids[:-1] if stopped else ids
-        for ids, stopped in zip(written, completion.analysis.stopped.tolist(), strict=True)
-    ]
-    return [run.tokenizer.decode(ids) + transition for ids in read]
-
-
 def tokens_command(workdir: str, step: int | str | None, num: int, seed: int) -> Path:
     """`opsd tokens`: samples `num` rollouts of a run and writes what both sides think of them.
 
@@ -274,14 +200,11 @@ def tokens_command(workdir: str, step: int | str | None, num: int, seed: int) ->
     problems = (train.heldout or train.problems).load(str(Path(workdir) / "problems"))
     field = "train.heldout" if train.heldout else "train.problems"
     run.identity.check(field, {"problems": problems_digest(problems)})
-    chosen, batch = view_problems(run, problems, num)
-    completion, comparison = sample_and_compare(run, batch, seed)
-    tokens = token_rows(run.tokenizer, completion, comparison)
-    said = [[token["id"] for token in row if not token["stop"]] for row in tokens]
-    texts = [run.tokenizer.decode(ids) for ids in said]
     with ExitStack() as stack:
-        grades = grading(problems, train.grader_workers, stack)(chosen, texts)
-    analyses = analysis_texts(run, completion)
+        grade = grading(problems, train.grader_workers, stack)
+        shown = shown_rows(run, problems, num, seed, grade)
+    tokens = token_rows(run.tokenizer, shown.completion, compared(run, shown))
+    analyses = analysis_texts(run, shown.completion)
     divergence = run.experiment.divergence.name  # or a function
     path = Path(workdir) / "tokens" / f"step_{run.step:06d}.jsonl"
     lines = [
@@ -289,22 +212,17 @@ def tokens_command(workdir: str, step: int | str | None, num: int, seed: int) ->
             "step": run.step,
             "id": problem.id,
             "question": problem.question_text,
-            "teacher_prompt": run.experiment.training_contexts.prompt(problem, "teacher"),
+            "teacher_prompt": shown.teacher_prompts[b],
             "analysis": analyses[b],
             "answer": problem.answer,
-            "completion": texts[b],
-            "reward": grades[b].value,
-            "stopped": bool(completion.stopped[b]),
+            "completion": shown.texts[b],
+            "reward": shown.rewards[b],
+            "stopped": bool(shown.completion.stopped[b]),
             "divergence": getattr(divergence, "__name__", divergence),
             "tokens": tokens[b],
         }
-        for b, problem in enumerate(chosen)
+        for b, problem in enumerate(shown.problems)
     ]
     write_json_lines(path, lines)
     print(path)
     return path
-
-
-def completion_rows(completion: Completion) -> list[list[int]]:
-    """The sampled ids of every row, stop token included, padding removed."""
-    return [ids[mask].tolist() for ids, mask in zip(completion.ids, completion.mask, strict=True)]

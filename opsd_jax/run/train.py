@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 
-from opsd_jax.data.contexts import TrainingPrompts
 from opsd_jax.data.grader_pool import GraderPool
 from opsd_jax.data.notices import (
+    asked_after,
     beyond_positions,
     equal_prompts,
     idle_switches,
@@ -25,6 +25,7 @@ from opsd_jax.data.pipeline import make_batches
 from opsd_jax.data.problems import ProblemSet
 from opsd_jax.data.references import ReferenceRows
 from opsd_jax.data.tokenizer import Tokenizer
+from opsd_jax.data.training_prompts import AfterPrompts, TrainingPrompts
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.evaluate import ROLES, Evaluator
 from opsd_jax.evaluation.runs import Run, read_run
@@ -53,6 +54,7 @@ from opsd_jax.host.progress import ProgressLine
 from opsd_jax.host.watchdog import Watchdog
 from opsd_jax.method.train_step import TrainState
 from opsd_jax.model.sharding import check_batch, num_bytes
+from opsd_jax.run.after_rollout import after_rollout
 from opsd_jax.run.assembly import (
     Assembly,
     external_variables,
@@ -61,10 +63,10 @@ from opsd_jax.run.assembly import (
     load_models,
 )
 from opsd_jax.run.experiment import Base, Experiment
+from opsd_jax.run.graded_rows import GradeAll, check_answers
 from opsd_jax.run.loop import BEST_METRIC, Loop, saved
 from opsd_jax.run.meter import Meter, Throughput
 from opsd_jax.run.pins import pinned
-from opsd_jax.run.stepping import GradeAll, check_answers
 from opsd_jax.sampling.slots import Sampler
 
 
@@ -131,7 +133,11 @@ def prepare(
     problems = settings.problems.load(cache)
     heldout = None if settings.heldout is None else settings.heldout.load(cache)
     base, external, parts = load_models(experiment, workdir, say, identity)
-    batches, longest = training_batches(experiment, problems, base.tokenizer, say, identity)
+    after = after_rollout(experiment, problems, base.tokenizer, mesh)
+    built_later = None if after is None else after.prompts
+    batches, longest = training_batches(
+        experiment, problems, base.tokenizer, say, identity, built_later
+    )
     evaluator = None
     if heldout is not None:
         evaluator = make_evaluator(experiment, parts, base.tokenizer, heldout, stack)
@@ -166,6 +172,7 @@ def prepare(
         stack.enter_context(Watchdog(60 * settings.hang_minutes)),
         tokens_total=counted["tokens_total"],
         meta={"config": config_text} | identity.meta(),
+        after=after,
     )
     return loop, state, batches, start
 
@@ -211,6 +218,7 @@ def training_batches(
     tokenizer: Tokenizer,
     say: Callable[[str], None],
     identity: Identity,
+    after: AfterPrompts | None = None,
 ) -> tuple[Any, tuple[int, int]]:
     """Global batches as a Grain iterator whose position can be saved, and the longest prompts.
 
@@ -220,8 +228,8 @@ def training_batches(
     """
     settings, contexts = experiment.train, experiment.training_contexts
     if settings.objective.needs_rewards:
-        check_answers(problems)
-    prompts = TrainingPrompts(contexts, tokenizer, problems)
+        check_answers(problems, "train.objective")
+    prompts = TrainingPrompts(contexts, tokenizer, problems, after)
     render: Any = prompts
     if settings.references:
         template, limit = settings.references.template, experiment.rollout.max_new_tokens
@@ -306,7 +314,7 @@ def start_notices(
             lower = "evaluate.max_new_tokens or the budgets of contexts"
             told += beyond_positions(f"evaluated {role}", tokens, num_new, max_positions, lower)
         asked = {role: [p.ids for p in prompts] for role, prompts in evaluator.prompts.items()}
-        told += equal_prompts(asked)
+        told += equal_prompts(asked) + asked_after(contexts, evaluator.config.roles)
     return told + told_answers(contexts, roles) + idle_switches(contexts, tokenizer, roles)
 
 

@@ -4,10 +4,18 @@ import dataclasses
 import numpy as np
 import pytest
 
-from opsd_jax.data.contexts import TEMPLATES, ContextConfig, TrainingPrompts, render
+from opsd_jax.data.contexts import ContextConfig
 from opsd_jax.data.problems import LoadedProblems, Problem
+from opsd_jax.data.rendering import chat_of, render
+from opsd_jax.data.templates import TEMPLATES
+from opsd_jax.data.training_prompts import TrainingPrompts
 from opsd_jax.errors import UserError
 from opsd_jax.sampling.prompts import pad
+
+
+def text_of(config, problem, role):
+    return chat_of(config, problem, role).text
+
 
 PROBLEM = Problem("7", "What is 2+2?", "Two and two make four.", "4")
 
@@ -33,7 +41,7 @@ class CharacterTokenizer:
 
 def test_every_template_shows_what_its_name_says():
     shown = {
-        name: ContextConfig(teacher=name, instruction="Be brief.").prompt(PROBLEM, "teacher")
+        name: text_of(ContextConfig(teacher=name, instruction="Be brief."), PROBLEM, "teacher")
         for name in TEMPLATES
     }
     for name, text in shown.items():
@@ -47,14 +55,14 @@ def test_every_template_shows_what_its_name_says():
 
 def test_the_teacher_sees_the_students_prompt_and_more():
     config = ContextConfig()
-    student, teacher = (config.prompt(PROBLEM, role) for role in ("student", "teacher"))
+    student, teacher = (text_of(config, PROBLEM, role) for role in ("student", "teacher"))
     assert teacher.startswith("Problem: What is 2+2?") and student.startswith(teacher[:21])
     assert PROBLEM.solution in teacher and PROBLEM.solution not in student
 
 
 def test_a_problem_that_names_a_placeholder_leaks_nothing():
     tricky = Problem("1", "Repeat {solution} and {answer}", "secret", "42")
-    assert ContextConfig().prompt(tricky, "student").startswith("Problem: Repeat {solution} and")
+    assert text_of(ContextConfig(), tricky, "student").startswith("Problem: Repeat {solution} and")
 
 
 def test_each_role_has_its_own_switches():
@@ -68,7 +76,7 @@ def test_each_role_has_its_own_switches():
 def test_a_long_prompt_is_dropped_or_refused_and_never_cut():
     """Invariant 5."""
     tokenizer = CharacterTokenizer()
-    fits = len(ContextConfig().prompt(PROBLEM, "teacher"))
+    fits = len(text_of(ContextConfig(), PROBLEM, "teacher"))
     exact = ContextConfig(teacher_max_tokens=fits)
     assert len(render(exact, tokenizer, PROBLEM, "teacher")) == fits
     assert render(ContextConfig(teacher_max_tokens=fits - 1), tokenizer, PROBLEM, "teacher") is None
@@ -126,12 +134,12 @@ def test_bad_settings_name_themselves(fields, words):
 
 def test_the_names_of_placeholders_in_latex_are_left_alone():
     config = ContextConfig(student=r"{question} \text{Answer} x_{Solution}")
-    assert config.prompt(PROBLEM, "student") == r"What is 2+2? \text{Answer} x_{Solution}"
+    assert text_of(config, PROBLEM, "student") == r"What is 2+2? \text{Answer} x_{Solution}"
 
 
 def test_a_problem_without_what_the_template_shows_is_named():
     with pytest.raises(UserError, match="'9' has no solution"):
-        ContextConfig().prompt(Problem("9", "q", "", "a"), "teacher")
+        text_of(ContextConfig(), Problem("9", "q", "", "a"), "teacher")
 
 
 @pytest.mark.parametrize("field", ["question", "solution", "answer"])

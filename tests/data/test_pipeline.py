@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsd_jax.data.contexts import ContextConfig, TrainingPrompts
+from opsd_jax.data.contexts import ContextConfig
 from opsd_jax.data.pipeline import make_batches
 from opsd_jax.data.problems import LoadedProblems, Problem
+from opsd_jax.data.training_prompts import TrainingPrompts
 from opsd_jax.errors import UserError
 
 

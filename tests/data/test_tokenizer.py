@@ -17,9 +17,10 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from opsd_jax.data.contexts import ContextConfig, prompt_ids
+from opsd_jax.data.contexts import ContextConfig
 from opsd_jax.data.problems import Problem
 from opsd_jax.data.references import ReferenceRows
+from opsd_jax.data.rendering import prompt_ids
 from opsd_jax.data.tokenizer import PLAIN_FORMAT, HFTokenizer, load_tokenizer
 from opsd_jax.errors import UserError
 from opsd_jax.pretrained.config import config_from_hf

@@ -6,7 +6,7 @@ import numpy as np
 
 from opsd_jax.data.grader_pool import GraderPool
 from opsd_jax.data.problems import Problem
-from opsd_jax.run.stepping import grade_metrics, row_grader
+from opsd_jax.run.graded_rows import grade_metrics, row_grader
 from opsd_jax.sampling.prompts import Completion
 from tests.tiny import WordTokenizer
 
