@@ -84,6 +84,7 @@ def test_a_scheduled_weight_compiles_once():
     assert weight._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_a_term_may_read_the_references_beside_the_rollouts():
     batch = tiny_batch(2)
     batch = dataclasses.replace(
