@@ -229,6 +229,8 @@ class Mix:
         object.__setattr__(self, "terms", tuple(self.terms))
         if not self.terms:
             raise UserError("Mix.terms must hold a term such as @Distillation(), not ()")
+        if any(isinstance(term, Mix) for term in self.terms):
+            raise UserError("Mix.terms must be terms, not another @Mix(): list its terms here")
 
     @property
     def needs_rewards(self) -> bool:

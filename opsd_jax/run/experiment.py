@@ -22,6 +22,7 @@ from opsd_jax.method.mix import Anchor, Distillation, Likelihood, terms_of
 from opsd_jax.method.objective import Objective, check_ratio
 from opsd_jax.method.optimizer import OptimizerConfig
 from opsd_jax.method.policy_gradient import PolicyGradient
+from opsd_jax.method.rows import parts_of
 from opsd_jax.method.teacher import TeacherConfig
 from opsd_jax.model.config import DTYPES, TEXT_ATTENTION, LoraConfig, ModelConfig
 from opsd_jax.model.sharding import MeshConfig, Rules
@@ -180,6 +181,11 @@ class Experiment:
                     "looks at the teacher's context; set it to None"
                 )
         for term in terms:
+            if "varied" in parts_of(getattr(term, "rows", ())) and self.train.group_size == 1:
+                raise UserError(
+                    f"{type(term).__name__}.rows = 'varied' takes problems whose completions have "
+                    "different grades: set train.group_size to 2 or more"
+                )
             if isinstance(term, PolicyGradient):
                 self._check_policy_gradient(term)
             elif isinstance(term, Anchor):

@@ -221,6 +221,13 @@ def curves_of(page: str) -> set[str]:
             "sampled",
         ),
         (["train.objective = @Mix()"], r"Mix.terms must be bound"),
+        (
+            ["train.objective = @Mix()", "Mix.terms = (@in/Mix(),)",
+             "in/Mix.terms = (@Likelihood(),)"],
+            "not another @Mix",
+        ),
+        (["Distillation.rows = 'varied'"], "different grades: set train.group_size"),
+        (["Distillation.rows = ('wrong', 'x')"], r"must be 'all', .* or a tuple \('all', "),
         (["train.objective = @Mix()", "Mix.terms = ()"], r"must hold a term such as"),
         (["train.objective = @Mix()", "Mix.terms = (1,)"], r"a tuple \(an objective such as"),
         (
