@@ -17,6 +17,8 @@ What a training step writes, nats per token of the student's own answers unless 
   student/entropy             and teacher/entropy: near log V a side has lost its weights
   teacher/nll_of_rollout      -log p of the answers under the teacher
   teacher/no_context_fraction rows for which the teacher could be shown nothing: they weigh 0
+  loss/importance_mean        min(pS / p_sampled, divergence.importance_clip), and
+    loss/importance_clip_fraction, the tokens that it bounds
   rollout/logp_gap            |log p while sampling - log p while scoring|: 1e-6 in float32
   rollout/truncated_fraction  answers cut by rollout.max_new_tokens
   rollout/length_mean         tokens; rollout/tokens_total is all generated so far

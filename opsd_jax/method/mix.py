@@ -25,6 +25,7 @@ from opsd_jax.method.objective import (
     Loss,
     Objective,
     Reader,
+    importance_sums,
     masked_sums,
     student_sums,
     token_sums,
@@ -130,7 +131,8 @@ class Distillation(Term):
             weighted_sum(values, plan["weights"]),
             {},
             {"divergence": jnp.sum(terms.divergence, axis=1)},
-            token_sums(dataclasses.replace(terms, objective=values), reader.batch, completion),
+            token_sums(dataclasses.replace(terms, objective=values), reader.batch, completion)
+            | importance_sums(reader),
         )
 
 

@@ -19,7 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax.divergence.likelihood import token_logps
-from opsd_jax.divergence.losses import DivergenceConfig, TokenDivergence, token_divergence
+from opsd_jax.divergence.losses import (
+    DivergenceConfig,
+    TokenDivergence,
+    importance_weights,
+    token_divergence,
+)
 from opsd_jax.errors import UserError
 from opsd_jax.method.batch import Batch, Policy
 from opsd_jax.method.rows import GradedBatch
@@ -321,6 +326,19 @@ def token_sums(
     return masked_sums(per_token, mask) | student_sums(
         terms.student_logps, terms.student_entropy, completion.logps, mask
     )
+
+
+def importance_sums(reader: Reader) -> dict[str, jax.Array]:
+    """What an importance clip does to the tokens, summed; nothing where there is none."""
+    clip, completion = reader.config.importance_clip, reader.completion
+    if clip is None or completion.sampled_logps is None:
+        return {}
+    ratios = importance_weights(reader.divergence, completion.sampled_logps)
+    per_token = {
+        "loss/importance_mean": jnp.minimum(ratios, clip),
+        "loss/importance_clip_fraction": ratios > clip,
+    }
+    return masked_sums(per_token, reader.batch.in_context(completion.mask))
 
 
 def student_sums(
