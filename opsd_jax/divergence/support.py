@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which entries of the vocabulary a divergence sees, and what becomes of the others.
+"""Top-k supports: the entries of the vocabulary that a divergence sees, and what of the others.
 
 K: entries of the support; k, up to 2k for a union, 1 for a sampled token.
 """

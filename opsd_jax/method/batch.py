@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both roles are shown, and who they are."""
+"""`Batch` and `Policy`: what both roles are shown, and who they are."""
 
 from __future__ import annotations
 

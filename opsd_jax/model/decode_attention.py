@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One query per row over a large store of keys and values: a TPU kernel that reads what is there.
+"""Decode attention as a Pallas TPU kernel: one query per row over a large store of keys and values.
 
 `attend` reads as many slots of every row as the window of the batch has. This kernel reads, of each
 row, only the blocks that hold something its query may see (`rollout.attention = "pallas"`), and of

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear maps of the decoder, with their optional biases and adapters."""
+"""Linear maps of the decoder, with optional biases and LoRA adapters."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrices in 8 bits, for sampling: int8 values in place of the matrix, and a scale per output.
+"""int8 quantization of matrices, for sampling: 8-bit values in their place, a scale per output.
 
     W ~ scale · q,   x W ~ (x q) · scale
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts of a batch and what was said to them."""
+"""`Context` and `Completion`: the prompts of a batch and what was said to them."""
 
 from __future__ import annotations
 

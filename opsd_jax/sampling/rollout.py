@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The student speaks: prefill, then segments of `lax.scan`, inside the jitted step.
+"""Rollout: completions by a prefill and segments of `lax.scan`, inside the jitted step.
 
     prefill -> sample -> [ segment -> merge ] -> [ segment -> merge ] -> … until all rows are done
 

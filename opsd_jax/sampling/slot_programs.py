@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run through slots compiles: prompts are read, placed, sampled from, moved.
+"""Continuous batching, its compiled functions: prompts are read, placed, sampled from, moved.
 
 `slots.py` decides which row does what; these are the functions of arrays that do it.
 """

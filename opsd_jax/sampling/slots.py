@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many prompts through few rows: finished rows make room for waiting prompts.
+"""Continuous batching: many prompts through few rows, of which finished ones make room.
 
     unique prompts -> prefill into a store -> place into free slots -> segment -> place -> …
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From logits to a token: penalties, temperature, truncation, and one uniform number per row.
+"""Sampling a token from logits: penalties, temperature, top-k, top-p, min-p; one uniform per row.
 
 Nothing here sorts the vocabulary or gathers it: every function is a few sums over V, so that
 logits split over devices stay where they are.
