@@ -2,6 +2,7 @@
 """Policy gradients, likelihood and mixtures against slow float64 NumPy, values and gradients."""
 
 import dataclasses
+import itertools
 from functools import partial
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ from opsd_jax.model.head import Head, head_logits, output_head
 from opsd_jax.run.assembly import split_trainable
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.prompts import Completion
+from tests.representatives import representatives
 from tests.tiny import tiny_batch, tiny_config, tiny_variables
 
 LENGTHS = np.array([3, 1, 2, 3])
@@ -273,8 +275,13 @@ def logit_oracle(objective, method, state, batch, completion, rewards, initial):
 GRPO_KL = Mix((PolicyGradient(0.05, 0.08), Anchor(weight=0.5, mean="sequence")))
 
 
-@pytest.mark.parametrize("objective", [GRPO_KL, Likelihood()], ids=["grpo", "sft"])
-@pytest.mark.parametrize("num_micro_batches", [1, 2])
+@pytest.mark.parametrize(
+    "objective, num_micro_batches",
+    representatives(
+        itertools.product([GRPO_KL, Likelihood()], [1, 2]), (GRPO_KL, 2), (Likelihood(), 1)
+    ),
+    ids=["grpo", "grpo-2", "sft", "sft-2"],
+)
 def test_a_step_follows_the_oracles_gradient(objective, num_micro_batches, rollouts):
     state, batch, completion, rewards = rollouts
     method = method_of(objective, num_micro_batches=num_micro_batches)

@@ -104,6 +104,7 @@ def lines_of(workdir: Path) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 def test_unchanged_or_moved_it_goes_on_bit_for_bit(project, tmp_path, monkeypatch):
     """From another folder, with the inputs in another place, a year later by the clock."""
     whole = lines_of(project / "run")
