@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is wrong with rows, templates and graders, found by rendering and grading a few of them.
 
-Each finding says what to change. Whether a template drops a turn, or a grader can read what the
-prompt asks for, is tried and not guessed from its text.
+Each finding says what to change. Whether a grader can read what the prompt asks for is tried and
+not guessed from its text; a turn that the chat template drops is refused by `rendering`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from opsd_jax.data.contexts import ContextConfig
 from opsd_jax.data.grader_pool import Grade, GraderPool
 from opsd_jax.data.problems import ProblemSet
-from opsd_jax.data.record import Message, Problem
+from opsd_jax.data.record import Problem
 from opsd_jax.data.rendering import prompt_ids
 from opsd_jax.data.tokenizer import Tokenizer, quoted
 from opsd_jax.errors import UserError
@@ -82,14 +82,11 @@ def over_budget(config: ContextConfig, row: Row) -> str | None:
     return None
 
 
-def findings(
-    config: ContextConfig, tokenizer: Tokenizer, rows: Sequence[Row], source: str
-) -> list[Finding]:
+def findings(config: ContextConfig, rows: Sequence[Row], source: str) -> list[Finding]:
     """All that a look at rows shows, the worst first.
 
     Args:
       config: the prompts.
-      tokenizer: of the model.
       rows: of one problem set, as `look` gives them.
       source: what the user binds for it, such as "JsonlProblems".
     """
@@ -99,7 +96,6 @@ def findings(
         return [Finding(f"{errors[0]}{more}", True)]
     found = [
         *lengths(config, rows),
-        *unseen_texts(config, tokenizer, rows[0].problem, list(rows[0].prompts)),
         *equal_roles(rows),
         *questions(rows, source),
         *references(rows, source),
@@ -126,49 +122,6 @@ def lengths(config: ContextConfig, rows: Sequence[Row]) -> list[Finding]:
             )
         )
     return found
-
-
-def unseen_texts(
-    config: ContextConfig, tokenizer: Tokenizer, problem: Problem, roles: Sequence[str]
-) -> list[Finding]:
-    """Told of a turn of the data that changes no prompt: the chat template drops it."""
-    found: list[Finding] = []
-    turns = problem.question if isinstance(problem.question, tuple) else ()
-    for at, turn in enumerate(turns):
-        said = Message(turn.role, f"{turn.content} Other.")
-        changed = dataclasses.replace(problem, question=(*turns[:at], said, *turns[at + 1 :]))
-        deaf = [r for r in roles if _is_same(config, tokenizer, problem, changed, r)]
-        if deaf:
-            found.append(
-                Finding(
-                    f"the {turn.role} turn of the data is not in the prompt of {', '.join(deaf)}: "
-                    "the chat template drops it; put its text into the user's turn, or let the "
-                    "template (chat_template.jinja) write it",
-                    True,
-                )
-            )
-    for role in roles:
-        system = getattr(config, f"{role}_system", "")
-        more: dict[str, Any] = {f"{role}_system": f"{system} Other."}
-        if not system:
-            continue
-        ids = prompt_ids(config, tokenizer, problem, role)
-        if ids == prompt_ids(dataclasses.replace(config, **more), tokenizer, problem, role):
-            found.append(
-                Finding(
-                    f"contexts.{role}_system is not in the prompt: the chat template drops the "
-                    f"system turn; say it in contexts.{role} instead",
-                    True,
-                )
-            )
-    return found
-
-
-def _is_same(
-    config: ContextConfig, tokenizer: Tokenizer, one: Problem, other: Problem, role: str
-) -> bool:
-    ids = [prompt_ids(config, tokenizer, problem, role) for problem in (one, other)]
-    return ids[0] == ids[1]
 
 
 def equal_roles(rows: Sequence[Row]) -> list[Finding]:

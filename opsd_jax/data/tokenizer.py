@@ -81,7 +81,8 @@ def _check_all_said(messages: Sequence[tuple[str, str]], text: str) -> None:
     for number, (role, content) in enumerate(messages, start=1):
         if len(messages) > 1 and role != "assistant" and content.strip() not in text:
             raise UserError(
-                f"the chat template leaves out turn {number}, of {role!r}: it has no place for one"
+                f"the chat template leaves out turn {number}, of {role!r}: it has no place for "
+                "one; say it in the user's turn, or let chat_template.jinja write it"
             )
 
 

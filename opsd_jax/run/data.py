@@ -99,7 +99,7 @@ def inspect(experiment: Experiment, tokenizer: Tokenizer, part: Part, num: int) 
     indices = sorted({*range(min(num, total)), *spread})
     with GraderPool(part.problems.grade, num_workers=experiment.train.grader_workers) as pool:
         rows = look(contexts, tokenizer, part.problems, indices, part.roles, pool)
-        found = findings(contexts, tokenizer, rows, part.source)
+        found = findings(contexts, rows, part.source)
         first = rows[0]
         asker = part.roles[0]
         if asker in first.prompts:

@@ -25,6 +25,9 @@ train.learning_rate = 1e-3
 train.grader_workers = 0
 rollout.max_new_tokens = 64
 """
+NO_SYSTEM = TEMPLATE.replace(
+    "{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"
+)
 NO_END = TEMPLATE.replace("<|im_end|>", "\n")
 HELDOUT = [
     "train.heldout = @heldout/JsonlProblems()",
@@ -147,6 +150,25 @@ MISTAKES = {
         "note: .*8 of 8 references are longer than rollout.max_new_tokens = 64, up to",
     ),
     "a turn without an end": (rows(), [], "note: .*answers may run on to the length limit", NO_END),
+    "a system turn that the template drops": (
+        rows(question=lambda i: [
+            {"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{i}+1?"}
+        ]),
+        [],
+        "the student prompt: the chat template leaves out turn 1, of 'system': .* user's turn",
+        NO_SYSTEM,
+    ),
+    "a system text that the template drops": (
+        rows(),
+        ["contexts.teacher_system = 'You know {solution}.'"],
+        "the teacher prompt: the chat template leaves out turn 1, of 'system': .* user's turn",
+        NO_SYSTEM,
+    ),
+    "a placeholder that names no column": (
+        rows(hint="add one"),
+        ["contexts.teacher = '{question} {hnt}'"],
+        "shows {hnt}, which problem .* does not have: it has answer, hint",
+    ),
 }  # fmt: skip
 
 
