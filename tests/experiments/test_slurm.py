@@ -150,6 +150,7 @@ def test_a_job_that_is_signalled_is_requeued_and_ends_bit_for_bit(slurm, tmp_pat
         slurm_says("scontrol", "update", f"JobId={job}", "StartTime=now")  # it would wait 2 minutes
         waited(lambda: "start 2 ended with status 0" in log.read_text(), log)
     finally:
-        subprocess.run(["scancel", "--signal=KILL", job], env=environment, check=False)
+        subprocess.run(["scancel", job], env=environment, check=False)
+        waited(lambda: not slurm_says("squeue", "--noheader"), log, 60)  # no step outlives SLURM
     assert lines_of(workdir) == lines_of(whole)
     assert "of 2" not in log.read_text()  # nobody was lost
