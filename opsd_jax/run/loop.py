@@ -80,7 +80,8 @@ class Loop:
     after: AfterRollout | None = None
 
     def __post_init__(self):
-        self._grade_rows = row_grader(self.problems, self.tokenizer, self.grade)
+        grade_rows = row_grader(self.problems, self.tokenizer, self.grade)
+        self._grade_rows = self.meter.timed("grading", grade_rows)
         self._step = make_step(self.parts, self._grade_rows, self.after)
         self._time_rollout = rollout_timer(self.parts)
         self._rollout_s = float("nan")
@@ -246,8 +247,7 @@ class Loop:
             metrics["time/tokens_per_s"] = tokens / self._rollout_s
         grades = step.taken.grades
         if grades is None:
-            with self.meter.waiting("grading"):
-                grades = self._grade_rows(step.taken.completion, step.problems)
+            grades = self._grade_rows(step.taken.completion, step.problems)
         metrics |= grade_metrics(grades, rows) | dict(step.taken.contexts)
         metrics |= {
             "time/step_s": step_s,

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -126,6 +127,15 @@ class Meter:
         start = time.monotonic()
         yield
         self._waited[what] += time.monotonic() - start
+
+    def timed(self, what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose calls are waited for."""
+
+        def call(*arguments: Any) -> Any:
+            with self.waiting(what):
+                return function(*arguments)
+
+        return call
 
     def line(
         self, number: int, lengths: Lengths, tokens: int, rollout_s: float, step_s: float

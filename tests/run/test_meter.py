@@ -64,6 +64,8 @@ def test_kept_seconds_leave_out_compiling_and_what_comes_between_steps(monkeypat
     clock.seconds, clock.programs, clock.read = 3.0, 4, 1
     with meter.waiting("data"):
         now[0] += 2
+    meter.timed("grading", lambda seconds: now.append(now.pop() + seconds))(0.5)
+    now[0] -= 0.5
     assert meter.read() == 7.0 and meter.kept_s == 104.0
     now[0] += 1
     meter.end()
@@ -75,7 +77,7 @@ def test_kept_seconds_leave_out_compiling_and_what_comes_between_steps(monkeypat
         "time/compile_programs": 4,
         "time/compile_from_disk": 1,
         "time/data_s": 2.0,
-        "time/grading_s": 0.0,
+        "time/grading_s": 0.5,
         "kept": 105.0,
     }
     again = meter.line(3, None, 0, 0.0, 0.0)
