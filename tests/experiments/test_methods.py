@@ -101,6 +101,22 @@ def rlsd(z):
     return row_mean(surrogate(z, A * ((1 - share) + share * size)), MASK)
 
 
+def sdpo(z):
+    weight = np.minimum(np.exp(at_ids(STUDENT) - OLD), 2)
+    return token_mean(weight * jensen_shannon(z), SEEN)
+
+
+def rlcsd(z):
+    logs = [at_ids(logits) for logits in (TEACHER, *VIEWS)]
+    e = logs[0] - np.log((np.exp(logs[1]) + np.exp(logs[2])) / 2)
+    return row_mean(surrogate(z, contrasted(0.5 * np.tanh(e / 0.02))), MASK)
+
+
+def contrasted(r):
+    moved = np.where(A > 0, np.maximum(A + r, 0), np.where(A < 0, np.minimum(A + r, 0), 0))
+    return np.where((np.abs(r) > 0.02) & SEEN, moved, A)
+
+
 def antisd(z):
     phi = (np.log1p(np.exp(GAP)) - np.log(2)) / 2  # 0 without a context
     return row_mean(surrogate(z, A - 0.5 * phi), MASK)
@@ -115,13 +131,17 @@ def sdar(z):
     return grpo(z) + 0.01 * token_mean(-gate * at_ids(z), SEEN)
 
 
-def srpo(z):
+def jensen_shannon(z):
     logs, teacher = log_softmax(z), log_softmax(TEACHER)
     mixture = np.log((np.exp(logs) + np.exp(teacher)) / 2)
-    jsd = np.exp(teacher) * (teacher - mixture) + np.exp(logs) * (logs - mixture)
+    both = np.exp(teacher) * (teacher - mixture) + np.exp(logs) * (logs - mixture)
+    return both.sum(-1) / 2
+
+
+def srpo(z):
     weight = np.exp(-entropy(TEACHER))
     weight = weight / weight[SEEN].mean()
-    distilled = token_mean(weight * jsd.sum(-1) / 2, rows(REWARDS == 0, SEEN))
+    distilled = token_mean(weight * jensen_shannon(z), rows(REWARDS == 0, SEEN))
     return row_mean(surrogate(z, A), rows(REWARDS == 1)) + distilled
 
 
@@ -140,7 +160,7 @@ def edge_opd(z):
 
 ORACLES = [
     *(grpo, dr_grpo, dapo, sft, rejection, rlsd, antisd, reward_and_teacher, sdar, srpo, hdpo),
-    edge_opd,
+    *(edge_opd, sdpo, rlcsd),
 ]
 
 
@@ -212,13 +232,12 @@ def test_rlcsd_sets_a_right_hint_against_wrong_ones():
     )
     logs = [at_ids(z) for z in (TEACHER, *VIEWS)]
     r = 0.9 * np.tanh((logs[0] - np.log((np.exp(logs[1]) + np.exp(logs[2])) / 2)) / 0.5)
-    moved = np.where(A > 0, np.maximum(A + r, 0), np.where(A < 0, np.minimum(A + r, 0), 0))
-    shaped = np.where((np.abs(r) > 0.02) & SEEN, moved, A)
+    shaped = contrasted(r)
 
     def oracle(z):
         return row_mean(surrogate(z, shaped), MASK)
 
-    assert (moved == 0)[A[:, 0] != 0].any()
+    assert (shaped == 0)[A[:, 0] != 0].any()
     assert_follows(loss_and_gradient(experiment.train.objective, experiment.divergence), oracle)
 
 
