@@ -196,6 +196,14 @@ def exopd(case, b, t):
     return lambda z: reverse_kl(log_softmax(z), target)
 
 
+def contrast(case, b, t):
+    right, wrong = log_softmax(case.teacher[b, t]), log_softmax(case.views[0][b, t])
+    assert (wrong < -5).any() and (wrong > -5).any()
+    target = log_softmax(1.5 * right - 0.5 * np.maximum(wrong, -5))
+    index = largest(target, 10)
+    return lambda z: forward_kl(with_tail(log_softmax(z), index), with_tail(target, index))
+
+
 def gkd(case, b, t):
     return lambda z: jensen_shannon(log_softmax(z), log_softmax(case.teacher[b, t]))
 
@@ -218,11 +226,12 @@ METHODS: dict[str, tuple[Term, ...]] = {
     "demopsd": (Term(clipped_importance, demopsd),),
     "opsrd": (Term(opsrd_weights, clipped),),
     "exopd": (Term(on_context, exopd),),
+    "contrast": (Term(on_context, contrast),),
     "gkd": (Term(on_context, gkd),),
     "tinker_opd": (Term(lambda case: on_context(case) * importance(case, np.inf), tinker_opd),),
 }
 
-NUM_VIEWS: dict[str, int] = {}  # of the teacher, besides its own context
+NUM_VIEWS = {"contrast": 1}  # of the teacher, besides its own context
 
 
 def loss_and_gradient(terms: tuple[Term, ...], case: Case, step: float = 1e-6):

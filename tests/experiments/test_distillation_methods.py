@@ -31,6 +31,7 @@ def loss_of(experiment, case, logits, num_views=0):
     """The loss of the experiment's objective on a case, as a function of the student's logits."""
     context = Context(jnp.zeros((oracle.B, 1), jnp.int32), jnp.ones(oracle.B, jnp.int32))
     views = case.views[:num_views]
+    assert len(experiment.contexts.views) == num_views
     batch = Batch(context, context, None, (context,) * len(views), jnp.asarray(case.has_context))
     completion = Completion(
         *map(jnp.asarray, (case.ids, case.mask, case.old_logps, case.stopped, case.sampled_logps))
