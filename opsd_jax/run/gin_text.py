@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from typing import Any
 
@@ -55,6 +56,11 @@ def _value(lines: list[str], value: Any, place: str) -> str:
         return f"@{scope}/{name}()"
     if inspect.isfunction(value) and (name := _name_of(value, FUNCTIONS)):
         return f"@{name}"
+    if isinstance(value, functools.partial) and (name := _name_of(value, FUNCTIONS)):
+        scope = place.replace(".", "_")
+        for key, bound in value.keywords.items():
+            lines.append(f"{scope}/{name}.{key} = {_value(lines, bound, f'{place}.{key}')}")
+        return f"@{scope}/{name}"
     raise UserError(
         f"{place} = {value!r} cannot be kept in config.gin, which evaluation and export read: "
         "define it in a module beside a gin file that binds it, and train from that file"
@@ -65,5 +71,5 @@ def _name_of(of: Any, named: dict[str, str]) -> str | None:
     """The gin name of a class or function of ours."""
     if of is FinishedRun:
         return "FinishedRun"
-    place = f"{of.__module__}:{of.__qualname__}"
+    place = f"{of.__module__}:{getattr(of, '__qualname__', None)}"
     return next((name for name, other in named.items() if other == place), None)

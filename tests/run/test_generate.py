@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opsd_jax.data.contexts import ContextConfig
 from opsd_jax.main import main
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.run import finished_run, generate
@@ -61,7 +62,7 @@ def test_a_run_ends_where_its_rollouts_ended(monkeypatch, capsys):
 
     tokenizer = WordTokenizer()
     monkeypatch.setattr(tokenizer, "render", lambda *_, **__: [4, 5, 6])
-    contexts = SimpleNamespace(prompt=lambda *_: "", switches=lambda _: {}, special_tokens="text")
+    contexts = ContextConfig(student="{question}", evaluation="{question}", teacher="{question}")
 
     def answer(own_stop_ids):
         run = SimpleNamespace(
