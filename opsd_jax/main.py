@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `opsd data | train | eval | generate | export | tokens | report`.
+"""The command line: `opsd data | plan | train | eval | generate | export | tokens | report`.
 
 Exit status: 0 done; 2 a usage or input error, told in one sentence; 1 a bug, with a traceback; 75
 start it again, it goes on (`host/watchdog.py`); 130 interrupted before there was anything to save.
@@ -8,6 +8,7 @@ start it again, it goes on (`host/watchdog.py`); 130 interrupted before there wa
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -89,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
 
     add_asking(commands)
     add_looking(commands)
+    add_planning(commands)
     return root
 
 
@@ -164,6 +166,35 @@ def add_looking(commands: Any) -> None:
         "--levels", type=flags.level, nargs="+", default=[0.7, 0.8, 0.9], help="accuracies to reach"
     )
     report.set_defaults(run=run_report)
+
+
+def add_planning(commands: Any) -> None:
+    """`plan`: what a run will need on chips that are not here."""
+    plan = commands.add_parser("plan", help="does an experiment fit chips that are not here?")
+    add_gin(plan, required=True)
+    plan.add_argument(
+        "--target",
+        type=flags.text,
+        required=True,
+        help="a chip and a shape: v5e:4x4, v5p:2x2x2, h100:8, h100:2x8 (hosts x cards)",
+    )
+    plan.add_argument(
+        "--model_config",
+        type=flags.file_or_folder,
+        help="a Hugging Face config.json (default: the one of train.model)",
+    )
+    for role, most in (("student", 512), ("teacher", 2048)):
+        plan.add_argument(
+            f"--{role}_tokens",
+            type=flags.integer,
+            help=f"width of its prompts (default: contexts.{role}_max_tokens, at most {most})",
+        )
+    plan.add_argument(
+        "--search",
+        action="store_true",
+        help="a table over mesh.model, train.num_micro_batches and train.remat",
+    )
+    plan.set_defaults(run=run_plan)
 
 
 def add_gin(command: argparse.ArgumentParser, required: bool) -> None:
@@ -339,6 +370,23 @@ def run_data(arguments: argparse.Namespace) -> None:
     from opsd_jax.run.data import data_command
 
     data_command(arguments.gin_file, arguments.gin_bindings, arguments.num)
+
+
+def run_plan(arguments: argparse.Namespace) -> None:
+    for flag in ("student_tokens", "teacher_tokens"):
+        check(f"--{flag}", getattr(arguments, flag), Count | None)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # Nothing runs; a chip that is here is not taken.
+    from opsd_jax.plan.command import plan_command
+
+    plan_command(
+        arguments.gin_file,
+        arguments.gin_bindings,
+        arguments.target,
+        arguments.model_config,
+        arguments.student_tokens,
+        arguments.teacher_tokens,
+        arguments.search,
+    )
 
 
 def run_report(arguments: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ MAY_IMPORT = {
         *("model", "sampling", "divergence", "method"),
         *("host", "data", "pretrained", "testbed", "evaluation"),
     ),
+    "plan": ("model", "sampling", "method", "host", "pretrained", "run"),
 }
 CORE = ("model", "sampling", "divergence", "method")
 CORE_MAY_USE = {"jax", "flax", "optax", "numpy"}

@@ -95,6 +95,7 @@ def train_step(
     return state, metrics, completion
 
 
+@partial(jax.named_call, name="rollout")  # as profiles and compiled programs have it
 def sample_completion(method: Method, state: TrainState, batch: Batch) -> Completion:
     """The student answers from its own context (or who else `method.completions` names)."""
     student, teacher = policies(method, state, state.trainable)
@@ -108,6 +109,7 @@ def sample_completion(method: Method, state: TrainState, batch: Batch) -> Comple
     return dataclasses.replace(completion, analysis=analysis)
 
 
+@partial(jax.named_call, name="update")
 def update(
     method: Method,
     state: TrainState,

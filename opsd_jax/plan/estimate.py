@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The least time that a step can take on a chip, from what it computes, reads and exchanges.
+
+    prefill, update   max(FLOPs / peak, bytes exchanged / link)
+    a decoded token   max(FLOPs / peak, bytes read / bandwidth) + exchanged / link
+                      (+ kernels x launch on a GPU)
+
+A floor, by rooflines (Williams et al. 2009): nothing here knows how good a kernel is. What a run
+may expect is the floor divided by the efficiency that its chip reaches, see `REACHED`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from opsd_jax.host.chips import Peak
+from opsd_jax.plan.program import Collective
+from opsd_jax.run.assembly import Assembly
+from opsd_jax.run.flops import (
+    Lengths,
+    decoding_bytes,
+    forward_flops,
+    step_flops,
+    writer_prompts,
+)
+
+LAUNCH_S = 2.5e-6  # of one kernel, without command buffers; 2 to 3 on an H100 host
+REACHED = 0.5  # of the roofline, in the estimate: a wish, measured nowhere yet
+# Bytes/s that a chip exchanges along one axis. TPU: both directions of an axis of the torus, from
+# jax-ml.github.io/scaling-book (chapter "TPUs"); NVIDIA: one direction of NVLink, of the data
+# sheets, and one 400 Gb/s port for each card between hosts.
+LINKS = {"v4": 90e9, "v5e": 90e9, "v5p": 180e9, "v6e": 180e9}
+LINKS |= {"a100": 300e9, "h100": 450e9, "h200": 450e9}
+BETWEEN_HOSTS = 50e9
+
+
+class Seconds(NamedTuple):
+    """Of one step, at the roofline."""
+
+    rollout: float
+    update: float
+
+    @property
+    def step(self) -> float:
+        return self.rollout + self.update
+
+
+def exchange_seconds(found: Sequence[Collective], scope: str, link: float) -> float:
+    """Time on the links of all collectives of one half of the step; none overlaps with anything."""
+    return sum(each.num_bytes * each.times for each in found if each.scope == scope) / link
+
+
+def executed_flops(parts: Assembly, lengths: Lengths) -> tuple[float, float] | None:
+    """FLOPs of (rollout, update) as compiled, over all devices: padded, and recomputed with remat.
+
+    None where the model FLOPs have no formula (`run.flops.step_flops`).
+
+    Args:
+      parts: of the run.
+      lengths: of the padded batch.
+    """
+    found = step_flops(parts.method, lengths)
+    if found is None:
+        return None
+    rollout, update = found
+    if parts.model.config.remat:
+        more = lengths.student + lengths.completion  # the layers of both, without logits
+        again = forward_flops(parts.model.config, more, 0 * lengths.completion)
+        update += parts.method.num_updates * again
+    return rollout, update
+
+
+def step_seconds(
+    parts: Assembly,
+    lengths: Lengths,
+    peak: Peak,
+    found: Sequence[Collective],
+    link: float,
+    kernels_per_token: float | None,
+) -> Seconds | None:
+    """The floor of both halves; None where the work has no formula.
+
+    Args:
+      parts: of the run.
+      lengths: of the padded batch.
+      peak: of a chip.
+      found: what the chips exchange.
+      link: bytes/s.
+      kernels_per_token: launches for a decoded token, None where they cost nothing (TPU).
+    """
+    chips = parts.mesh.size
+    done = executed_flops(parts, lengths)
+    if done is None:
+        return None
+    rollout, update = done
+    update_s = max(
+        update / chips / peak.flops,
+        exchange_seconds(found, "update", link),
+    )
+    if not rollout:
+        return Seconds(0.0, update_s)
+    prompts = writer_prompts(parts.method, lengths)
+    prefill = forward_flops(parts.model.config, prompts, 0 * prompts)
+    params = jax.tree.leaves(parts.abstract.student["params"])
+    weight_bytes = max(leaf.dtype.itemsize for leaf in params)
+    axes = (parts.mesh.shape["data"], parts.mesh.shape["model"])
+    read = decoding_bytes(parts.method, lengths, weight_bytes, *axes) or 0.0
+    decoding = max((rollout - prefill) / chips / peak.flops, read / peak.bandwidth)
+    launches = (kernels_per_token or 0) * LAUNCH_S * int(np.max(lengths.completion))
+    exchange = exchange_seconds(found, "rollout", link)
+    return Seconds(prefill / chips / peak.flops + decoding + launches + exchange, update_s)

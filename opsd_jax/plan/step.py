@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The step of an experiment, compiled for devices that need not be here, from shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from opsd_jax.errors import UserError
+from opsd_jax.host.files import read_json
+from opsd_jax.method.batch import Batch
+from opsd_jax.method.train_step import (
+    TrainState,
+    jitted_step,
+    sample_completion,
+    train_step,
+    update,
+)
+from opsd_jax.model.config import ModelConfig
+from opsd_jax.model.sharding import batch_sharding, check_batch, on_mesh
+from opsd_jax.pretrained.config import config_from_hf
+from opsd_jax.run.assembly import Assembly, assemble
+from opsd_jax.run.base_model import PretrainedModel
+from opsd_jax.run.experiment import Experiment
+from opsd_jax.sampling.prompts import Context
+
+
+class Widths(NamedTuple):
+    """Tokens that the prompts of a batch are padded to."""
+
+    student: int
+    teacher: int
+
+
+class TooLarge(Exception):
+    """The compiler refused: `needs` says how much of what, in its words."""
+
+
+def shape_of(experiment: Experiment, model_config: str | None) -> ModelConfig:
+    """The shape of the experiment's base model; no weights are read.
+
+    Args:
+      experiment: whose `train.model` is asked where `model_config` is None.
+      model_config: a Hugging Face config.json, or the folder that it lies in.
+
+    Raises:
+      UserError: the shape is in no file that is here.
+    """
+    source = experiment.train.model
+    path = model_config
+    if path is None and isinstance(source, PretrainedModel):
+        path = source.path
+    if path is None:
+        raise UserError(
+            f"{type(source).__name__} does not say its shape without being loaded: give "
+            "--model_config, a Hugging Face config.json"
+        )
+    file = os.path.join(path, "config.json") if os.path.isdir(path) else path
+    if not Path(file).is_file():
+        raise UserError(f"{file} is not there: give --model_config, a Hugging Face config.json")
+    return config_from_hf(read_json(file))
+
+
+def parts_of(experiment: Experiment, config: ModelConfig, devices: list[Any]) -> Assembly:
+    """Everything of the run but its weights, laid out on these devices.
+
+    The frozen base has the dtype that the run would load it as.
+
+    Raises:
+      UserError: the devices do not fill the mesh, or the batch does not divide.
+    """
+    mesh = abstract_mesh(experiment, devices)
+    train = experiment.train
+    check_batch(train.batch_size, train.num_micro_batches, mesh)
+    # Only its numbers are asked, and none of them changes the program's shape.
+    tokenizer: Any = SimpleNamespace(
+        vocab_size=config.vocab_size, pad_id=0, stop_ids=(0,), encode=lambda text: [0] * 16
+    )
+    parts = assemble(experiment, config, tokenizer, mesh)
+    dtype = getattr(train.model, "dtype", "float32")
+
+    def loaded(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding)
+
+    frozen = jax.tree.map(loaded, parts.abstract.frozen)
+    return parts._replace(abstract=dataclasses.replace(parts.abstract, frozen=frozen))
+
+
+def abstract_mesh(experiment: Experiment, devices: list[Any]) -> Mesh:
+    """A `data x model` mesh of devices in the order they are given in."""
+    model = experiment.mesh.model
+    data = experiment.mesh.data if experiment.mesh.data > 0 else len(devices) // model
+    if data * model != len(devices):
+        raise UserError(
+            f"mesh.data = {data} times mesh.model = {model} must equal the {len(devices)} devices "
+            "of the target"
+        )
+    grid = np.array(devices).reshape(data, model)
+    return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def abstract_batch(experiment: Experiment, mesh: Mesh, widths: Widths) -> Batch:
+    """The shapes of a global batch."""
+    rows, size = batch_sharding(mesh), experiment.train.batch_size
+
+    def context(width: int) -> Context:
+        ids = jax.ShapeDtypeStruct((size, width), jnp.int32, sharding=rows)
+        return Context(ids, jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows))
+
+    reference = None
+    if not experiment.train.completions.generates:
+        reference = context(experiment.rollout.max_new_tokens)
+    return Batch(context(widths.student), context(widths.teacher), reference)
+
+
+def graded_step(method: Any, state: TrainState, batch: Batch) -> tuple:
+    """Both halves of a step that is graded in between, with grades made up on the device."""
+    completion = sample_completion(method, state, batch)
+    rewards = (completion.ids[:, 0] % 2).astype(jnp.float32)
+    return *update(method, state, batch, completion, rewards), completion
+
+
+def compile_step(parts: Assembly, batch: Batch) -> Any:
+    """The train step for the mesh of `parts`, as `jax.stages.Compiled`.
+
+    Raises:
+      TooLarge: the compiler found no way to fit it.
+    """
+    function: Callable = graded_step if parts.method.objective.needs_rewards else train_step
+    step = jitted_step(parts.method, parts.shardings, parts.mesh, function)
+    lowered = on_mesh(step.lower, parts.mesh, parts.rules)(parts.abstract, batch)
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text:
+            raise
+        used = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT])", text)
+        raise TooLarge(
+            f"{used.group(1)} of {used.group(2)}" if used else text.splitlines()[0]
+        ) from None

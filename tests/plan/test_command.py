@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`opsd plan` from a gin file to a table; the devices are virtual CPUs where no plugin is needed."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from opsd_jax.errors import UserError
+from opsd_jax.host.chips import Peak
+from opsd_jax.main import main
+from opsd_jax.plan import command
+from opsd_jax.plan.command import Plan, choice, make_plan, plan_command, report, variants
+from opsd_jax.plan.estimate import executed_flops
+from opsd_jax.plan.step import Widths, parts_of, shape_of
+from opsd_jax.plan.targets import Target
+from opsd_jax.run.config import load_experiment
+from opsd_jax.run.flops import step_flops
+from tests.plan.test_targets import INSTALLED
+
+RECIPE = str(Path(__file__).parents[2] / "experiments/paper/qwen3_1p7b.gin")
+SHAPE = dict(
+    architectures=["Qwen3ForCausalLM"],
+    model_type="qwen3",
+    head_dim=64,
+    hidden_size=128,
+    intermediate_size=256,
+    num_attention_heads=4,
+    num_hidden_layers=2,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    tie_word_embeddings=True,
+    vocab_size=512,
+)
+SMALL = (
+    "rollout.max_new_tokens = 17",
+    "train.batch_size = 8",
+    "train.num_micro_batches = 2",
+    "train.dtype = 'float32'",
+)
+WIDTHS = Widths(8, 16)
+
+
+@pytest.fixture
+def config_json(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    return str(tmp_path / "config.json")
+
+
+def experiment_of(*bindings):
+    return load_experiment([RECIPE], [*SMALL, *bindings])[0]
+
+
+def here(number=4) -> Target:
+    return Target(f"h100:{number}", jax.devices()[:number], 2**30, 1)
+
+
+def test_the_frozen_base_has_the_dtype_it_is_loaded_as(config_json):
+    """Weights of a LoRA run are bfloat16 as the gin file says, adapters and moments float32."""
+    config = shape_of(experiment_of(), config_json)
+    state = parts_of(experiment_of("mesh.model = 2"), config, jax.devices()[:4]).abstract
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.frozen)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.trainable)} == {jnp.dtype("float32")}
+    full = parts_of(experiment_of("train.lora = None"), config, jax.devices()[:4]).abstract
+    assert {leaf.dtype for leaf in jax.tree.leaves(full.trainable)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.slow
+def test_a_plan_counts_memory_work_and_exchange(config_json, monkeypatch):
+    """On virtual CPUs: arguments to the byte, exchanges along both axes, a floor with any peak."""
+    experiment = experiment_of("mesh.model = 2")
+    monkeypatch.setattr(command, "peak_of", lambda device: Peak(1e12, 1e11))
+    plan = make_plan(experiment, shape_of(experiment, config_json), here(), WIDTHS)
+    state = jax.tree.leaves(plan.parts.abstract)
+
+    def on_one_chip(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return 8
+        local = leaf.sharding.shard_shape(leaf.shape)
+        return int(jnp.prod(jnp.array(local, int))) * leaf.dtype.itemsize
+
+    batch = (8 // 2) * (8 + 16 + 2) * 4
+    assert plan.arguments == pytest.approx(sum(map(on_one_chip, state)) + batch, abs=64)
+    assert plan.temporaries > 0 and plan.fits(here()) and plan.kernels is None
+    axes = {axis for each in plan.found for axis in each.axes}
+    assert axes == {"data", "model"} and {each.scope for each in plan.found} >= {
+        "rollout",
+        "update",
+    }
+    assert plan.seconds.rollout > 0 and plan.seconds.update > 0
+    lines = "\n".join(report(plan, here(), WIDTHS))
+    assert "fits" in lines and "chip-hours" in lines and "along model" in lines
+
+
+def test_recomputation_is_named(config_json):
+    experiment = experiment_of()
+    config = shape_of(experiment, config_json)
+    lengths = command.padded_lengths(experiment, WIDTHS)
+    for remat in (False, True):
+        train = dataclasses.replace(experiment.train, remat=remat)
+        changed = dataclasses.replace(experiment, train=train)
+        parts = parts_of(changed, config, jax.devices()[:4])
+        done, needed = executed_flops(parts, lengths), step_flops(parts.method, lengths)
+        assert done[0] == needed[0]
+        assert (done[1] > needed[1]) == remat
+
+
+def test_a_search_tries_what_divides(config_json):
+    experiment = experiment_of()
+    config = shape_of(experiment, config_json)
+    found = [
+        (each.mesh.model, each.train.num_micro_batches, each.train.remat)
+        for each in variants(experiment, config, here())
+    ]
+    # Two key heads allow mesh.model 1 and 2; 8 rows on 4 chips allow 1 and 2 micro-batches.
+    assert {(m, n) for m, n, _ in found} == {(1, 1), (1, 2), (2, 1), (2, 2), (2, 4)}
+    assert len(found) == 10
+
+
+def test_nothing_fits_is_said(config_json):
+    experiment = experiment_of()
+    parts = parts_of(experiment, shape_of(experiment, config_json), jax.devices()[:4])
+    refused = Plan(experiment, parts, refused="20.1G of 15.7G")
+    assert "None of them fits" in choice([refused], here())
+    assert "does not fit: 20.1G of 15.7G" in "\n".join(report(refused, here(), WIDTHS))
+    full = Plan(experiment, parts, arguments=2**30)
+    assert not full.fits(here()) and "does NOT fit" in "\n".join(report(full, here(), WIDTHS))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--target=v5x:2"], "--target must be one of"),
+        (["--target=h100:1", "--student_tokens=0"], "--student_tokens"),
+        (["--target=h100:1", "--model_config=nowhere.json"], "nowhere.json is not there"),
+        (["--target=h100:1"], "models/Qwen3-1.7B.* is not there: give --model_config"),
+    ],
+)
+def test_wrong_flags_are_told_in_a_sentence(flags, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", f"--gin_file={RECIPE}", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    import re
+
+    assert re.search(message, error), error
+
+
+def test_devices_that_do_not_fill_the_mesh_are_refused(config_json):
+    config = shape_of(experiment_of(), config_json)
+    with pytest.raises(UserError, match="must equal the 4 devices of the target"):
+        parts_of(experiment_of("mesh.data = 3"), config, jax.devices()[:4])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "target, extra",
+    [
+        pytest.param(
+            "v5e:2x2",
+            ("train.attention = 'splash'", "rollout.attention = 'pallas'"),
+            marks=pytest.mark.skipif(not INSTALLED["tpu"], reason="no plan-tpu extra"),
+        ),
+        pytest.param(
+            "h100:4",
+            (),
+            marks=pytest.mark.skipif(not INSTALLED["cuda"], reason="no plan-cuda extra"),
+        ),
+    ],
+)
+def test_the_compilers_of_chips_take_the_step(target, extra, config_json, capsys):
+    """The whole step with every kernel, for chips that are not here."""
+    bindings = [*SMALL, "train.dtype = 'bfloat16'", "mesh.model = 2", *extra]
+    plan_command([RECIPE], bindings, target, config_json, 128, 256)
+    out = capsys.readouterr().out
+    assert "fits" in out and "along model" in out and "floor" in out
+    assert ("kernels" in out) == target.startswith("h100")

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled programs are read right: against programs whose loops and exchanges are known."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from opsd_jax.plan.program import Program, num_bytes, scope_of, spanned_axes
+
+SHAPE = {"data": 2, "model": 4}
+
+
+def mesh() -> Mesh:
+    grid = np.array(jax.devices()[:8]).reshape(tuple(SHAPE.values()))
+    return Mesh(grid, tuple(SHAPE), axis_types=(AxisType.Auto,) * 2)
+
+
+def compiled(function, *shapes) -> str:
+    """`shapes`: (shape, spec) of the arguments."""
+    arguments = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh(), spec))
+        for shape, spec in shapes
+    ]
+    return jax.jit(function).lower(*arguments).compile().as_text()
+
+
+@pytest.mark.parametrize("axes", [("data",), ("model",), ("data", "model")])
+def test_a_sum_over_an_axis_is_found_with_its_bytes(axes):
+    """A product whose inner dimension is split is summed over that axis: one result, each time."""
+
+    def function(x, w):
+        def body(carry, _):
+            return jnp.tanh(carry @ w), None
+
+        whole = NamedSharding(mesh(), PartitionSpec())
+
+        def outer(carry, _):
+            return jax.lax.with_sharding_constraint(body(carry, None)[0], whole), None
+
+        return jax.lax.scan(outer, x, None, length=5)[0]
+
+    text = compiled(function, ((16, 16), PartitionSpec()), ((16, 16), PartitionSpec(axes, None)))
+    found = Program.parse(text).collectives(partial(spanned_axes, shape=SHAPE))
+    sums = [each for each in found if each.kind == "all-reduce"]
+    assert [each.axes for each in sums] == [axes]
+    assert [each.num_bytes * each.times for each in sums] == [5 * 16 * 16 * 4]
+
+
+@pytest.mark.parametrize(
+    "groups, axes",
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", ("model",)),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", ("data",)),
+        ("replica_groups=[2,4]<=[8]", ("model",)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", ("data",)),
+        ("replica_groups=[1,8]<=[8]", ("data", "model")),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", ("model",)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", ("data",)),
+        ("replica_groups={}", ("data", "model")),
+        ("source_target_pairs={{0,4},{4,0}}", ("data",)),
+    ],
+)
+def test_groups_of_devices_are_axes_of_the_mesh(groups, axes):
+    assert spanned_axes(f"%x = f32[2] all-reduce(%y), channel_id=1, {groups}, a=b", SHAPE) == axes
+
+
+def test_bytes_of_results():
+    assert num_bytes("f32[3,4]{1,0}") == 48
+    assert num_bytes("(bf16[2,8]{1,0}, bf16[4,8]{1,0:T(8,128)})") == 96
+    assert num_bytes("(bf16[2,8]{1,0}, bf16[4,8]{1,0})", last=True) == 64
+    assert num_bytes("pred[]") == 1 and num_bytes("s4[7,2]") == 7 and num_bytes("token[]") == 0
+    assert num_bytes("f8e4m3fn[16]") == 16
+
+
+TEXT = """HloModule jit_step
+
+%layer (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %a = f32[4]{0} fusion(%x), kind=kLoop, calls=%inside
+  ROOT %b = f32[4]{0} custom-call(%a), custom_call_target="gemm"
+}
+
+%token (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %c = f32[4]{0} fusion(%x), kind=kLoop, calls=%inside
+  ROOT %w = f32[4]{0} while(%c), condition=%ends, body=%layer, KNOWN_28
+}
+
+%segment (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %u = f32[4]{0} fusion(%x), kind=kLoop, calls=%inside
+  ROOT %w = f32[4]{0} while(%u), condition=%counted, body=%token
+}
+
+%counted (c: s32[]) -> pred[] {
+  %limit = s32[]{:T(128)} constant(8)
+  %c = s32[]{:T(128)} parameter(0)
+  ROOT %less = pred[]{:T(512)} compare(%c, %limit), direction=LT
+}
+
+%ends (c: s32[]) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7)
+  %c = s32[] parameter(0)
+  %less = pred[] compare(%c, %limit), direction=LT
+  ROOT %both = pred[] and(%less, %less)
+}
+
+%block (x: f32[4]) -> f32[4] {
+  ROOT %s = f32[4]{0} all-reduce(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %r = f32[4]{0} while(%p), condition=%ends, body=%segment, metadata={op_name="jit(f)/rollout/w"}
+  %e = f32[4]{0} while(%r), condition=%ends, body=%block, metadata={op_name="jit(f)/update/w"}
+  ROOT %g = f32[4]{0} fusion(%e), kind=kLoop, calls=%inside
+}
+""".replace("KNOWN_28", 'backend_config={"known_trip_count":{"n":"28"}}')
+
+
+def test_kernels_of_a_token_are_those_of_all_its_layers():
+    program = Program.parse(TEXT)
+    assert program.kernels_per_token() == 1 + 28 * 2
+    # Three segments of eight tokens, and one kernel outside of each loop; two blocks.
+    told = program.with_trips([3], blocks=2)
+    assert told.kernels("main") == 3 * (1 + 8 * 57) + 2 * 1 + 1
+    (found,) = told.collectives(partial(spanned_axes, shape=SHAPE))
+    assert (found.times, found.scope, found.axes, found.num_bytes) == (2, "update", ("model",), 16)
+
+
+def test_a_program_without_a_rollout_decodes_no_token():
+    assert Program.parse(TEXT.replace("rollout", "something")).kernels_per_token() is None
+
+
+def test_scopes_are_whole_words_of_a_name():
+    assert scope_of('metadata={op_name="jit(train_step)/rollout/while/body/add"}') == "rollout"
+    assert scope_of('metadata={op_name="jit(train_step)/update/transpose(jvp(x))"}') == "update"
+    assert scope_of('metadata={op_name="jit(f)/dynamic_update_slice"}') == ""
+    assert scope_of("no name") == ""
