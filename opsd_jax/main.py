@@ -180,8 +180,8 @@ def add_planning(commands: Any) -> None:
     )
     plan.add_argument(
         "--model_config",
-        type=flags.file_or_folder,
-        help="a Hugging Face config.json (default: the one of train.model)",
+        type=flags.text,
+        help="a Hugging Face config.json, its folder or Hub name (default: that of train.model)",
     )
     for role, most in (("student", 512), ("teacher", 2048)):
         plan.add_argument(

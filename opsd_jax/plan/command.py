@@ -152,8 +152,8 @@ def plan_command(
     experiment, _ = load_experiment(list(gin_files), list(gin_bindings))
     if experiment.teacher.model is not None:
         raise UserError("a teacher that is another model (teacher.model) cannot be planned yet")
-    config = shape_of(experiment, model_config)
     found = find_target(target)
+    config = shape_of(experiment, model_config)
     contexts = experiment.contexts
     widths = Widths(
         student_tokens or min(512, contexts.student_max_tokens),

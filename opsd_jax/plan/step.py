@@ -7,7 +7,6 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from jax.sharding import AxisType, Mesh
 
 from opsd_jax.errors import UserError
 from opsd_jax.host.files import read_json
+from opsd_jax.host.hub import model_folder
 from opsd_jax.method.batch import Batch
 from opsd_jax.method.train_step import (
     TrainState,
@@ -51,24 +51,24 @@ def shape_of(experiment: Experiment, model_config: str | None) -> ModelConfig:
 
     Args:
       experiment: whose `train.model` is asked where `model_config` is None.
-      model_config: a Hugging Face config.json, or the folder that it lies in.
+      model_config: a Hugging Face config.json, the folder that it lies in, or a name on the Hub.
 
     Raises:
-      UserError: the shape is in no file that is here.
+      UserError: the shape is in no file that can be had.
     """
-    source = experiment.train.model
-    path = model_config
+    source, path, field = experiment.train.model, model_config, "--model_config"
     if path is None and isinstance(source, PretrainedModel):
-        path = source.path
+        path, field = source.path, "PretrainedModel.path"
     if path is None:
         raise UserError(
             f"{type(source).__name__} does not say its shape without being loaded: give "
             "--model_config, a Hugging Face config.json"
         )
-    file = os.path.join(path, "config.json") if os.path.isdir(path) else path
-    if not Path(file).is_file():
-        raise UserError(f"{file} is not there: give --model_config, a Hugging Face config.json")
-    return config_from_hf(read_json(file))
+    if not os.path.isfile(path):
+        path = os.path.join(model_folder(path, field, weights=False), "config.json")
+    if not path.endswith(".json") or not os.path.isfile(path):
+        raise UserError(f"{path}: no config.json; give --model_config, a Hugging Face config.json")
+    return config_from_hf(read_json(path))
 
 
 def parts_of(experiment: Experiment, config: ModelConfig, devices: list[Any]) -> Assembly:
