@@ -110,7 +110,7 @@ def abstract_mesh(experiment: Experiment, devices: list[Any]) -> Mesh:
 
 
 def abstract_batch(experiment: Experiment, mesh: Mesh, widths: Widths) -> Batch:
-    """The shapes of a global batch."""
+    """The shapes of a global batch; a context that shows attempts is there from the start."""
     rows, size = batch_sharding(mesh), experiment.train.batch_size
 
     def context(width: int) -> Context:
@@ -120,7 +120,11 @@ def abstract_batch(experiment: Experiment, mesh: Mesh, widths: Widths) -> Batch:
     reference = None
     if not experiment.train.completions.generates:
         reference = context(experiment.rollout.max_new_tokens)
-    return Batch(context(widths.student), context(widths.teacher), reference)
+    contexts, has_context = experiment.training_contexts, None
+    if contexts.after_rollout:
+        has_context = jax.ShapeDtypeStruct((size,), jnp.bool_, sharding=rows)
+    views = (context(widths.teacher),) * len(contexts.views)
+    return Batch(context(widths.student), context(widths.teacher), reference, views, has_context)
 
 
 def graded_step(method: Any, state: TrainState, batch: Batch) -> tuple:
@@ -136,7 +140,8 @@ def compile_step(parts: Assembly, batch: Batch) -> Any:
     Raises:
       TooLarge: the compiler found no way to fit it.
     """
-    function: Callable = graded_step if parts.method.objective.needs_rewards else train_step
+    graded = parts.method.objective.needs_rewards
+    function: Callable = graded_step if graded else train_step
     step = jitted_step(parts.method, parts.shardings, parts.mesh, function)
     lowered = on_mesh(step.lower, parts.mesh, parts.rules)(parts.abstract, batch)
     try:
