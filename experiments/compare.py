@@ -29,6 +29,7 @@ from opsd_jax.run.config import load_experiment
 from opsd_jax.run.train import train_whole
 
 HERE = Path(__file__).parent
+TEACHER = "eval/teacher/accuracy"
 
 
 class Method(NamedTuple):
@@ -128,8 +129,10 @@ def accuracy_at(run: Run, tokens: int) -> float | None:
 
 
 def accuracy_table(groups: list[Group], rates: dict[str, float], budgets: list[int]) -> list[str]:
-    """Accuracy before, after each budget of tokens, and at the end."""
+    """Accuracy before, after each budget of tokens, and at the end; there the teacher's, too."""
     names = ["before", *(f"{budget:,} tokens" for budget in budgets), "at the end", "of tokens"]
+    teachers = all(each.series(TEACHER).size for group in groups for each in group.runs)
+    names += ["teacher at the end"] * teachers
     lines = ["| method | learning rate | " + " | ".join(names) + " |"]
     lines.append("|---" * (len(names) + 2) + "|")
     for group in groups:
@@ -141,6 +144,8 @@ def accuracy_table(groups: list[Group], rates: dict[str, float], budgets: list[i
             )
         cells.append(spread([each.series(ACCURACY)[-1, 1] for each in group.runs], ".3f"))
         cells.append(f"{statistics.mean(each.num_tokens for each in group.runs):,.0f}")
+        if teachers:
+            cells.append(spread([each.series(TEACHER)[-1, 1] for each in group.runs], ".3f"))
         lines.append(f"| {group.label} | {rates[group.label]:g} | " + " | ".join(cells) + " |")
     return lines
 
@@ -191,8 +196,26 @@ def draw(groups: list[Group], path: Path) -> None:
     axes.set(xlabel="tokens trained on", ylabel="held-out accuracy", ylim=(0, 1.02))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
+    beside = len(groups) > 6  # so many would cover the curves
+    place = dict(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8) if beside else {}
+    axes.legend(**(dict(loc="lower right", frameon=False) | place))
     figure.savefig(path, metadata={"Date": None})
+
+
+def write_study(study: Study, num_seeds: int, out: Path) -> None:
+    """Runs what is missing of a study; writes OUT/table.md and OUT/compare.svg."""
+    jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
+    rates = tune(study, out)
+    seeds = range(1, 1 + num_seeds) if num_seeds else [0]
+    groups = [
+        Group(name, [run(study, method, rates[name], seed, out) for seed in seeds])
+        for name, method in study.methods.items()
+    ]
+    tables = [*accuracy_table(groups, rates, study.budgets), ""]
+    tables += reach_table(groups, study.levels)
+    print("", *tables, sep="\n")
+    (out / "table.md").write_text("\n".join(tables) + "\n", encoding="utf-8")
+    draw(groups, out / "compare.svg")
 
 
 def main() -> None:
@@ -203,19 +226,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if importlib.util.find_spec("matplotlib") is None:  # Told before the hours of training.
         parser.exit(2, "the figure needs matplotlib: pip install '.[plot]'\n")
-    study, out = STUDIES[arguments.study], arguments.out.resolve()
-    jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
-    rates = tune(study, out)
-    seeds = range(1, 1 + arguments.seeds) if arguments.seeds else [0]
-    groups = [
-        Group(name, [run(study, method, rates[name], seed, out) for seed in seeds])
-        for name, method in study.methods.items()
-    ]
-    tables = [*accuracy_table(groups, rates, study.budgets), ""]
-    tables += reach_table(groups, study.levels)
-    print("", *tables, sep="\n")
-    (out / "table.md").write_text("\n".join(tables) + "\n", encoding="utf-8")
-    draw(groups, out / "compare.svg")
+    write_study(STUDIES[arguments.study], arguments.seeds, arguments.out.resolve())
 
 
 if __name__ == "__main__":

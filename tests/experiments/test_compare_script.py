@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from opsd_jax.errors import UserError
 from opsd_jax.evaluation.runs import ACCURACY, TOKENS, Group, Run
 from opsd_jax.run.config import load_experiment
 
@@ -64,3 +65,27 @@ def test_the_figure_is_the_same_twice(script, tmp_path):
         script.draw([FAST, SLOW], tmp_path / f"{name}.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert b"GRPO" in (tmp_path / "a.svg").read_bytes()
+
+
+def test_the_study_of_all_methods_takes_every_file_or_names_it(monkeypatch):
+    """experiments/methods.py: titles are those of the headers, and what is left out is told."""
+    monkeypatch.syspath_prepend(str(PATH.parent))
+    study = importlib.import_module("methods")
+    found, left_out = study.methods([])
+    files = {path.stem for path in (PATH.parent / "methods").glob("*.gin")}
+    assert {Path(m.gin_file).stem for m in found.values()} == (files - set(left_out)) | {
+        "quickstart"
+    }
+    assert len(found) == len(files) - len(left_out) + 1, "two files have one title"
+    assert {"Dr. GRPO", "DemoPSD", "SFT", study.FIRST} <= set(found)
+    assert set(study.methods(["grpo"])[0]) == {study.FIRST, "GRPO"}
+    with pytest.raises(UserError, match="no grppo"):
+        study.methods(["grppo"])
+
+
+def test_the_teachers_accuracy_is_shown_where_all_runs_have_it(script):
+    line = {"step": 0, TOKENS: 0, ACCURACY: 0.5, script.TEACHER: 0.75}
+    group = Group("OPSD", [Run(Path("somewhere"), None, "", [line, line | {TOKENS: 9}])])
+    table = script.accuracy_table([group], {"OPSD": 1e-3}, [])
+    assert table[0].endswith("| teacher at the end |") and table[2].endswith("| 0.750 |")
+    assert "teacher" not in script.accuracy_table([group, FAST], {"OPSD": 1e-3}, [])[0]
