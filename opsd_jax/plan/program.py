@@ -92,7 +92,8 @@ class Program:
           segments: of each stage of the rollout, in order (`sampling.rollout.stages`).
           blocks: of every other such loop: blocks of tokens in the fused loss.
         """
-        left, trips = list(segments), {}
+        left = list(segments)
+        trips: dict[str, float] = {}
         for instructions in self.computations.values():
             trips |= {body_of(i): blocks for i in instructions if i.opcode == "while"}
         for loop in self._rollout_loops():
@@ -154,11 +155,24 @@ class Program:
         """
         return list(self._collectives(self.entry, 1.0, "", axes_of))
 
+    def _exchanged_in(self, fusion: Instruction, seen: set[str]) -> Iterator[Instruction]:
+        """Collectives inside a fusion whose channel is not among `seen`, which they join."""
+        for called in _called(fusion):
+            for each in self.computations.get(called, ()):
+                if each.opcode in _COLLECTIVES and channel_of(each) not in seen:
+                    seen.add(channel_of(each))
+                    yield each
+
     def _collectives(
         self, name: str, times: float, scope: str, axes_of: Callable[[str], tuple[str, ...]]
     ) -> Iterator[Collective]:
+        seen: set[str] = set()  # a TPU's exchange goes on through several fusions, on one channel
         for each in self.computations.get(name, ()):
             here = scope_of(each.line) or scope
+            if each.opcode == "fusion":
+                for found in self._exchanged_in(each, seen):
+                    size = num_bytes(found.result)
+                    yield Collective(found.opcode, axes_of(found.line), size, times, here)
             kind = each.opcode.removesuffix("-start")
             if each.opcode == "while":
                 inner = times * self._times(each)
@@ -169,6 +183,12 @@ class Program:
             elif kind in _COLLECTIVES:
                 size = num_bytes(each.result, last=each.opcode.endswith("-start"))
                 yield Collective(kind, axes_of(each.line), size, times, here)
+
+
+def channel_of(each: Instruction) -> str:
+    """The channel of a collective; its line where it has none."""
+    found = re.search(r"channel_id=(\d+)", each.line)
+    return found.group(1) if found else each.line
 
 
 def scope_of(line: str) -> str:

@@ -113,16 +113,18 @@ def abstract_batch(experiment: Experiment, mesh: Mesh, widths: Widths) -> Batch:
     """The shapes of a global batch; a context that shows attempts is there from the start."""
     rows, size = batch_sharding(mesh), experiment.train.batch_size
 
+    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
     def context(width: int) -> Context:
-        ids = jax.ShapeDtypeStruct((size, width), jnp.int32, sharding=rows)
-        return Context(ids, jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows))
+        return Context(array(size, width), array(size))
 
     reference = None
     if not experiment.train.completions.generates:
         reference = context(experiment.rollout.max_new_tokens)
     contexts, has_context = experiment.training_contexts, None
     if contexts.after_rollout:
-        has_context = jax.ShapeDtypeStruct((size,), jnp.bool_, sharding=rows)
+        has_context = array(size, dtype=jnp.bool_)
     views = (context(widths.teacher),) * len(contexts.views)
     return Batch(context(widths.student), context(widths.teacher), reference, views, has_context)
 

@@ -97,13 +97,13 @@ def tpu_slice(text: str, chip: str, shape: list[int]) -> Target:
         raise UserError(f"--target={text} needs the TPU compiler: pip install 'opsd_jax[plan-tpu]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # Asks no metadata server, which is not there.
     try:
-        devices = topologies.get_topology_desc(text, platform="tpu").devices
+        devices: list[Any] = list(topologies.get_topology_desc(text, platform="tpu").devices)
     except Exception as error:  # libtpu's own types, and words for people
         raise UserError(f"--target={text}: {str(error).splitlines()[0]}") from None
     if chip == "v4" and len(devices) != math.prod(shape):
         devices = devices[: math.prod(shape)]
     hosts = len({device.process_index for device in devices})
-    return Target(text, list(devices), TPUS[chip], hosts)
+    return Target(text, devices, TPUS[chip], hosts)
 
 
 def cuda_hosts(text: str, chip: str, shape: list[int]) -> Target:

@@ -123,6 +123,30 @@ def test_kernels_of_a_token_are_those_of_all_its_layers():
     assert (found.times, found.scope, found.axes, found.num_bytes) == (2, "update", ("model",), 16)
 
 
+def test_an_exchange_that_goes_on_through_several_fusions_counts_once():
+    """As a TPU's does, between its start and its end."""
+    gather = "all-gather(%x), channel_id=7, replica_groups={{0,4},{1,5},{2,6},{3,7}}"
+    text = f"""HloModule jit_step
+
+%begin (x: bf16[4]) -> bf16[8] {{
+  ROOT %g = bf16[8]{{0}} {gather}
+}}
+
+%go_on (x: bf16[4]) -> bf16[8] {{
+  %y = bf16[8]{{0}} fusion(%x), calls=%deeper
+  ROOT %g = bf16[8]{{0}} {gather}
+}}
+
+ENTRY %main (p: bf16[4]) -> bf16[8] {{
+  %a = (bf16[4]{{0}}, bf16[8]{{0}}) fusion(%p), kind=kCustom, calls=%begin
+  %b = (bf16[4]{{0}}, bf16[8]{{0}}) fusion(%a), kind=kOutput, calls=%go_on
+  ROOT %c = bf16[8]{{0}} {gather.replace("7,", "8,", 1)}
+}}
+"""
+    found = Program.parse(text).collectives(partial(spanned_axes, shape=SHAPE))
+    assert [(each.axes, each.num_bytes, each.times) for each in found] == [(("data",), 16, 1)] * 2
+
+
 def test_a_program_without_a_rollout_decodes_no_token():
     assert Program.parse(TEXT.replace("rollout", "something")).kernels_per_token() is None
 
