@@ -63,6 +63,7 @@ CONFIGS = [
 # Where 0 and -1 say something, written down apart from the annotations.
 ZERO = set(
     """train.seed train.eval_every_steps train.checkpoint_every_steps train.num_samples_logged
+    train.checkpoint_every_minutes train.hang_minutes
     train.grader_workers rollout.temperature rollout.top_k rollout.min_p rollout.presence_penalty
     rollout.min_new_tokens rollout.pad_id rollout.unroll_layers teacher.ema_decay
     optimizer.warmup_steps optimizer.decay_steps optimizer.b1 optimizer.b2 optimizer.weight_decay

@@ -58,6 +58,7 @@ def test_card_kernels_and_loss(script, tiny, tmp_path):
     np.testing.assert_allclose(list(values.values()), values["optax"], rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_decoding(script, tiny, tmp_path):
     tiny = dataclasses.replace(tiny, decode_new=2)
     rows = run_section(script, tiny, tmp_path, script.decode, 200)

@@ -45,7 +45,7 @@ METHOD_FILES = sorted((EXPERIMENTS / "methods").glob("*.gin"))
 QUICKSTART = str(EXPERIMENTS / "quickstart.gin")
 CLASSICS = ("grpo", "dr_grpo", "dapo", "sft")
 CURVED = [*BASELINES, *(path for path in METHOD_FILES if path.stem in CLASSICS)]
-FAST = [path for path in CURVED if path.stem in ("opsd_reward", "sft")]
+FAST = [path for path in CURVED if path.stem == "opsd_reward"]
 # Those need another model, or a package and a finished run.
 OUTSIDE = ("opsdc", "opsrd", "gkd", "tinker_opd")
 SLOW = [
@@ -67,6 +67,7 @@ def sampled(source, **changes):
     return jax.jit(partial(sample_completion, method))(state, tiny_batch(8))
 
 
+@pytest.mark.slow
 def test_a_mixture_has_each_roles_own_rows():
     """Row for row what each role alone says, its log-probabilities included."""
     student, teacher = sampled(StudentRollouts()), sampled(TeacherRollouts())
@@ -258,6 +259,7 @@ def test_what_does_not_fit_together_is_told(bindings, words):
         load_experiment([QUICKSTART], bindings)
 
 
+@pytest.mark.slow
 def test_a_teacher_with_another_tokenizer_is_refused():
     class Other(ChainTokenizer):
         def decode(self, ids):

@@ -21,6 +21,7 @@ from opsd_jax.method.rows import GradedBatch
 from opsd_jax.run.config import load_experiment
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.prompts import Completion, Context
+from tests.representatives import representatives
 
 METHODS = Path(__file__).parents[2] / "experiments" / "methods"
 B, C, V, STEP = 6, 4, 5, 10
@@ -215,7 +216,9 @@ def assert_follows(found, oracle, z=STUDENT):
     assert np.abs(gradient).max() > 1e-3
 
 
-@pytest.mark.parametrize("oracle", ORACLES, ids=lambda oracle: oracle.__name__)
+@pytest.mark.parametrize(
+    "oracle", representatives(ORACLES, rlcsd, srpo, edge_opd), ids=lambda oracle: oracle.__name__
+)
 def test_a_method_follows_its_formula(oracle):
     experiment, _ = load_experiment([str(METHODS / f"{oracle.__name__}.gin")])
     text = (METHODS / f"{oracle.__name__}.gin").read_text()

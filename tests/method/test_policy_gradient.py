@@ -350,6 +350,7 @@ def test_routing_distils_wrong_rows_and_reinforces_right_ones(rollouts):
     np.testing.assert_allclose(whole["loss/objective"], 0.7 * plain + 0.3 * reward, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_several_passes_move_away_from_the_rollout(rollouts):
     state, batch, _, rewards = rollouts
     method = method_of(PolicyGradient(), num_updates=3, optimizer=optax.sgd(0.5))

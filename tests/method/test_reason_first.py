@@ -67,6 +67,7 @@ ROW = st.tuples(
 
 @given(st.lists(ROW, min_size=1, max_size=4), st.lists(IDS, max_size=3))
 @settings(max_examples=60, deadline=None)
+@pytest.mark.slow
 def test_contexts_are_compact_and_without_stop_tokens(rows, transition):
     """Ragged prompts, analyses that are empty, stopped, or cut by the limit."""
     analyses = []
@@ -112,6 +113,7 @@ def test_a_step_is_one_on_contexts_built_by_hand():
         np.testing.assert_allclose(value, metrics_2[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_teacher_scores_the_whole_text():
     """Token by token: its log-probabilities are those of the text read without cache or batch."""
     method = method_of(CONFIG, "snapshot", reasoner=REASONER, completions=TeacherRollouts())

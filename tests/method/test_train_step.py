@@ -192,6 +192,7 @@ def test_the_run_is_the_same_with_micro_batches(alone):
     assert_same_run(found, run_steps(split_method, MeshConfig(), jax.devices()[:2]))
 
 
+@pytest.mark.slow
 def test_masters_and_moments_stay_float32_in_bfloat16():
     """Invariant 10; and the step still learns something sensible."""
     method = method_of(tiny_config(dtype="bfloat16"), "ema")
@@ -208,6 +209,7 @@ def test_masters_and_moments_stay_float32_in_bfloat16():
     assert metrics["rollout/logp_gap"] < 0.1
 
 
+@pytest.mark.slow
 def test_adapter_dropout_acts_in_the_update_and_is_reproducible():
     wet = method_of(tiny_config(lora=LoraConfig(rank=3, alpha=6.0, dropout=0.5)))
     dry = method_of(tiny_config(lora=LoraConfig(rank=3, alpha=6.0)))

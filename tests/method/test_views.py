@@ -26,6 +26,7 @@ from opsd_jax.model.sharding import (
 )
 from opsd_jax.sampling.prompts import Completion
 from tests.method.test_train_step import method_of, state_of
+from tests.representatives import representatives
 from tests.tiny import VOCAB, tiny_batch, tiny_config, tiny_variables
 
 HAS = np.array([True, False, True, True, False, True, True, True])
@@ -57,7 +58,7 @@ def read(config, student, teacher, batch, completion):
     return reader.divergence, reader.view_logps
 
 
-@pytest.mark.parametrize("implementation", ["dense", "fused"])
+@pytest.mark.parametrize("implementation", representatives(["dense", "fused"], "dense"))
 def test_the_target_is_made_of_all_views(implementation):
     """KL(mean of three || student) in NumPy, the log-probabilities by a forward pass each."""
     model, batch, completion = Decoder(tiny_config()), batch_of(), completion_of()
@@ -126,6 +127,7 @@ def test_views_on_eight_devices_and_in_micro_batches():
             np.testing.assert_allclose(metrics[name], value, rtol=2e-4, atol=2e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_views_are_read_one_after_the_other():
     """Eight contexts need the temporary memory of one, besides their results."""
     config = tiny_config(embed_dim=64, mlp_dim=2048)

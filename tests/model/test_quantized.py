@@ -2,6 +2,7 @@
 """Sampling with int8 matrices: against NumPy, and against float matrices of the same values."""
 
 import dataclasses
+import itertools
 import re
 from functools import partial
 
@@ -32,6 +33,7 @@ from opsd_jax.sampling.decoding_form import changes_weights, decoding_form
 from opsd_jax.sampling.rollout import rollout
 from tests.method.test_train_step import method_of, state_of
 from tests.pretrained.test_families import CASES, SHAPE
+from tests.representatives import representatives
 from tests.sampling.test_rollout import compiled_text
 from tests.sampling.test_slots import alone, questions, sampler
 from tests.tiny import tiny_batch, tiny_config, tiny_variables
@@ -108,9 +110,15 @@ def test_a_channel_of_zeros_stays_zero():
     assert round_to_int8(matrix, scale).tolist() == [[0, 127], [0, -64]]  # -63.5 goes to even.
 
 
-@pytest.mark.parametrize("unroll_layers", [0, 4])
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=3, alpha=6.0)])
-@pytest.mark.parametrize("tied", [False, True])
+LORA = LoraConfig(rank=3, alpha=6.0)
+
+
+@pytest.mark.parametrize(
+    "unroll_layers, lora, tied",
+    representatives(
+        itertools.product([0, 4], [None, LORA], [False, True]), (0, LORA, False), (4, None, True)
+    ),
+)
 def test_a_rollout_is_that_of_float_matrices_with_the_same_values(unroll_layers, lora, tied):
     config = tiny_config(lora=lora, tie_embeddings=tied, biases=("q_proj", "down_proj"))
     variables = tiny_variables(config)
@@ -123,7 +131,7 @@ def test_a_rollout_is_that_of_float_matrices_with_the_same_values(unroll_layers,
     assert np.abs(exact.logps - out.logps).max() > 1e-3  # It is another policy.
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", representatives(CASES, "qwen3", "gemma3"))
 def test_every_family_runs_or_is_refused(case):
     model_type, values = CASES[case]
     raw = {"model_type": model_type, **SHAPE, **values}
@@ -168,8 +176,12 @@ def test_slots_say_what_every_prompt_says_alone():
         np.testing.assert_allclose(found[i].logps, logps, atol=1e-5)
 
 
-@pytest.mark.parametrize("unroll_layers", [0, 4])
-@pytest.mark.parametrize("mesh_config", [MeshConfig(8, 1), MeshConfig(2, 4)])
+@pytest.mark.parametrize(
+    "unroll_layers, mesh_config",
+    representatives(
+        itertools.product([0, 4], [MeshConfig(8, 1), MeshConfig(2, 4)]), (4, MeshConfig(2, 4))
+    ),
+)
 def test_eight_devices_say_what_one_says(unroll_layers, mesh_config):
     config, prompts = tiny_config(), tiny_batch(8).student
     settings = dataclasses.replace(CONFIG, unroll_layers=unroll_layers)
@@ -184,7 +196,7 @@ def test_eight_devices_say_what_one_says(unroll_layers, mesh_config):
     assert_same(jax.device_get(out), one(variables, prompts.ids, prompts.lengths, key))
 
 
-@pytest.mark.parametrize("unroll_layers", [0, 4])
+@pytest.mark.parametrize("unroll_layers", representatives([0, 4], 0))
 def test_bytes_are_gathered_and_not_floats(unroll_layers):
     """Of the matrices; norms and scales are gathered as they are."""
     settings = dataclasses.replace(CONFIG, unroll_layers=unroll_layers)

@@ -95,6 +95,7 @@ def whole(folder):
     return folder / "whole"
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_goes_on(folder, whole):
     """The bar of issue 6: 30 problems x 12 samples; SIGKILL; nothing lost, nothing repeated."""
     path = folder / "killed" / "generations.jsonl"
@@ -187,6 +188,7 @@ def alone(folder):
     return folder / "alone"
 
 
+@pytest.mark.slow
 def test_roles_and_thinking_modes_side_by_side(folder, alone, capsys):
     """Three roles of a chat model; the switch in a role's name is the one of `contexts`."""
     capsys.readouterr()

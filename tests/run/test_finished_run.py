@@ -14,6 +14,7 @@ from opsd_jax.run.finished_run import restore_run
 from tests.run.test_train import command
 
 
+@pytest.mark.slow
 def test_its_adapters_are_merged_and_its_step_is_the_guards(tmp_path):
     adapters = ("train.lora = @lora()", "lora.rank = 2", "train.learning_rate = 0.1")
     often = (

@@ -109,6 +109,7 @@ def evaluation_keys(seed: int):
     return handed.value.args[0]
 
 
+@pytest.mark.slow
 def test_no_two_draws_of_a_run_share_a_key(keys):
     """Adapters, analyses, completions, dropout in passes and micro-batches, held-out samples."""
     chosen, seed, num_steps, num_rows = method(), 0, 2, 4

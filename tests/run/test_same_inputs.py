@@ -199,6 +199,7 @@ def test_an_evaluation_keeps_its_code_and_its_clock(project, monkeypatch, capsys
     assert "holds another evaluation: code was" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_taken_at_the_step_that_the_run_began_with(project, capsys):
     shutil.move("run/checkpoints/2", "step_2")
     changes = ("train.model = @FinishedRun()", "FinishedRun.workdir = 'run'", "train.num_steps = 1")

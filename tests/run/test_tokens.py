@@ -241,6 +241,7 @@ def workdir(tmp_path_factory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_the_command_writes_whole_lines_which_the_page_shows(workdir, capsys):
     assert main(["tokens", f"--workdir={workdir}", "--num=3"]) == 0
     path = workdir / "tokens" / "step_000001.jsonl"

@@ -110,6 +110,7 @@ GRPO = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_from_grades_resumes_bit_for_bit(tmp_path):
     """The same for GRPO: graded between the halves, two passes, a KL to the initial policy."""
     assert main(command(tmp_path / "whole", "train.num_steps = 5", *GRPO)) == 0
@@ -145,6 +146,7 @@ def wait_for_step(process, workdir, step: int) -> None:
     pytest.fail(f"step {step} was never logged: {process.communicate()[1]}")
 
 
+@pytest.mark.slow
 def test_kill_9_loses_nothing_that_was_committed_and_sigterm_saves(tmp_path):
     """Killed at some step, resumed, stopped politely, resumed: as if nothing had happened."""
     long = "train.num_steps = 100000"
@@ -212,6 +214,7 @@ def test_the_base_of_a_run_is_evaluated_as_step_0(whole, capsys):
     assert (whole / "eval" / "heldout_step_000000" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_the_best_step_is_that_of_held_out_accuracy(whole, monkeypatch, capsys):
     for best in (4, None):  # of two equals the latest is the best, and here all are
         steps = {BEST_METRIC: best}
@@ -259,6 +262,7 @@ def test_another_config_in_the_workdir_is_refused_and_nothing_is_touched(
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_guarded_run_ends_and_leaves_the_best_checkpoint(tmp_path, capsys):
     """The alarm is real: a random teacher's divergence jumps under a huge learning rate."""
     alarm = [

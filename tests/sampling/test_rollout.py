@@ -57,7 +57,7 @@ def slow_rollout(model, variables, prompt, key, row, config):
     return out, logps
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.3])
+@pytest.mark.parametrize("temperature", representatives([0.0, 1.3], 1.3))
 @pytest.mark.parametrize("any_config", representatives(["full", "lora"], "lora"), indirect=True)
 def test_rollout_equals_the_slow_loop(any_config, temperature):
     config = dataclasses.replace(CONFIG, temperature=temperature)

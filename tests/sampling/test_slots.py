@@ -82,6 +82,7 @@ def test_refilled_slots_say_what_every_prompt_says_alone(changes, slots):
         np.testing.assert_allclose(found[i].logps, logps, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_order_of_the_prompts_does_not_matter():
     prompts, keys = questions()
     run, variables = sampler(), tiny_variables(tiny_config())
@@ -105,7 +106,7 @@ def row_steps(run, *asked):
     return found
 
 
-@pytest.mark.parametrize(("num", "rows"), [(1, 1), (3, 4), (21, 16)])
+@pytest.mark.parametrize(("num", "rows"), representatives([(1, 1), (3, 4), (21, 16)], (3, 4)))
 def test_no_more_rows_are_computed_than_there_are_prompts(num, rows):
     prompts, keys = questions()
     config = dataclasses.replace(CONFIG, min_new_tokens=CONFIG.max_new_tokens)
@@ -204,7 +205,11 @@ def recorded_caches(run, variables, prompts, config, keys):
     "changes, model",
     [
         pytest.param({"stop_ids": (11,)}, 1, marks=pytest.mark.slow),
-        ({"stop_ids": (7,), "presence_penalty": 0.3, "unroll_layers": 0}, 2),
+        pytest.param(
+            {"stop_ids": (7,), "presence_penalty": 0.3, "unroll_layers": 0},
+            2,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_long_row_does_not_make_all_caches_long(changes, model):
@@ -225,6 +230,7 @@ def test_a_long_row_does_not_make_all_caches_long(changes, model):
         np.testing.assert_allclose(said[i].logps, logps, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_cache_is_as_large_as_the_longest_row_needs():
     """It grows as rows do, and shrinks again when the long ones have made room."""
     prompts, keys = questions(num=6, samples=1)
