@@ -29,6 +29,10 @@ CASES = [
 ]
 
 
+def words(fields):
+    return "-".join(map(str, fields.values()))
+
+
 def operands(B=4, C=3, D=5, E=7, V=13, seed=0, dtype=np.float32):
     """Student width D, teacher width E, different heads, ragged mask with one empty row."""
     rng = np.random.default_rng(seed)  # jax.random would compile anew for every shape
