@@ -111,6 +111,7 @@ def waited(done, log: Path, seconds: float = 280) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("OPSD_SLURM") != "1", reason="set OPSD_SLURM=1: makes a cluster")
 def test_a_job_that_is_signalled_is_requeued_and_ends_bit_for_bit(slurm, tmp_path):
     gin = tmp_path / "tiny.gin"
     (tmp_path / "nap_probe.py").write_text(NAP)
