@@ -9,6 +9,7 @@ gives for D = 0. Bind the keyword arguments in gin (or `functools.partial`).
 import jax
 import jax.numpy as jnp
 
+from opsd_jax.divergence.targets import mean
 from opsd_jax.fields import Count, NotNegative, Positive, Share
 from opsd_jax.method.token_view import Tokens
 
@@ -60,7 +61,6 @@ def rlcsd(
     RLCSD, arXiv 2606.11709.
     """
     first, *others = tokens.view_logps
-    mean = jax.nn.logsumexp(jnp.stack(others), axis=0) - jnp.log(len(others))
-    A, r = tokens.advantages, weight * jnp.tanh((first - mean) / tau)
+    A, r = tokens.advantages, weight * jnp.tanh((first - mean(others)) / tau)
     moved = jnp.where(jnp.sign(A + r) == jnp.sign(A), A + r, 0.0)
     return jnp.where(jnp.abs(r) > threshold, moved, A)

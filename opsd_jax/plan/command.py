@@ -118,9 +118,10 @@ def floor_of(plan: Plan, target: Target, widths: Widths) -> Seconds | None:
     peak = peak_of(target.devices[0])
     if peak is None:
         return None
-    link = BETWEEN_HOSTS if target.hosts > 1 and crosses(plan) else LINKS[chip_of(target)]
-    if target.devices[0].platform == "tpu":
-        link = LINKS[chip_of(target)]  # a slice is one network, whatever its hosts
+    link = LINKS[chip_of(target)]
+    # A slice of TPUs is one network, whatever its hosts.
+    if target.devices[0].platform != "tpu" and target.hosts > 1 and crosses(plan):
+        link = BETWEEN_HOSTS
     lengths = padded_lengths(plan.experiment, widths)
     return step_seconds(plan.parts, lengths, peak, plan.found, link, plan.kernels)
 

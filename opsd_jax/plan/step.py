@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -43,7 +42,7 @@ class Widths(NamedTuple):
 
 
 class TooLarge(Exception):
-    """The compiler refused: `needs` says how much of what, in its words."""
+    """The compiler refused; the message is how much of what was needed, in its words."""
 
 
 def shape_of(experiment: Experiment, model_config: str | None) -> ModelConfig:
@@ -142,8 +141,7 @@ def compile_step(parts: Assembly, batch: Batch) -> Any:
     Raises:
       TooLarge: the compiler found no way to fit it.
     """
-    graded = parts.method.objective.needs_rewards
-    function: Callable = graded_step if graded else train_step
+    function = graded_step if parts.method.objective.needs_rewards else train_step
     step = jitted_step(parts.method, parts.shardings, parts.mesh, function)
     lowered = on_mesh(step.lower, parts.mesh, parts.rules)(parts.abstract, batch)
     try:
