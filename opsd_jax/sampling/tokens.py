@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling a token from logits: penalties, temperature, top-k, top-p, min-p; one uniform per row.
 
-Nothing here sorts the vocabulary or gathers it: every function is a few sums over V, so that
-logits split over devices stay where they are.
+Nothing here sorts the vocabulary, and logits split over devices stay where they are: there every
+function is a few sums over V. Where a device has all of a row, top-k looks for the largest entries.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import AxisType, PartitionSpec
 
 NUM_BLOCKS = 64  # of the inverse CDF; a multiple of any sensible number of model devices
 
@@ -63,14 +69,69 @@ def filter_logits(
       [B, V] float32 with -inf at removed entries.
     """
     logits_BV = logits_BV.astype(jnp.float32) / temperature
-    if 0 < top_k < logits_BV.shape[-1]:
-        logits_BV = keep_above(logits_BV, jnp.ones_like(logits_BV), float(top_k))
-    if top_p < 1.0:
-        logits_BV = keep_above(logits_BV, jax.nn.softmax(logits_BV, axis=-1), top_p)
+    limited = 0 < top_k < logits_BV.shape[-1]
+    if limited and not is_split("vocab"):
+        logits_BV = on_own_rows(partial(keep_largest, k=top_k, top_p=top_p), logits_BV)
+    else:
+        if limited:
+            logits_BV = keep_above(logits_BV, jnp.ones_like(logits_BV), float(top_k))
+        if top_p < 1.0:
+            logits_BV = keep_above(logits_BV, jax.nn.softmax(logits_BV, axis=-1), top_p)
     if min_p > 0.0:
         lowest = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(min_p)
         logits_BV = jnp.where(logits_BV >= lowest, logits_BV, -jnp.inf)
     return logits_BV
+
+
+def is_split(axis: str) -> bool:
+    """Whether the compiler splits a logical axis over devices of the mesh that is set."""
+    mesh, name = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules()).get(axis)
+    split = {n: k == AxisType.Auto for n, k in zip(mesh.axis_names, mesh.axis_types, strict=True)}
+    return split.get(name, False) and mesh.shape[name] > 1
+
+
+def on_own_rows(function: Callable[[jax.Array], jax.Array], x_BV: jax.Array) -> jax.Array:
+    """A function of each row, on a mesh of a device's own rows: XLA gathers what a top-k reads."""
+    axis = dict(nn.get_logical_axis_rules()).get("batch")
+    if not is_split("batch") or len(x_BV) % jax.sharding.get_abstract_mesh().shape[axis]:
+        return function(x_BV)
+    rows = PartitionSpec(axis)
+    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(x_BV)
+
+
+def keep_largest(logits_BV: jax.Array, k: int, top_p: float) -> jax.Array:
+    """Top-k, then top-p among what it keeps, as `filter_logits` has them, without a loop.
+
+    All entries above one that top-k keeps are among the k largest.
+    """
+    largest_Bk = largest(logits_BV, k)
+    highest_B1, lowest_B1 = largest_Bk[..., :1], largest_Bk[..., -1:]
+    if top_p < 1.0:
+        # Over the vocabulary, as more than k entries stay where some are tied with the last.
+        weights_BV = jnp.where(logits_BV >= lowest_B1, jnp.exp(logits_BV - highest_B1), 0.0)
+        limit_B1 = top_p * jnp.sum(weights_BV, axis=-1, keepdims=True)
+        weights_Bk = jnp.exp(largest_Bk - highest_B1)
+        above_Bk = jnp.cumsum(weights_Bk, axis=-1) - weights_Bk
+        kept_Bk = jnp.where(above_Bk < limit_B1, largest_Bk, jnp.inf)
+        lowest_B1 = jnp.min(kept_Bk, axis=-1, keepdims=True)
+    return jnp.where(logits_BV >= lowest_B1, logits_BV, -jnp.inf)
+
+
+def largest(x_BV: jax.Array, k: int) -> jax.Array:
+    """The k largest entries of each row, descending: [B, k], those of the k best of many blocks.
+
+    A GPU's top-k sorts whole rows; here it gets two short ones, of about (V k)^1/2 each.
+    """
+    rows, V = x_BV.shape[:-1], x_BV.shape[-1]
+    number = math.isqrt(V * k)
+    size = -(-V // number)
+    if size == 1:
+        return jax.lax.top_k(x_BV, k)[0]
+    padding = [(0, 0)] * len(rows) + [(0, number * size - V)]
+    blocks_BNs = jnp.pad(x_BV, padding, constant_values=-jnp.inf).reshape(*rows, number, size)
+    best_Bk = jax.lax.top_k(jnp.max(blocks_BNs, axis=-1), k)[1]
+    found = jnp.take_along_axis(blocks_BNs, best_Bk[..., None], axis=-2)
+    return jax.lax.top_k(found.reshape(*rows, k * size), k)[0]
 
 
 def keep_above(logits_BV: jax.Array, weights_BV: jax.Array, limit: float) -> jax.Array:

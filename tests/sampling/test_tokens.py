@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from opsd_jax.sampling.tokens import (
     _first_above,
     filter_logits,
+    keep_largest,
+    largest,
     log_prob,
     penalise,
     prompt_tokens,
@@ -110,6 +112,27 @@ def test_one_number_picks_the_entry_of_the_cumulative_distribution(seed, vocab):
     for row, token in enumerate(got.tolist()):
         low = edges[row, token - 1] if token else 0.0
         assert low - 1e-5 <= uniform[row] <= edges[row, token] + 1e-5
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), k=st.integers(1, 40), top_p=st.sampled_from([0.3, 0.9, 1.0]))
+def test_the_largest_are_found_in_blocks_and_with_their_ties(seed, k, top_p):
+    """Of rounded, so often tied, and barred logits; against sums over what is above each entry."""
+    r = np.random.default_rng(seed)
+    z = np.round(r.normal(size=(4, 300)) * 3, 1)
+    z[r.uniform(size=z.shape) < 0.2] = -np.inf
+    above = z[:, None, :] > z[:, :, None]
+    stays = above.sum(-1) < k
+    weights = np.where(stays, np.exp(z - z.max(-1, keepdims=True)), 0)
+    share = (above * weights[:, None, :]).sum(-1) / weights.sum(-1, keepdims=True)
+    got = np.asarray(keep_largest(jnp.asarray(z, jnp.float32), k, top_p))
+    sure = abs(share - top_p) > 1e-5  # Nearer than that, rounding decides.
+    np.testing.assert_array_equal(
+        (got > -np.inf)[sure], (stays & (share < top_p) & (z > -np.inf))[sure]
+    )
+    np.testing.assert_array_equal(
+        largest(jnp.asarray(z, jnp.float32), k), -np.sort(-z.astype(np.float32))[:, :k]
+    )
 
 
 def test_filter_keeps_ties_and_at_least_one():
