@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 RIGHT = 0.5  # the least grade of a right answer
@@ -37,6 +38,14 @@ class Group(NamedTuple):
 
     attempts: tuple[Attempt, ...]
     number: int
+
+    @classmethod
+    def of_row(
+        cls, attempts: Mapping[int, Attempt] | Sequence[Attempt], row: int, size: int
+    ) -> Group:
+        """The group of a row of a batch, in which `size` adjacent rows answer one problem."""
+        first = row // size * size
+        return cls(tuple(attempts[i] for i in range(first, first + size)), row - first)
 
     def fields(self, sibling: int = 0, wrong_sibling: int = 0) -> dict[str, str | None]:
         """Values of the placeholders `templates.AFTER`, None where there is nothing to show.

@@ -107,8 +107,7 @@ class AfterRollout:
         own = {row: each._replace(text=shown(each.text)) for row, each in graded.attempts.items()}
         found = {}
         for row in own:
-            first = row // size * size
-            group = Group(tuple(own[i] for i in range(first, first + size)), row - first)
+            group = Group.of_row(own, row, size)
             found[row] = self.prompts(self._problems[int(numbers[row])], group)
         return found
 

@@ -69,13 +69,7 @@ def shown_rows(run: Restored, problems: ProblemSet, num: int, seed: int, grade: 
     }
     batch = jax.tree.map(jnp.asarray, to_batch(arrays, size, contexts.teachers))
     batch, completion = sample(run, batch, seed)
-    said = [
-        ids[:-1] if stopped else ids
-        for ids, stopped in zip(
-            completion_rows(completion), completion.stopped.tolist(), strict=True
-        )
-    ]
-    texts = [tokenizer.decode(ids) for ids in said]
+    texts = [tokenizer.decode(ids) for ids in said_ids(completion)]
     asked = [problem for problem in chosen for _ in range(size)]
     graded = grade(asked, texts)
     rewards = [each.value for each in graded]
@@ -98,8 +92,7 @@ def _with_contexts(
     kept: dict[int, tuple[int, Any, str]] = {}
     statuses = []
     for row, problem in enumerate(rows.problems):
-        first = row // size * size
-        group = Group(tuple(attempts[first : first + size]), row - first)
+        group, first = Group.of_row(attempts, row, size), row // size
         found = after(problem, group)
         statuses.append(found.status)
         if found.ids is not None and first not in kept:
@@ -187,16 +180,16 @@ def analysis_texts(run: Restored, completion: Completion) -> list[str | None]:
     """What the teacher read behind its prompt in every row, None where it does not reason first."""
     if completion.analysis is None:
         return [None] * len(completion.ids)
-    written = completion_rows(completion.analysis)
     transition = run.experiment.contexts.transition
     # Without the stop token, as `Reasoner.join` has it.
-    read = [
-        ids[:-1] if stopped else ids
-        for ids, stopped in zip(written, completion.analysis.stopped.tolist(), strict=True)
+    return [run.tokenizer.decode(ids) + transition for ids in said_ids(completion.analysis)]
+
+
+def said_ids(completion: Any) -> list[list[int]]:
+    """The sampled ids of every row of a completion or an analysis, without the stop token."""
+    return [
+        ids[mask].tolist()[: -1 if stopped else None]
+        for ids, mask, stopped in zip(
+            completion.ids, completion.mask, completion.stopped, strict=True
+        )
     ]
-    return [run.tokenizer.decode(ids) + transition for ids in read]
-
-
-def completion_rows(completion: Completion) -> list[list[int]]:
-    """The sampled ids of every row, stop token included, padding removed."""
-    return [ids[mask].tolist() for ids, mask in zip(completion.ids, completion.mask, strict=True)]

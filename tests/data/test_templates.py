@@ -29,8 +29,9 @@ def test_columns_are_filled_and_latex_is_not(template, text):
 def test_values_are_never_read_again(parts):
     """Filled with text that is itself a placeholder, a template stays of the same shape."""
     template = "".join(parts)
-    marked = fill(template, {"question": "<1>", "hint": "<2>"}, "f")
-    braced = fill(template, {"question": "{hint}", "hint": "{question}"}, "f")
+    others = dict.fromkeys(names_in(template), "<3>")  # "{a}" is a column too
+    marked = fill(template, others | {"question": "<1>", "hint": "<2>"}, "f")
+    braced = fill(template, others | {"question": "{hint}", "hint": "{question}"}, "f")
     assert braced == marked.replace("<1>", "{hint}").replace("<2>", "{question}")
 
 
