@@ -39,8 +39,8 @@ from opsd_jax.host.metrics import plain
 from opsd_jax.run.assembly import load_models
 from opsd_jax.run.config import load_experiment, load_run
 from opsd_jax.run.finished_run import Restored, restore_run, say
+from opsd_jax.run.inputs import heldout_parts, make_evaluator, start_notices
 from opsd_jax.run.pins import pinned
-from opsd_jax.run.train import heldout_parts, make_evaluator, start_notices
 
 
 def plain_model(path: str, gin_files: Sequence[str] = (), bindings: Sequence[str] = ()) -> Restored:

@@ -19,6 +19,7 @@ from opsd_jax.evaluation.evaluate import Prompt
 from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.host.guard import GuardConfig
 from opsd_jax.main import main
+from opsd_jax.run import inputs as inputs_module
 from opsd_jax.run import train as train_module
 from opsd_jax.run.loop import BEST_METRIC
 
@@ -324,7 +325,7 @@ def test_held_out_questions_that_are_trained_on_are_counted():
     trained = LoadedProblems((Problem("0", "1 + 1", "", "2"), Problem("1", "2", "", "2")), None)
     said = []
     for held_out in (None, evaluator("1 + 2", "3"), evaluator("1 +  1\n", "3", "2")):
-        train_module.tell_contamination(trained, held_out, said.append)
+        inputs_module.tell_contamination(trained, held_out, said.append)
     assert len(said) == 1 and said[0].startswith("2 of 3 held-out problems are trained on too")
 
 
@@ -342,7 +343,7 @@ def test_a_script_of_many_runs_does_not_go_on_after_one_that_was_stopped(tmp_pat
 
 @pytest.mark.parametrize("which", ["problems", "heldout"])
 def test_missing_data_is_told_before_a_base_is_taught(which, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_module, "load_models", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(inputs_module, "load_models", lambda *_: pytest.fail("loaded"))
     bindings = (f"train.{which} = @JsonlProblems()", "JsonlProblems.path = 'no.jsonl'")
     assert main(command(tmp_path / "run", *bindings)) == 2
     assert "no.jsonl" in capsys.readouterr().err
