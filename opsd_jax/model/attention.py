@@ -300,7 +300,7 @@ def flash(
     implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> jax.Array:
     """jax.nn.dot_product_attention on one device's rows and heads."""
-    assert softcap is None, "refused by experiment.check_attention"
+    assert softcap is None, "refused by assembly.check_devices"
     B, K, G, T, H = q_BKGTH.shape
     out_BTNH = jax.nn.dot_product_attention(
         q_BKGTH.reshape(B, K * G, T, H).swapaxes(1, 2),

@@ -23,6 +23,7 @@ MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 DTYPES = ("float32", "bfloat16")
 TEXT_ATTENTION = ("xla", "splash", "cudnn")
 DECODE_ATTENTION = ("xla", "pallas")
+REMATS = ("keep_projections", "offload_projections")
 LORA_TARGETS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
 
 # The window of a layer that sees everything: more than any position, and not near overflow.
@@ -89,7 +90,9 @@ class ModelConfig:
         bfloat16); see `attention.py`.
       decode_attention: how one new token attends to what was said, "xla" or "pallas" (TPU); see
         `decode_attention.py`.
-      remat: recompute each layer in the backward pass instead of storing its activations.
+      remat: recompute each layer in the backward pass instead of storing its activations (True),
+        all but the outputs of its projections, which are stored ("keep_projections") or wait in the
+        host's memory ("offload_projections"), or nothing (False).
       scan_layers: one scan over stacked layers, compiled once whatever L is; False is for
         decoding, see `model.unstacked`.
       lora: adapters that live in the "lora" collection, or None.
@@ -129,7 +132,7 @@ class ModelConfig:
     dtype: Annotated[str, DTYPES] = "float32"
     attention: Annotated[str, TEXT_ATTENTION] = "xla"
     decode_attention: Annotated[str, DECODE_ATTENTION] = "xla"
-    remat: bool = True
+    remat: bool | Annotated[str, REMATS] = True
     scan_layers: bool = True
     lora: LoraConfig | None = None
     rope_scaling: RopeScaling | None = None

@@ -26,11 +26,12 @@ import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from opsd_jax.model.attention import attend_cached, attend_text
 from opsd_jax.model.config import ModelConfig, layer_numbers
 from opsd_jax.model.kv_cache import KV, KVCache, LayersKV, Recent, put
-from opsd_jax.model.projection import logical, project
+from opsd_jax.model.projection import PRODUCT, logical, project
 from opsd_jax.model.quantized import scaled
 
 
@@ -179,9 +180,11 @@ class Experts(nn.Module):
         by_expert = jnp.argsort(expert_Mk.reshape(-1))
         sizes_E = jnp.bincount(expert_Mk.reshape(-1), length=E).astype(jnp.int32)
         x = x_MD[by_expert // k]
-        hidden = activate(c, jax.lax.ragged_dot(x, gate, sizes_E))
-        hidden = hidden * jax.lax.ragged_dot(x, up, sizes_E)
-        y = jax.lax.ragged_dot(hidden, down, sizes_E)
+
+        def grouped(x, weight):
+            return checkpoint_name(jax.lax.ragged_dot(x, weight, sizes_E), PRODUCT)
+
+        y = grouped(activate(c, grouped(x, gate)) * grouped(x, up), down)
         y_MkD = y[jnp.argsort(by_expert)].reshape(-1, k, D)
         return (y_MkD * share_Mk[:, :, None]).sum(axis=1).astype(x_BTD.dtype).reshape(x_BTD.shape)
 
@@ -211,6 +214,25 @@ class Block(nn.Module):
         x_BTD = x_BTD + c.residual_scale * norm(y, "mlp_post_norm", c.post_norm)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", None))
         return x_BTD, (new_kv if self.return_kv else None)
+
+
+def recomputed(remat: bool | str) -> type[Block]:
+    """The layer whose backward pass computes again what `ModelConfig.remat` says."""
+    policies = jax.checkpoint_policies
+    if remat is False:
+        return Block
+    policy = None
+    if remat == "keep_projections":
+        policy = policies.save_only_these_names(PRODUCT)
+    elif remat == "offload_projections":
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[PRODUCT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    # Within a scan nothing can be found common to both passes.
+    return nn.remat(Block, prevent_cse=False, policy=policy)
 
 
 class Decoder(nn.Module):
@@ -262,7 +284,7 @@ class Decoder(nn.Module):
 
     def _scanned(self, x_BTD, positions_BT, cache, recent, return_kv):
         c = self.config
-        block = nn.remat(Block, prevent_cse=False) if c.remat and not return_kv else Block
+        block = Block if return_kv else recomputed(c.remat)
         layers = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0, "scales": 0},

@@ -9,10 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from opsd_jax.model.config import LoraConfig, ModelConfig
 from opsd_jax.model.quantized import scaled
 from opsd_jax.model.weights_first import weights_first
+
+PRODUCT = "projection"  # what `ModelConfig.remat` calls the outputs of projections
 
 
 def logical(init: Callable[..., jax.Array], axes: tuple[str | None, ...]) -> Callable[..., Any]:
@@ -60,7 +63,7 @@ class Projection(nn.Module):
         # Absent collection = base model; during init the collection is mutable and is created.
         if self.lora and (self.has_variable("lora", "a") or self.is_mutable_collection("lora")):
             y = y + self._adapter(x, num_in, self.lora)
-        return y
+        return checkpoint_name(y, PRODUCT)
 
     def _adapter(self, x: jax.Array, num_in: int, lora: LoraConfig) -> jax.Array:
         def init_a():

@@ -14,11 +14,12 @@ import numpy as np
 
 from opsd_jax.errors import UserError
 from opsd_jax.host.chips import peak_of
-from opsd_jax.model.config import ModelConfig
+from opsd_jax.model.config import REMATS, ModelConfig
 from opsd_jax.plan.estimate import (
     BETWEEN_HOSTS,
     LINKS,
     REACHED,
+    TO_HOST,
     Seconds,
     executed_flops,
     step_seconds,
@@ -118,12 +119,13 @@ def floor_of(plan: Plan, target: Target, widths: Widths) -> Seconds | None:
     peak = peak_of(target.devices[0])
     if peak is None:
         return None
-    link = LINKS[chip_of(target)]
+    chip = chip_of(target)
+    link, to_host = LINKS[chip], TO_HOST.get(chip)
     # A slice of TPUs is one network, whatever its hosts.
     if target.devices[0].platform != "tpu" and target.hosts > 1 and crosses(plan):
         link = BETWEEN_HOSTS
     lengths = padded_lengths(plan.experiment, widths)
-    return step_seconds(plan.parts, lengths, peak, plan.found, link, plan.kernels)
+    return step_seconds(plan.parts, lengths, peak, plan.found, link, plan.kernels, to_host)
 
 
 def crosses(plan: Plan) -> bool:
@@ -242,7 +244,7 @@ def row(plan: Plan, target: Target) -> str:
     cells = [
         plan.parts.mesh.shape["model"],
         train.num_micro_batches,
-        "yes" if train.remat else "no",
+        train.remat,
         plan.refused or f"{plan.memory / GIB:.2f}",
         "yes" if plan.fits(target) else "no",
         f"{plan.seconds.step:.2f}" if plan.seconds else "",
@@ -261,7 +263,7 @@ def variants(experiment: Experiment, config: ModelConfig, target: Target) -> Ite
         for number in (1, 2, 4, 8):
             if train.batch_size % (number * mesh.data):
                 continue
-            for remat in (True, False):
+            for remat in (True, *REMATS, False):
                 changed = dataclasses.replace(train, num_micro_batches=number, remat=remat)
                 yield dataclasses.replace(experiment, train=changed, mesh=mesh)
 
@@ -271,9 +273,15 @@ def choice(plans: Sequence[Plan], target: Target) -> str:
     fitting = [plan for plan in plans if plan.fits(target)]
     if not fitting:
         return "None of them fits: take more chips, adapters (train.lora), or shorter texts."
-    best = min(fitting, key=lambda p: (p.seconds.step if p.seconds else 0.0, p.memory))
+
+    def cost(plan: Plan) -> tuple[float, bool, int]:
+        # Where the way to the host is not known, it is still one.
+        offloads = plan.experiment.train.remat == "offload_projections"
+        return plan.seconds.step if plan.seconds else 0.0, offloads, plan.memory
+
+    best = min(fitting, key=cost)
     train = best.experiment.train
     return (
         f"Least floor that fits: mesh.model = {best.parts.mesh.shape['model']}, "
-        f"train.num_micro_batches = {train.num_micro_batches}, train.remat = {train.remat}"
+        f"train.num_micro_batches = {train.num_micro_batches}, train.remat = {train.remat!r}"
     )

@@ -24,6 +24,7 @@ from opsd_jax.run.flops import (
     Lengths,
     decoding_bytes,
     forward_flops,
+    forward_parts,
     step_flops,
     writer_prompts,
 )
@@ -36,6 +37,9 @@ REACHED = 0.5  # of the roofline, in the estimate: a wish, measured nowhere yet
 LINKS = {"v4": 90e9, "v5e": 90e9, "v5p": 180e9, "v6e": 180e9}
 LINKS |= {"a100": 300e9, "h100": 450e9, "h200": 450e9}
 BETWEEN_HOSTS = 50e9
+# Bytes/s between a card and its host's memory, one direction of PCIe, of the data sheets; that of
+# TPUs is not published.
+TO_HOST = {"a100": 32e9, "h100": 64e9, "h200": 64e9}
 
 
 class Seconds(NamedTuple):
@@ -66,12 +70,25 @@ def executed_flops(parts: Assembly, lengths: Lengths) -> tuple[float, float] | N
     found = step_flops(parts.method, lengths)
     if found is None:
         return None
-    rollout, update = found
-    if parts.model.config.remat:
+    (rollout, update), config = found, parts.model.config
+    if config.remat:
         more = lengths.student + lengths.completion  # the layers of both, without logits
-        again = forward_flops(parts.model.config, more, 0 * lengths.completion)
+        layers = forward_parts(config, more, 0 * lengths.completion)
+        again = sum(layers) if config.remat is True else layers[-1]  # attention alone
         update += parts.method.num_updates * again
     return rollout, update
+
+
+def offload_seconds(parts: Assembly, lengths: Lengths, link: float | None) -> float:
+    """The way of the kept activations to the host's memory and back, at `link` bytes/s each way."""
+    config = parts.model.config
+    if config.remat != "offload_projections" or link is None:
+        return 0.0
+    tokens = float(np.sum(lengths.student + lengths.completion))
+    width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim + config.embed_dim
+    width += 2 * max(1, config.experts_per_token) * config.mlp_dim  # that of down_proj is not kept
+    num_bytes = tokens * config.num_layers * width * np.dtype(config.dtype).itemsize
+    return parts.method.num_updates * 2 * num_bytes / parts.mesh.size / link
 
 
 def step_seconds(
@@ -81,6 +98,7 @@ def step_seconds(
     found: Sequence[Collective],
     link: float,
     kernels_per_token: float | None,
+    to_host: float | None = None,
 ) -> Seconds | None:
     """The floor of both halves; None where the work has no formula.
 
@@ -91,6 +109,7 @@ def step_seconds(
       found: what the chips exchange.
       link: bytes/s.
       kernels_per_token: launches for a decoded token, None where they cost nothing (TPU).
+      to_host: bytes/s to the host's memory, None where it is not known and counts as nothing.
     """
     chips = parts.mesh.size
     done = executed_flops(parts, lengths)
@@ -100,6 +119,7 @@ def step_seconds(
     update_s = max(
         update / chips / peak.flops,
         exchange_seconds(found, "update", link),
+        offload_seconds(parts, lengths, to_host),
     )
     if not rollout:
         return Seconds(0.0, update_s)

@@ -56,9 +56,14 @@ def model_of(train: TrainConfig, config: ModelConfig) -> Decoder:
     return Decoder(dataclasses.replace(config, **{name: getattr(train, name) for name in names}))
 
 
-def check_attention(model: ModelConfig, rollout: RolloutConfig, mesh: Mesh) -> None:
-    """Raises a UserError where a setting names a kernel that cannot run there."""
+def check_devices(model: ModelConfig, rollout: RolloutConfig, mesh: Mesh) -> None:
+    """Raises a UserError where a setting names a kernel or a memory that is not there."""
     here = mesh.devices.flat[0].platform
+    if model.remat == "offload_projections" and here == "cpu":
+        raise UserError(
+            "train.remat = 'offload_projections' needs an accelerator: a CPU has no other memory "
+            "than the host's; 'keep_projections' recomputes as little"
+        )
     for key, value in (
         ("train.attention", model.attention),
         ("rollout.attention", rollout.attention),
@@ -197,10 +202,10 @@ def assemble(
             "embedding rows; use the tokenizer that belongs to the model"
         )
     model, external_model = model_of(experiment.train, base), None
-    check_attention(model.config, experiment.rollout, mesh)
+    check_devices(model.config, experiment.rollout, mesh)
     if external is not None:
         external_model = model_of(dataclasses.replace(experiment.train, lora=None), external)
-        check_attention(external_model.config, experiment.rollout, mesh)
+        check_devices(external_model.config, experiment.rollout, mesh)
     method = method_of(experiment, model, tokenizer, external_model)
     rules = experiment.mesh.rules
     shapes, variables = layout(model, mesh, rules)

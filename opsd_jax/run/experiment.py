@@ -24,7 +24,7 @@ from opsd_jax.method.optimizer import OptimizerConfig
 from opsd_jax.method.policy_gradient import PolicyGradient
 from opsd_jax.method.rows import parts_of
 from opsd_jax.method.teacher import TeacherConfig
-from opsd_jax.model.config import DTYPES, TEXT_ATTENTION, LoraConfig, ModelConfig
+from opsd_jax.model.config import DTYPES, REMATS, TEXT_ATTENTION, LoraConfig, ModelConfig
 from opsd_jax.model.sharding import MeshConfig, Rules
 from opsd_jax.sampling.config import RolloutConfig
 
@@ -71,7 +71,9 @@ class TrainConfig:
         1e-5 between rollout and scoring that a CPU keeps.
       attention: how whole texts are attended to: "xla", "splash" (TPU) or "cudnn" (NVIDIA GPU,
         bfloat16); see `attention.py`.
-      remat: recompute layers in the backward pass.
+      remat: what the backward pass computes again: True whole layers, "keep_projections" all but
+        the outputs of projections, "offload_projections" likewise with these in the host's memory,
+        False nothing.
       log_every_steps, eval_every_steps, checkpoint_every_steps: periods; 0 = never (a
         checkpoint is always written at the end).
       checkpoint_every_minutes: besides, so long after the last one, by the clock of process 0;
@@ -107,7 +109,7 @@ class TrainConfig:
     lora: LoraConfig | None = None
     dtype: Annotated[str, DTYPES] = "float32"
     attention: Annotated[str, TEXT_ATTENTION] = "xla"
-    remat: bool = True
+    remat: bool | Annotated[str, REMATS] = True
     log_every_steps: Count = 1
     eval_every_steps: Natural = 20
     checkpoint_every_steps: Natural = 20

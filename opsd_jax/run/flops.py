@@ -68,17 +68,17 @@ def forward_flops(
     config: ModelConfig, prompt: np.ndarray, completion: np.ndarray, adapters: bool = True
 ) -> float:
     """One pass over the texts of prompt and completion, with logits of the completion alone."""
-    return sum(_forward_parts(config, prompt, completion, adapters))
+    return sum(forward_parts(config, prompt, completion, adapters))
 
 
 def training_flops(config: ModelConfig, prompt: np.ndarray, completion: np.ndarray) -> float:
     """`forward_flops` and the gradient of what is trained."""
-    frozen, trained, attended = _forward_parts(config, prompt, completion, True)
+    frozen, trained, attended = forward_parts(config, prompt, completion)
     return (2 if config.lora else 3) * frozen + 3 * (trained + attended)
 
 
-def _forward_parts(
-    config: ModelConfig, prompt: np.ndarray, completion: np.ndarray, adapters: bool
+def forward_parts(
+    config: ModelConfig, prompt: np.ndarray, completion: np.ndarray, adapters: bool = True
 ) -> tuple[float, float, float]:
     """(products with the model's matrices, with adapters, attention)."""
     weights = products(config)

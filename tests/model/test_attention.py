@@ -18,7 +18,7 @@ from opsd_jax.model.config import NO_WINDOW
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.kv_cache import KV, KVCache
 from opsd_jax.model.sharding import FULLY_SHARDED, MeshConfig, make_mesh
-from opsd_jax.run.assembly import check_attention
+from opsd_jax.run.assembly import check_devices
 from opsd_jax.sampling.config import RolloutConfig
 from tests.tiny import tiny_batch, tiny_config, tiny_variables
 
@@ -122,6 +122,7 @@ def test_a_model_says_the_same_through_kernels(name, windows, monkeypatch):
         ("tpu", dict(attention="cudnn", dtype="bfloat16"), "needs a GPU"),
         ("gpu", dict(decode_attention="pallas"), "rollout.attention = 'pallas' needs a TPU"),
         ("gpu", dict(attention="cudnn"), "train.dtype = 'bfloat16'"),
+        ("cpu", dict(remat="offload_projections"), "needs an accelerator"),
         ("gpu", dict(attention="cudnn", dtype="bfloat16", attention_softcap=5.0), "cannot cap"),
     ],
 )
@@ -129,5 +130,5 @@ def test_a_kernel_that_cannot_run_is_refused(platform, changes, message):
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
     rollout = RolloutConfig(8, attention=changes.pop("decode_attention", "xla"))
     with pytest.raises(UserError, match=re.escape(message)):
-        check_attention(tiny_config(**changes), rollout, mesh)
-    check_attention(tiny_config(), RolloutConfig(8), mesh)
+        check_devices(tiny_config(**changes), rollout, mesh)
+    check_devices(tiny_config(), RolloutConfig(8), mesh)

@@ -13,9 +13,11 @@ import pytest
 from opsd_jax.errors import UserError
 from opsd_jax.host.chips import Peak
 from opsd_jax.main import main
+from opsd_jax.model.config import REMATS
+from opsd_jax.model.decoder import Decoder
 from opsd_jax.plan import command
 from opsd_jax.plan.command import Plan, choice, make_plan, plan_command, report, variants
-from opsd_jax.plan.estimate import executed_flops
+from opsd_jax.plan.estimate import Seconds, executed_flops, offload_seconds
 from opsd_jax.plan.step import Widths, parts_of, shape_of
 from opsd_jax.plan.targets import Target
 from opsd_jax.run.config import load_experiment
@@ -101,13 +103,18 @@ def test_recomputation_is_named(config_json):
     experiment = experiment_of()
     config = shape_of(experiment, config_json)
     lengths = command.padded_lengths(experiment, WIDTHS)
-    for remat in (False, True):
+    recomputed = []
+    for remat in (False, "keep_projections", True):
         train = dataclasses.replace(experiment.train, remat=remat)
         changed = dataclasses.replace(experiment, train=train)
         parts = parts_of(changed, config, jax.devices()[:4])
         done, needed = executed_flops(parts, lengths), step_flops(parts.method, lengths)
         assert done[0] == needed[0]
-        assert (done[1] > needed[1]) == remat
+        recomputed.append(done[1] - needed[1])
+    assert 0 == recomputed[0] < recomputed[1] < recomputed[2]
+    # Attention by hand: n (n + 1) / 2 pairs of a row, 4 N H each, in every layer.
+    n = WIDTHS.student + 17
+    assert recomputed[1] == 8 * n * (n + 1) / 2 * 4 * 4 * 64 * 2
 
 
 def test_a_search_tries_what_divides(config_json):
@@ -119,7 +126,32 @@ def test_a_search_tries_what_divides(config_json):
     ]
     # Two key heads allow mesh.model 1 and 2; 8 rows on 4 chips allow 1 and 2 micro-batches.
     assert {(m, n) for m, n, _ in found} == {(1, 1), (1, 2), (2, 1), (2, 2), (2, 4)}
-    assert len(found) == 10
+    assert len(found) == 5 * 4
+    assert {remat for *_, remat in found} == {True, *REMATS, False}
+
+
+def test_what_is_offloaded_takes_its_time(config_json):
+    """Of 8 rows of 25 tokens on four devices: q, k, v, o, gate and up, there and back."""
+    experiment = experiment_of()
+    parts = parts_of(experiment, shape_of(experiment, config_json), jax.devices()[:4])
+    lengths = command.padded_lengths(experiment, WIDTHS)
+    assert offload_seconds(parts, lengths, 1e9) == 0
+    moved = dataclasses.replace(parts.model.config, remat="offload_projections")
+    parts = parts._replace(model=Decoder(moved))
+    width = 256 + 2 * 128 + 128 + 2 * 256
+    assert offload_seconds(parts, lengths, 1e9) == 2 * (2 * 25 * 2 * width * 4) / 1e9
+    assert offload_seconds(parts, lengths, None) == 0
+
+
+def test_what_costs_an_unknown_time_is_not_chosen_before_its_equal(config_json):
+    experiment = experiment_of()
+    parts = parts_of(experiment, shape_of(experiment, config_json), jax.devices()[:4])
+    plans = []
+    for remat, size in (("offload_projections", 2**20), ("keep_projections", 2**21)):
+        train = dataclasses.replace(experiment.train, remat=remat)
+        changed = dataclasses.replace(experiment, train=train)
+        plans.append(Plan(changed, parts, arguments=size, seconds=Seconds(1.0, 1.0)))
+    assert "train.remat = 'keep_projections'" in choice(plans, here())
 
 
 def test_nothing_fits_is_said(config_json):

@@ -192,7 +192,11 @@ def test_a_target_is_named_and_bound_in_a_gin_file():
             "RandomModel.seed must be an integer >= 0",
         ),
         (["train.learning_rate = 1e999"], "train.learning_rate must be a number > 0, not inf"),
-        (["train.remat = 'no'"], "train.remat must be True or False, not 'no'"),
+        (
+            ["train.remat = 'no'"],
+            "train.remat must be True or False or 'keep_projections' or 'offload_projections', "
+            "not 'no'",
+        ),
         (["train.lora = 'lora'"], r"train.lora must be @lora\(\) or None, not 'lora'"),
         (["train.lora = @lora"], "train.lora .*not @lora without parentheses"),
         (["train.lora = @lora()", "lora.rank = 1.5"], "lora.rank must be an integer"),
