@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `opsd data | plan | train | eval | generate | export | tokens | report`.
+"""The command line: `opsd data | probe | plan | train | eval | generate | export | tokens | …`.
 
 Exit status: 0 done; 2 a usage or input error, told in one sentence; 1 a bug, with a traceback; 75
 start it again, it goes on (`host/watchdog.py`); 130 interrupted before there was anything to save.
@@ -17,7 +17,7 @@ from opsd_jax.errors import UserError
 from opsd_jax.fields import Count, Seed, check, hints_of
 from opsd_jax.run import flags
 
-MOST_ROLLOUTS_SHOWN = 1024  # of opsd tokens, in one batch
+MOST_ROLLOUTS_SHOWN = 1024  # of opsd tokens and opsd probe, in one batch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,11 +134,18 @@ def add_asking(commands: Any) -> None:
 
 
 def add_looking(commands: Any) -> None:
-    """`data`, `tokens` and `report`: what a run will see, and what runs did."""
+    """`data`, `probe`, `tokens` and `report`: what a run will see, and what runs did."""
     data = commands.add_parser("data", help="the first rows as each role will see them")
     add_gin(data, required=True)
     data.add_argument("--num", type=flags.integer, default=3, help="rows to show (default 3)")
     data.set_defaults(run=run_data)
+
+    probe = commands.add_parser("probe", help="before training: what can this teacher teach?")
+    add_gin(probe, required=True)
+    probe.add_argument("--num", type=flags.integer, default=64, help="problems (default 64)")
+    probe.add_argument("--seed", type=flags.integer, default=0)
+    probe.add_argument("--out", type=flags.file, help="a json file for the numbers")
+    probe.set_defaults(run=run_probe)
 
     tokens = commands.add_parser("tokens", help="where the teacher disagrees, token by token")
     tokens.add_argument(
@@ -370,6 +377,16 @@ def run_data(arguments: argparse.Namespace) -> None:
     from opsd_jax.run.data import data_command
 
     data_command(arguments.gin_file, arguments.gin_bindings, arguments.num)
+
+
+def run_probe(arguments: argparse.Namespace) -> None:
+    check("--seed", arguments.seed, Seed)
+    check("--num", arguments.num, Annotated[int, ">= 1", f"<= {MOST_ROLLOUTS_SHOWN}"])
+    from opsd_jax.run.probe import probe_command
+
+    probe_command(
+        arguments.gin_file, arguments.gin_bindings, arguments.num, arguments.seed, arguments.out
+    )
 
 
 def run_plan(arguments: argparse.Namespace) -> None:

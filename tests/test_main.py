@@ -21,6 +21,7 @@ COMMANDS = {
     "eval --compare": {"--compare": "no_a"},
     "generate": {"--model": "no_model", "--prompt": "x"},
     "export": {"--workdir": "no_run", "--out": "no_out"},
+    "probe": {"--gin_file": "no.gin"},
     "tokens": {"--workdir": "no_run"},
     "report": {"--workdir": "no_run", "--out": "no.html"},
 }
@@ -41,6 +42,7 @@ FLAGS = {
     },
     "eval": {"--out": [*PATHS, "a_file"], "--gin_file": PATHS, "--gin_bindings": TEXTS},
     "export": {"--out": [*PATHS, "a_file"], "--format": ["", "x", *TEXTS]},
+    "probe": {"--num": [*NUMBERS, "0", "1025"], "--seed": NUMBERS, "--out": ["a_folder"]},
     "tokens": {"--num": [*NUMBERS, "0", "1025"], "--seed": NUMBERS, "--workdir": ["a_file"]},
     "report": {
         **{"--out": [*PATHS, "a_folder"], "--levels": [*NUMBERS, "0", "2"], "--name": TEXTS},
