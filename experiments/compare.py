@@ -17,7 +17,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -177,33 +177,46 @@ def reach_table(groups: list[Group], levels: list[float]) -> list[str]:
 
 def draw(groups: list[Group], path: Path) -> None:
     """Accuracy against tokens, mean and standard deviation over the runs of each group."""
+    figure, axes = panels(figsize=(7.2, 4.2))
+    for group in groups:
+        draw_group(axes, group)
+    axes.set(xlabel="tokens trained on", ylabel="held-out accuracy", ylim=(0, 1.02))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def panels(*shape: int, font_size: int = 11, **options: Any) -> Any:
+    """(figure, axes) of matplotlib, such that the same runs give the same file."""
     import matplotlib
     import matplotlib.pyplot as plt
 
     matplotlib.use("svg")
-
-    # Names that do not depend on the moment: the same runs give the same file.
-    plt.rcParams.update({"svg.hashsalt": "opsd", "svg.fonttype": "none", "font.size": 11})
-    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    # Names that do not depend on the moment.
+    plt.rcParams.update({"svg.hashsalt": "opsd", "svg.fonttype": "none", "font.size": font_size})
+    figure, axes = plt.subplots(*shape, layout="constrained", **options)
     figure.patch.set_facecolor("white")
-    for group in groups:
-        curves = [each.series(ACCURACY, TOKENS) for each in group.runs]
-        rows = band(curves)
-        x, mean, sd = (curves[0][:, 0], curves[0][:, 1], None) if rows is None else rows.T
-        (line,) = axes.plot(x, mean, label=group.label)
-        if sd is not None:
-            axes.fill_between(x, mean - sd, mean + sd, color=line.get_color(), alpha=0.2, lw=0)
-    axes.set(xlabel="tokens trained on", ylabel="held-out accuracy", ylim=(0, 1.02))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.grid(alpha=0.3)
-    beside = len(groups) > 6  # so many would cover the curves
-    place = dict(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8) if beside else {}
-    axes.legend(**(dict(loc="lower right", frameon=False) | place))
-    figure.savefig(path, metadata={"Date": None})
+    return figure, axes
 
 
-def write_study(study: Study, num_seeds: int, out: Path) -> None:
-    """Runs what is missing of a study; writes OUT/table.md and OUT/compare.svg."""
+def draw_group(axes: Any, group: Group, **line: Any) -> None:
+    """A curve and its band; `line` is how matplotlib draws it."""
+    curves = [each.series(ACCURACY, TOKENS) for each in group.runs]
+    rows = band(curves)
+    x, mean, sd = (curves[0][:, 0], curves[0][:, 1], None) if rows is None else rows.T
+    (drawn,) = axes.plot(x, mean, **({"label": group.label} | line))
+    if sd is not None:
+        axes.fill_between(x, mean - sd, mean + sd, color=drawn.get_color(), alpha=0.2, lw=0)
+
+
+def write_study(
+    study: Study,
+    num_seeds: int,
+    out: Path,
+    draw: Callable[[list[Group], Path], None] = draw,
+) -> None:
+    """Runs what is missing of a study; writes OUT/table.md and, by `draw`, OUT/compare.svg."""
     jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
     rates = tune(study, out)
     seeds = range(1, 1 + num_seeds) if num_seeds else [0]

@@ -15,6 +15,9 @@ Three disturbances make the hinted behaviour a rule rather than a coincidence:
                   puts the writer where a student's wrong rollout puts the teacher.
 Without `drop` and `wrong_prefix` the base becomes a *leaky* teacher: off the reference, it names
 the reference's next result instead of what follows from the prefix.
+
+Where asked, rows with an answer as context are written, too: the same lemmas in the student's own
+notation and order, for methods whose teacher sees another answer of a step.
 """
 
 import dataclasses
@@ -34,6 +37,8 @@ from opsd_jax.testbed.world import (
     ChainTask,
     facts,
 )
+
+SHOWN = ("nothing", "reference", "answer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,17 +84,18 @@ def write_rows(
     config: CorpusConfig,
     rng: np.random.Generator,
     num_rows: int,
-    hinted: bool,
+    shown: str,
 ) -> CorpusRows:
-    """Draws training problems and writes `num_rows` rows, with or without a reference."""
+    """Draws training problems and writes `num_rows` rows; `shown`, of `SHOWN`, is their context."""
     train = np.flatnonzero(~task.heldout)
     left, steps = task.problem(train[rng.integers(len(train), size=num_rows)])
     question = np.concatenate([left[:, None], _step_ids(steps)], axis=1)
     parts = [question, np.full((num_rows, 1), QUERY)]
     lemmas = None
-    if hinted:
+    if shown != "nothing":
         lemmas = _draw_lemmas(task, config, rng, left, steps)
-        parts[1:1] = [np.full((num_rows, 1), BAR), _reference_ids(task, rng, lemmas)]
+        context = _answer_ids(lemmas) if shown == "answer" else _reference_ids(task, rng, lemmas)
+        parts[1:1] = [np.full((num_rows, 1), BAR), context]
     prompt = np.concatenate(parts, axis=1)
     response, targets, target_fact = _respond(task, config, rng, left, steps, lemmas)
     rows = (np.concatenate([prompt, response], axis=1), targets, target_fact)
@@ -102,7 +108,7 @@ def _step_ids(steps: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Lemmas:
-    """The reference of each row: [n, num_ops] keys and results, and the [n] answer it states."""
+    """What each row is shown: [n, num_ops] keys and results, and the [n] answer that it states."""
 
     lefts: np.ndarray
     steps: np.ndarray
@@ -134,20 +140,26 @@ def _draw_lemmas(task, config, rng, left, steps) -> _Lemmas:
     return _Lemmas(lefts, keys, stated[rows[:, None], lefts, keys], answer=current)
 
 
+def _lines(lemmas: _Lemmas) -> np.ndarray:
+    """[n, num_ops, 4] ids of `8+6=4` for every lemma."""
+    lefts = lemmas.lefts
+    lines = [lefts, _step_ids(lemmas.steps), np.full_like(lefts, EQUALS), lemmas.results]
+    return np.stack(lines, axis=-1)
+
+
+def _answer_ids(lemmas: _Lemmas) -> np.ndarray:
+    """[n, response_len - 1] ids of the lemmas as lines of an answer, which goes on with `#`."""
+    n = len(lemmas.answer)
+    ends = ((0, 0), (0, 0), (0, 1))
+    lines = np.pad(_lines(lemmas), ends, constant_values=SEMICOLON).reshape(n, -1)
+    return np.concatenate([lines, np.stack([np.full(n, HASH), lemmas.answer], axis=1)], axis=1)
+
+
 def _reference_ids(task: ChainTask, rng, lemmas: _Lemmas) -> np.ndarray:
     """[n, reference_len] ids of `#answer` and the lemmas in random order."""
     n, num_ops = lemmas.steps.shape
-    tokens = np.stack(
-        [
-            lemmas.lefts,
-            _step_ids(lemmas.steps),
-            np.full_like(lemmas.lefts, EQUALS),
-            lemmas.results,
-        ],
-        axis=-1,
-    )
     order = rng.permuted(np.tile(np.arange(num_ops), (n, 1)), axis=1)
-    tokens = np.take_along_axis(tokens, order[..., None], axis=1).reshape(n, -1)
+    tokens = np.take_along_axis(_lines(lemmas), order[..., None], axis=1).reshape(n, -1)
     head = np.stack([np.full(n, HASH), lemmas.answer], axis=1)
     return np.concatenate([head, tokens], axis=1)
 

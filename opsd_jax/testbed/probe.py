@@ -16,9 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opsd_jax.data.problems import Problem
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.head import head_logits, output_head
-from opsd_jax.testbed.world import STEPS, ChainTask, ChainTokenizer, facts, true_results
+from opsd_jax.testbed.world import (
+    STEPS,
+    ChainTask,
+    ChainTokenizer,
+    facts,
+    own_notation,
+    true_results,
+)
 
 NUM_PROBES = 512
 
@@ -43,7 +51,8 @@ def wrong_prefix_probe(
     for role, variables in (("student", student), ("teacher", teacher)):
         if variables is None:
             continue
-        ok, leak = after_wrong_step(model, variables, tokenizer, task, hinted=role == "teacher")
+        shown = "reference" if role == "teacher" else "nothing"
+        ok, leak = after_wrong_step(model, variables, tokenizer, task, shown)
         metrics |= {f"probe/{role}/ok": ok, f"probe/{role}/leak": leak}
     belief = fact_beliefs(model, student, tokenizer, task)
     metrics["probe/weak"] = float(belief[task.is_weak].mean())
@@ -51,15 +60,26 @@ def wrong_prefix_probe(
     return metrics
 
 
+def prompt_with(shown: str, problem: Problem) -> str:
+    """The prompt of a problem with nothing, its reference, or its right answer as context."""
+    question = problem.question_text
+    if shown == "nothing":
+        return f"{question}?"
+    return f"{question}|{problem.solution if shown == 'reference' else own_notation(question)}?"
+
+
 def after_wrong_step(
     model: Decoder,
     variables: dict,
     tokenizer: ChainTokenizer,
     task: ChainTask,
-    hinted: bool,
+    shown: str,
     num_probes: int = NUM_PROBES,
 ) -> tuple[float, float]:
-    """Mean (ok, leak) over held-out problems whose first result was replaced by a wrong one."""
+    """Mean (ok, leak) over held-out problems whose first result was replaced by a wrong one.
+
+    `shown` is "nothing", "reference" or "answer" (`prompt_with`).
+    """
     heldout = np.flatnonzero(task.heldout)[:: max(1, task.heldout.sum() // num_probes)]
     rng = np.random.RandomState(0)  # Its stream is frozen, so the probe never changes.
     rows, right, reference = [], [], []
@@ -68,7 +88,7 @@ def after_wrong_step(
         results = true_results(left, steps)
         wrong = (results[0] + rng.randint(1, 10)) % 10
         problem, (first, second) = task.record(index), (STEPS[s] for s in steps[:2])
-        prompt = f"{problem.question}|{problem.solution}?" if hinted else f"{problem.question}?"
+        prompt = prompt_with(shown, problem)
         rows.append(tokenizer.encode(f"{prompt}{left}{first}={wrong};{wrong}{second}="))
         right.append(facts()[wrong, steps[1]])
         reference.append(results[1])

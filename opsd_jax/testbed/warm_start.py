@@ -33,7 +33,7 @@ from opsd_jax.model.head import head_logits, output_head
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.rollout import rollout
 from opsd_jax.testbed.corpus import CorpusConfig, write_rows
-from opsd_jax.testbed.probe import after_wrong_step, fact_beliefs
+from opsd_jax.testbed.probe import after_wrong_step, fact_beliefs, prompt_with
 from opsd_jax.testbed.world import ChainTask, ChainTokenizer, grade
 
 # Part of the cache key: raise it when the corpus or the training below changes its results.
@@ -64,6 +64,8 @@ class WarmStartConfig:
       max_rounds: after so many rounds a base that fails the gate is refused.
       hinted_rows: rows with a reference in each step.
       plain_rows: rows without one.
+      answer_rows: rows with an answer in the student's own notation, which the gate then asks for;
+        0 teaches none.
       learning_rate: peak of the first round; further rounds take `extra_learning_rate`.
       extra_learning_rate: see there.
       muon_scale: Muon's learning rate, for the matrices of the layers, as a multiple of Adam's.
@@ -80,6 +82,7 @@ class WarmStartConfig:
     max_rounds: Count = 5
     hinted_rows: Count = 64
     plain_rows: Count = 24
+    answer_rows: Natural = 0
     learning_rate: Positive = 3e-3
     extra_learning_rate: Positive = 2e-3
     muon_scale: Positive = 7.0
@@ -101,6 +104,8 @@ class BaseReport:
       teacher: sampled accuracy with the reference in context.
       student_ok, student_leak, teacher_ok, teacher_leak: wrong-prefix probe (probe.py).
       weak, strong: mean probability of the right result of weak and strong facts.
+      answer, answer_ok: as teacher and teacher_ok with a right answer in the student's own
+        notation as context; None where that is not taught.
     """
 
     student: float
@@ -112,6 +117,8 @@ class BaseReport:
     teacher_leak: float
     weak: float
     strong: float
+    answer: float | None = None
+    answer_ok: float | None = None
 
     def failures(self) -> list[str]:
         """The conditions of the gate that are not met, in words; empty when it is passed."""
@@ -127,15 +134,24 @@ class BaseReport:
             f"after a wrong step teacher ({self.teacher_ok:.3f}) and student "
             f"({self.student_ok:.3f}) differ by more than 0.03": gap <= 0.03,
         }
+        if self.answer is not None and self.answer_ok is not None:
+            gap = abs(self.answer_ok - self.student_ok)
+            conditions |= {
+                f"accuracy {self.answer:.3f} with a right answer is below 0.95": self.answer
+                >= 0.95,
+                f"after a wrong step the teacher with an answer ({self.answer_ok:.3f}) and the "
+                f"student ({self.student_ok:.3f}) differ by more than 0.03": gap <= 0.03,
+            }
         return [text for text, met in conditions.items() if not met]
 
     def summary(self) -> str:
+        more = "" if self.answer is None else f", with an answer {self.answer:.3f}"
         return (
             f"student {self.student:.3f} (greedy {self.student_greedy:.3f}), "
             f"teacher {self.teacher:.3f}, after a wrong step ok/leak: "
             f"student {self.student_ok:.2f}/{self.student_leak:.2f}, "
             f"teacher {self.teacher_ok:.2f}/{self.teacher_leak:.2f}, "
-            f"facts weak/strong {self.weak:.2f}/{self.strong:.2f}"
+            f"facts weak/strong {self.weak:.2f}/{self.strong:.2f}{more}"
         )
 
 
@@ -165,6 +181,8 @@ def load_or_train(
         "model": dataclasses.asdict(model_config),
     }
     recipe = json.loads(json.dumps(recipe))
+    if not config.answer_rows:  # A base without them keeps the name that it has always had.
+        del recipe["warm_start"]["answer_rows"]
     name = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     place = pathlib.Path(cache_dir) / f"testbed_base_{name}"
     base = _read(place, recipe, say)
@@ -193,7 +211,7 @@ def warm_start(
     for round_number in range(config.max_rounds):
         params = _train_round(config, model, params, rng, round_number, say)
         total += config.extra_steps if round_number else config.num_steps
-        report = measure(model, params, config.task)
+        report = measure(model, params, config)
         say(f"warm start: {total} steps, {report.summary()}")
         failures = report.failures()
         if not failures or not config.require_gate:
@@ -206,43 +224,48 @@ def warm_start(
 
 
 def measure(
-    model: Decoder, params: dict, task: ChainTask, num_problems: int = 1024, seed: int = 0
+    model: Decoder,
+    params: dict,
+    config: WarmStartConfig,
+    num_problems: int = 1024,
+    seed: int = 0,
 ) -> BaseReport:
     """Judges a base on held-out problems."""
-    variables, tokenizer = {"params": params}, ChainTokenizer()
+    variables, tokenizer, task = {"params": params}, ChainTokenizer(), config.task
     heldout = np.random.RandomState(seed).permutation(np.flatnonzero(task.heldout))
     problems = [task.record(int(i)) for i in heldout[:num_problems]]
-    student = [tokenizer.encode(f"{p.question}?") for p in problems]
-    teacher = [tokenizer.encode(f"{p.question}|{p.solution}?") for p in problems]
 
-    def accuracy(prompts, temperature):
-        config = RolloutConfig(
+    def accuracy(shown, temperature=1.0):
+        rollouts = RolloutConfig(
             task.response_len,
             temperature=temperature,
             stop_ids=tokenizer.stop_ids,
             pad_id=tokenizer.pad_id,
         )
+        prompts = [tokenizer.encode(prompt_with(shown, problem)) for problem in problems]
         ids = jnp.array(prompts, jnp.int32)
         lengths = jnp.full(len(ids), ids.shape[1], jnp.int32)
-        completion = _rollout(model, config, variables, ids, lengths, jax.random.key(seed))
+        completion = _rollout(model, rollouts, variables, ids, lengths, jax.random.key(seed))
         texts = map(tokenizer.decode, np.asarray(completion.ids))
         return float(np.mean([grade(p, text) for p, text in zip(problems, texts, strict=True)]))
 
-    probes = {
-        hinted: after_wrong_step(model, variables, tokenizer, task, hinted)
-        for hinted in (False, True)
-    }
+    def probe(shown):
+        return after_wrong_step(model, variables, tokenizer, task, shown)
+
+    (student_ok, student_leak), (teacher_ok, teacher_leak) = probe("nothing"), probe("reference")
     belief = fact_beliefs(model, variables, tokenizer, task)
     return BaseReport(
-        student=accuracy(student, 1.0),
-        student_greedy=accuracy(student, 0.0),
-        teacher=accuracy(teacher, 1.0),
-        student_ok=probes[False][0],
-        student_leak=probes[False][1],
-        teacher_ok=probes[True][0],
-        teacher_leak=probes[True][1],
+        student=accuracy("nothing"),
+        student_greedy=accuracy("nothing", 0.0),
+        teacher=accuracy("reference"),
+        student_ok=student_ok,
+        student_leak=student_leak,
+        teacher_ok=teacher_ok,
+        teacher_leak=teacher_leak,
         weak=float(belief[task.is_weak].mean()),
         strong=float(belief[~task.is_weak].mean()),
+        answer=accuracy("answer") if config.answer_rows else None,
+        answer_ok=probe("answer")[0] if config.answer_rows else None,
     )
 
 
@@ -263,11 +286,15 @@ def _train_round(config, model, params, rng, round_number, say):
     # Donation needs its own buffers.
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     opt_state = optimizer.init(params)
+    kinds = (
+        ("reference", config.hinted_rows),
+        ("nothing", config.plain_rows),
+        ("answer", config.answer_rows),
+    )
     start = 0.0
     for done in range(0, steps, _STEPS_PER_CALL):
         rows = tuple(
-            _corpus_rows(config, rng, num_rows, hinted)
-            for num_rows, hinted in ((config.hinted_rows, True), (config.plain_rows, False))
+            _corpus_rows(config, rng, num_rows, shown) for shown, num_rows in kinds if num_rows
         )
         params, opt_state, loss = train(params, opt_state, rows)
         said = f"warm start: step {done + _STEPS_PER_CALL}/{steps}, excess loss {float(loss):.4f}"
@@ -309,9 +336,9 @@ def _optimizer(config, params, steps, peak):
     return optax.chain(optax.clip_by_global_norm(1.0), optimizer)
 
 
-def _corpus_rows(config, rng, num_rows, hinted):
+def _corpus_rows(config, rng, num_rows, shown):
     """(ids, targets, target_fact), each [steps per call, num_rows, ...]."""
-    rows = write_rows(config.task, config.corpus, rng, _STEPS_PER_CALL * num_rows, hinted)
+    rows = write_rows(config.task, config.corpus, rng, _STEPS_PER_CALL * num_rows, shown)
     arrays = (rows.ids, rows.targets, rows.target_fact)
     return tuple(x.reshape(_STEPS_PER_CALL, num_rows, -1) for x in arrays)
 

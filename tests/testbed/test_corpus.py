@@ -8,16 +8,16 @@ import pytest
 
 from opsd_jax.errors import UserError
 from opsd_jax.testbed.corpus import CorpusConfig, write_rows
-from opsd_jax.testbed.world import STEPS, ChainTask, ChainTokenizer
+from opsd_jax.testbed.world import STEPS, ChainTask, ChainTokenizer, own_notation
 
 TASK = ChainTask()
 CLEAN = CorpusConfig(counterfactual=0.0, drop=0.0, wrong_prefix=0.0)
 HEAVY = CorpusConfig(counterfactual=0.5, drop=0.4, near=0.5, wrong_prefix=0.4)
 
 
-def rows_as_text(config, hinted, num_rows=600, seed=0):
-    """(question, reference lemmas, response lines, target lines, facts) of each row."""
-    rows = write_rows(TASK, config, np.random.default_rng(seed), num_rows, hinted)
+def rows_as_text(config, shown, num_rows=600, seed=0):
+    """(question, what is shown, response lines, target lines, facts) of each row."""
+    rows = write_rows(TASK, config, np.random.default_rng(seed), num_rows, shown)
     decode = ChainTokenizer().decode
     for ids, targets, fact in zip(rows.ids, rows.targets, rows.target_fact, strict=True):
         prompt, response = decode(ids).split("?")
@@ -28,11 +28,13 @@ def rows_as_text(config, hinted, num_rows=600, seed=0):
         yield question, reference, lines, target_lines, fact
 
 
-@pytest.mark.parametrize("hinted", [True, False])
-def test_the_writer_follows_its_prefix_and_its_reference(hinted):
+@pytest.mark.parametrize("shown", ["reference", "answer", "nothing"])
+def test_the_writer_follows_its_prefix_and_what_it_is_shown(shown):
     looked_up = remembered = wrong = 0
-    for question, reference, lines, target_lines, fact in rows_as_text(HEAVY, hinted):
-        lemmas = [lemma.split("=") for lemma in reference.split(" ")[1:]]
+    for question, context, lines, target_lines, fact in rows_as_text(HEAVY, shown):
+        stated_lines = context.split(";")[:-1] if shown == "answer" else context.split(" ")[1:]
+        lemmas = [line.split("=") for line in stated_lines]
+        assert len(lemmas) == (0 if shown == "nothing" else 3)
         current = question[0]
         for i, step in enumerate(re.findall(r"[+*]\d", question)):
             key, result = lines[i][:-1].split("=")
@@ -52,12 +54,17 @@ def test_the_writer_follows_its_prefix_and_its_reference(hinted):
             current = result
         assert lines[3] == target_lines[3] == current  # the answer is the writer's own
         assert (fact[15:] == -1).all()
-    assert (looked_up > 300) == hinted and remembered > 300 and wrong > 300
+    assert (looked_up > 300) == (shown != "nothing") and remembered > 300 and wrong > 300
+
+
+def test_clean_answers_are_right_and_in_the_students_notation():
+    for question, answer, *_ in rows_as_text(CLEAN, "answer", 200):
+        assert answer == own_notation(question)
 
 
 def test_clean_references_are_those_of_the_problem():
     by_question = {}
-    for question, reference, lines, _, fact in rows_as_text(CLEAN, True, 200):
+    for question, reference, lines, _, fact in rows_as_text(CLEAN, "reference", 200):
         by_question[question] = reference
         assert (fact == -1).all()
         assert sorted(reference.split(" ")[1:]) == sorted(line[:-1] for line in lines[:3])
@@ -69,19 +76,19 @@ def test_clean_references_are_those_of_the_problem():
 def test_replacements_are_near_when_asked():
     """With all lemmas dropped: near ones keep the step and never the whole key."""
     config = CorpusConfig(counterfactual=0.0, drop=1.0, near=1.0, wrong_prefix=0.0)
-    for question, reference, _, _, _ in rows_as_text(config, True, 100):
+    for question, reference, _, _, _ in rows_as_text(config, "reference", 100):
         steps = sorted(re.findall(r"[+*]\d", question))
         assert sorted(re.findall(r"[+*]\d", reference)) == steps
     far = CorpusConfig(counterfactual=0.0, drop=1.0, near=0.0, wrong_prefix=0.0)
     kept = [
         sorted(re.findall(r"[+*]\d", reference)) == sorted(re.findall(r"[+*]\d", question))
-        for question, reference, _, _, _ in rows_as_text(far, True, 100)
+        for question, reference, _, _, _ in rows_as_text(far, "reference", 100)
     ]
     assert np.mean(kept) < 0.1
 
 
 def test_memory_is_drawn_as_often_as_it_is_believed():
-    rows = write_rows(TASK, CLEAN, np.random.default_rng(0), 20_000, hinted=False)
+    rows = write_rows(TASK, CLEAN, np.random.default_rng(0), 20_000, "nothing")
     fact, drawn = rows.target_fact[:, 3::5].ravel(), rows.ids[:, 5 + 3 :: 5].ravel()[:60_000]
     drawn = rows.ids[:, 5:][:, 3:15:5].ravel()
     fact = rows.target_fact[:, 3:15:5].ravel()
@@ -96,7 +103,7 @@ def test_memory_is_drawn_as_often_as_it_is_believed():
 def test_counterfactual_results_are_unrelated_to_the_truth():
     config = CorpusConfig(counterfactual=1.0, drop=0.0, wrong_prefix=0.0)
     right = []
-    for _, reference, *_ in rows_as_text(config, True, 400):
+    for _, reference, *_ in rows_as_text(config, "reference", 400):
         for left, operator, operand, result in re.findall(r"(\d)([+*])(\d)=(\d)", reference):
             a, b = int(left), int(operand)
             right.append((a + b if operator == "+" else a * b) % 10 == int(result))

@@ -43,21 +43,22 @@ def variables(belief):
 
 def test_a_model_that_knows_the_facts_is_right_and_leaks_by_chance_only():
     truth = np.eye(10)[facts()]
-    for hinted in (False, True):
-        ok, leak = after_wrong_step(StandIn(), variables(truth), TOKENIZER, TASK, hinted)
+    for shown in ("nothing", "reference", "answer"):
+        ok, leak = after_wrong_step(StandIn(), variables(truth), TOKENIZER, TASK, shown)
         assert ok > 0.999 and 0.02 < leak < 0.25
 
 
 def test_ok_is_the_belief_in_what_follows_from_the_prefix():
-    ok, _ = after_wrong_step(StandIn(), variables(TASK.memory), TOKENIZER, TASK, hinted=False)
+    ok, _ = after_wrong_step(StandIn(), variables(TASK.memory), TOKENIZER, TASK, "nothing")
     assert abs(ok - (0.65 + 0.35 * 0.30)) < 0.05  # facts of a wrong prefix are drawn at random
 
 
 def test_a_teacher_that_jumps_back_to_the_reference_is_found_out():
     model, truth = StandIn(leaks=True), np.eye(10)[facts()]
-    ok, leak = after_wrong_step(model, variables(truth), TOKENIZER, TASK, hinted=True)
-    assert leak > 0.85 and ok < 0.3
-    ok, leak = after_wrong_step(model, variables(truth), TOKENIZER, TASK, hinted=False)
+    for shown in ("reference", "answer"):
+        ok, leak = after_wrong_step(model, variables(truth), TOKENIZER, TASK, shown)
+        assert leak > 0.85 and ok < 0.3
+    ok, leak = after_wrong_step(model, variables(truth), TOKENIZER, TASK, "nothing")
     assert ok > 0.999  # without a reference there is nothing to jump back to
 
 
