@@ -159,9 +159,34 @@ def edge_opd(z):
     return token_mean(np.where(evidence, -at_ids(z), 0), SEEN) + anchor
 
 
+def of_kept(values, kept):
+    return np.where(kept, values, 0) * SEEN.sum() / kept.sum()
+
+
+def eopd(z):
+    teacher = log_softmax(TEACHER)
+    kl = (np.exp(teacher) * (teacher - log_softmax(z))).sum(-1)
+    return token_mean(surrogate(z, GAP) + np.where(entropy(TEACHER) > 0.8, kl, 0), SEEN)
+
+
+def reopold(z):
+    floor = np.log(0.1) / 0.9
+    kept = SEEN & (floor <= GAP)
+    assert 0 < kept.sum() < SEEN.sum()
+    return token_mean(surrogate(z, of_kept(GAP, kept)), SEEN)
+
+
+def opsa(z):
+    last = np.sort(at_ids(STUDENT)[SEEN])[int(0.2 * SEEN.sum()) - 1]
+    kept, H = SEEN & (at_ids(STUDENT) <= last), entropy(STUDENT)
+    assert kept.sum() == int(0.2 * SEEN.sum()) > 1
+    rank = (H - H[kept].min()) / (H[kept].max() - H[kept].min())
+    return token_mean(surrogate(z, of_kept(-0.5 - rank / 2, kept)), SEEN)
+
+
 ORACLES = [
     *(grpo, dr_grpo, dapo, sft, rejection, rlsd, antisd, reward_and_teacher, sdar, srpo, hdpo),
-    *(edge_opd, sdpo, rlcsd),
+    *(edge_opd, sdpo, rlcsd, eopd, reopold, opsa),
 ]
 
 
@@ -241,6 +266,22 @@ def test_rlcsd_sets_a_right_hint_against_wrong_ones():
         return row_mean(surrogate(z, shaped), MASK)
 
     assert (shaped == 0)[A[:, 0] != 0].any()
+    assert_follows(loss_and_gradient(experiment.train.objective, experiment.divergence), oracle)
+
+
+def test_reopold_turns_to_the_tokens_of_the_highest_entropy():
+    """After the switch the floor lifts those below it."""
+    experiment, _ = load_experiment(
+        [str(METHODS / "reopold.gin")],
+        [f"reopold.switch_steps = {STEP}", "reopold.fraction = 0.5", "reopold.mixture = 0.5"],
+    )
+    kept = SEEN & (entropy(STUDENT) >= np.quantile(entropy(STUDENT)[SEEN], 0.5))
+    floor = np.log(0.5) / 0.5
+    assert (GAP[kept] < floor).any() and kept.sum() < SEEN.sum()
+
+    def oracle(z):
+        return token_mean(surrogate(z, of_kept(np.maximum(GAP, floor), kept)), SEEN)
+
     assert_follows(loss_and_gradient(experiment.train.objective, experiment.divergence), oracle)
 
 
