@@ -13,6 +13,7 @@ import pytest
 from opsd_jax.data.contexts import ContextConfig
 from opsd_jax.data.problems import Problem
 from opsd_jax.data.references import ReferenceRows
+from opsd_jax.data.tokenizer import HFTokenizer
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.report import CURVES
 from opsd_jax.main import main
@@ -29,11 +30,13 @@ from opsd_jax.model.sharding import (
     shard_batch,
     variable_shardings,
 )
+from opsd_jax.pretrained.export import save_pretrained
 from opsd_jax.run.assembly import same_tokens, split_trainable
 from opsd_jax.run.config import load_experiment
 from opsd_jax.run.stepping import to_batch
 from opsd_jax.sampling.prompts import Context
 from opsd_jax.testbed.world import ChainTokenizer
+from tests.data.test_tokenizer import byte_tokenizer
 from tests.method.test_policy_gradient import method_of
 from tests.representatives import representatives
 from tests.run.test_train import TINY
@@ -161,15 +164,49 @@ def test_devices_and_micro_batches_change_nothing(name):
                 np.testing.assert_allclose(metrics_2[key], value, rtol=3e-4, atol=5e-6, err_msg=key)
 
 
+SHORT = ["train.num_steps = 2", "evaluate.greedy = False", "evaluate.roles = ('student',)"]
+
+
+def objectives(path, workdir, bindings) -> list[float]:
+    """The loss of each step of a run."""
+    flags = [f"--gin_bindings={b}" for b in bindings]
+    assert main(["train", f"--gin_file={path}", f"--workdir={workdir}", *flags]) == 0
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    return [line["loss/objective"] for line in lines if "loss/objective" in line]
+
+
 @pytest.mark.parametrize("path", SLOW, ids=lambda path: path.stem)
 def test_every_method_runs_two_steps(path, tmp_path):
     tiny = [b.replace("max_new_tokens = 4", "max_new_tokens = 18") for b in TINY]
     tiny = [b for b in tiny if not b.startswith("teacher.weights")]
-    tiny += ["train.num_steps = 2", "evaluate.greedy = False", "evaluate.roles = ('student',)"]
-    flags = [f"--gin_bindings={b}" for b in tiny]
-    assert main(["train", f"--gin_file={path}", f"--workdir={tmp_path}", *flags]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
-    assert all(np.isfinite(line["loss/objective"]) for line in lines[1:3])
+    found = objectives(path, tmp_path, tiny + SHORT)
+    assert len(found) == 2 and np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("name", representatives(OUTSIDE, "tinker_opd"))
+def test_methods_of_another_model_run_two_steps(name, tmp_path):
+    """Their own teacher, or their own world of chats, in small."""
+    path = EXPERIMENTS / "methods" / f"{name}.gin"
+    if name in ("opsdc", "opsrd"):
+        config = tiny_config(vocab_size=264, num_layers=1)
+        tokenizer = HFTokenizer(byte_tokenizer())
+        save_pretrained(str(tmp_path / "model"), config, tiny_variables(config), tokenizer)
+        rows = ({"question": f"q{i}", "answer": f"{i}"} for i in range(9))
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        own = [
+            f"PretrainedModel.path = '{tmp_path}/model'",
+            "train.problems = @JsonlProblems()",
+            f"JsonlProblems.path = '{tmp_path}/p.jsonl'",
+            "JsonlProblems.solution_column = None",
+            "train.heldout = None",
+            "train.grader_workers = 0",
+            "rollout.max_new_tokens = 4",
+        ]
+    else:
+        own = [b for b in TINY if not b.startswith("teacher.weights")]
+        own += ["teacher.model = @teacher/RandomModel()", "teacher/RandomModel.seed = 1"]
+    found = objectives(path, tmp_path / "run", own + SHORT)
+    assert len(found) == 2 and np.isfinite(found).all() and min(map(abs, found)) > 0
 
 
 @pytest.mark.parametrize("path", representatives(CURVED, *FAST), ids=lambda path: path.stem)
