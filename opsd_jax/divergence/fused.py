@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jax.sharding import PartitionSpec
 
@@ -192,13 +193,16 @@ def _on_mesh(plan, function, *static):
     def padded(operands, *rest):
         pad = -plan.vocab_size % place.size(place.vocab_axis)
 
-        def widen(kernel):
+        def prepared(kernel, hidden):
+            # Narrow on its way over the mesh, which the compiler would have it travel wide.
+            if kernel.dtype.itemsize > hidden.dtype.itemsize:
+                kernel = nn.with_logical_constraint(kernel.astype(hidden.dtype), ("vocab", "embed"))
             return jnp.pad(kernel, ((0, pad), (0, 0))) if pad else kernel
 
         return mapped(
             operands._replace(
-                kernel=widen(operands.kernel),
-                teachers=tuple((h, widen(k)) for h, k in operands.teachers),
+                kernel=prepared(operands.kernel, operands.hidden),
+                teachers=tuple((h, prepared(k, h)) for h, k in operands.teachers),
             ),
             *rest,
         )

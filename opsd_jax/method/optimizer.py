@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from opsd_jax.errors import UserError
 from opsd_jax.fields import Natural, NotNegative, Positive, check, require
+from opsd_jax.model.config import DTYPES
 from opsd_jax.model.sharding import replicated
 
 
@@ -23,6 +24,8 @@ class OptimizerConfig:
       schedule: after the warm-up "constant", "linear" to 0 or "cosine" to 0.
       decay_steps: steps until "linear" or "cosine" reaches 0, warm-up included.
       b1, b2, eps, weight_decay: of AdamW.
+      mu_dtype: of the first moment, as it is kept; "bfloat16" halves it. The second is float32: at
+        b2 = .999 what a step adds to it is less than the last bit of a bfloat16.
       max_grad_norm: global norm above which gradients are scaled down; 0 = never.
     """
 
@@ -33,6 +36,7 @@ class OptimizerConfig:
     b2: Annotated[float, ">= 0", "< 1"] = 0.999
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.0
+    mu_dtype: Annotated[str, DTYPES] = "float32"
     max_grad_norm: NotNegative = 1.0
 
     def __post_init__(self):
@@ -63,7 +67,7 @@ def learning_rate_schedule(config: OptimizerConfig, peak: float) -> optax.Schedu
 def make_optimizer(
     config: OptimizerConfig, learning_rate: float, num_updates: int = 1
 ) -> optax.GradientTransformation:
-    """Clip, then AdamW. Moments have the dtype of the parameters: float32 masters.
+    """Clip, then AdamW, whose second moment is float32 as the parameters are.
 
     Args:
       config: of AdamW and its schedule.
@@ -78,6 +82,7 @@ def make_optimizer(
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
+        mu_dtype=config.mu_dtype,
     )
     if not config.max_grad_norm:
         return adamw

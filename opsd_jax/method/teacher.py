@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from opsd_jax.errors import UserError
 from opsd_jax.fields import Count, Share, require
 from opsd_jax.method.reason_first import ReasonFirst
+from opsd_jax.model.compute_dtype import narrowed
+from opsd_jax.model.config import DTYPES
 
 Tree = dict[str, Any]
 
@@ -36,17 +40,21 @@ class Teacher(NamedTuple):
     update: Callable[[Tree, Tree, jax.Array], Tree]
 
 
-def copy(tree: Tree) -> Tree:
-    """A copy in its own buffers: the state is donated, and no buffer may be donated twice."""
-    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+def stored(update: Callable[[Tree, Tree, jax.Array], Tree], dtype: str = "float32") -> Teacher:
+    """A teacher that keeps a copy of all that is trained, `narrowed` to a dtype."""
+
+    def copy(trainable: Tree, frozen: Tree) -> Tree:
+        # In its own buffers: the state is donated, and no buffer may be donated twice.
+        return jax.tree.map(lambda x: jnp.array(x, copy=True), narrowed(trainable, dtype))
+
+    return Teacher(copy, lambda trainable, frozen, store: frozen | store, update)
 
 
-def initial() -> Teacher:
+def initial(dtype: str = "float32") -> Teacher:
     """The policy that training started from (the official recipe's fixed teacher)."""
-    return Teacher(
-        init=lambda trainable, frozen: {} if "params" in frozen else copy(trainable),
-        variables=lambda trainable, frozen, store: frozen | store,
-        update=lambda store, trainable, step: store,
+    kept = stored(lambda store, trainable, step: store, dtype)
+    return kept._replace(
+        init=lambda trainable, frozen: {} if "params" in frozen else kept.init(trainable, frozen)
     )
 
 
@@ -61,23 +69,22 @@ def live() -> Teacher:
 
 def ema(decay: float) -> Teacher:
     """An exponential moving average of the student: store = decay · store + (1 - decay) · new."""
-    return Teacher(
-        init=lambda trainable, frozen: copy(trainable),
-        variables=lambda trainable, frozen, store: frozen | store,
-        update=lambda store, trainable, step: jax.tree.map(
+    return stored(
+        lambda store, trainable, step: jax.tree.map(
             lambda old, new: old + (1.0 - decay) * (new - old), store, trainable
-        ),
+        )
     )
 
 
-def snapshot(every_steps: int) -> Teacher:
+def snapshot(every_steps: int, dtype: str = "float32") -> Teacher:
     """A copy of the student, renewed every `every_steps` steps."""
-    return Teacher(
-        init=lambda trainable, frozen: copy(trainable),
-        variables=lambda trainable, frozen, store: frozen | store,
-        update=lambda store, trainable, step: jax.tree.map(
-            lambda old, new: jnp.where(step % every_steps == 0, new, old), store, trainable
-        ),
+
+    def renew(old: jax.Array, new: jax.Array, step: jax.Array) -> jax.Array:
+        return jnp.where(step % every_steps == 0, new.astype(old.dtype), old)
+
+    return stored(
+        lambda store, trainable, step: jax.tree.map(partial(renew, step=step), store, trainable),
+        dtype,
     )
 
 
@@ -95,6 +102,9 @@ class TeacherConfig:
       weights: "initial", "live", "ema", "snapshot", or a function returning a `Teacher`.
       ema_decay: of "ema"; a large value follows the student slowly.
       snapshot_every_steps: of "snapshot".
+      dtype: of the copy that "initial" (all parameters trained) and "snapshot" keep. Where
+        train.dtype is "bfloat16" or the base was loaded so, "bfloat16" gives the same bits for
+        half the memory: the gains of norms, which alone are read in float32, stay float32.
       model: another model that teaches in its place, frozen: a source such as
         @PretrainedModel() or @FinishedRun(), with the student's tokenizer.
       reasons: @ReasonFirst() has it write an analysis before it scores; None scores at once.
@@ -105,11 +115,17 @@ class TeacherConfig:
     )
     ema_decay: Share = 0.999
     snapshot_every_steps: Count = 50
+    dtype: Annotated[str, DTYPES] = "float32"
     model: LoadsModel | None = None
     reasons: ReasonFirst | None = None
 
     def __post_init__(self):
         require("teacher", self)
+        if self.weights == "ema" and self.dtype != "float32":
+            raise UserError(
+                f"teacher.dtype = {self.dtype!r} rounds away what a step adds to an average: with "
+                "teacher.weights = 'ema' it must be 'float32'"
+            )
 
     def build(self) -> Teacher:
         if self.model is not None:
@@ -117,8 +133,8 @@ class TeacherConfig:
         if callable(self.weights):
             return self.weights()
         return {
-            "initial": initial,
+            "initial": lambda: initial(self.dtype),
             "live": live,
             "ema": lambda: ema(self.ema_decay),
-            "snapshot": lambda: snapshot(self.snapshot_every_steps),
+            "snapshot": lambda: snapshot(self.snapshot_every_steps, self.dtype),
         }[self.weights]()

@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh
 
 from opsd_jax.errors import UserError
+from opsd_jax.model.compute_dtype import narrowed
 from opsd_jax.model.decoder import Decoder, init_variables
 from opsd_jax.model.quantized import quantized
 from opsd_jax.model.sharding import variable_shardings
@@ -46,6 +47,7 @@ def decoding_form(model: Decoder, variables: dict, config: RolloutConfig) -> tup
     if config.dtype is not None:
         variables = cast(variables, config.dtype)
         model = Decoder(dataclasses.replace(model.config, dtype=config.dtype))
+    variables = narrowed(variables, model.config.dtype)
     if config.attention != "xla":
         model = Decoder(dataclasses.replace(model.config, decode_attention=config.attention))
     if gathers(config, jax.sharding.get_abstract_mesh()):
@@ -59,6 +61,7 @@ def decoding_form(model: Decoder, variables: dict, config: RolloutConfig) -> tup
 def changes_weights(model: Decoder, config: RolloutConfig, mesh: Mesh) -> bool:
     """Whether `decoding_form` makes other arrays there than those that it is given."""
     other_numbers = config.dtype is not None or config.weights is not None
+    other_numbers |= model.config.dtype != "float32"
     return other_numbers or gathers(config, mesh) or unrolls(model, config)
 
 

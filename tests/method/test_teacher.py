@@ -56,6 +56,16 @@ def test_snapshot_is_renewed_every_so_many_steps():
     assert [float(v["lora"]["a"][0]) for v in seen] == [3.0, 5.0, 5.0, 7.0, 7.0]
 
 
+def test_a_copy_may_be_narrow():
+    seen = walk(TeacherConfig("snapshot", snapshot_every_steps=2, dtype="bfloat16"), *LORA, 2)
+    assert [v["lora"]["a"].dtype.name for v in seen] == ["bfloat16"] * 2
+    assert float(seen[1]["lora"]["a"][0]) == 5.0
+    store = TeacherConfig(dtype="bfloat16").build().init(*FULL)
+    assert store["params"]["w"].dtype == jnp.bfloat16
+    with pytest.raises(UserError, match="teacher.dtype = 'bfloat16' rounds away"):
+        TeacherConfig("ema", dtype="bfloat16")
+
+
 def test_a_users_own_rule():
     own = TeacherConfig("live").build()
     assert TeacherConfig(lambda: own).build() is own

@@ -108,12 +108,15 @@ GRPO = [
     "train.group_size = 4",
     "train.num_updates = 2",
     "teacher.weights = 'initial'",
+    "teacher.dtype = 'bfloat16'",
+    "optimizer.mu_dtype = 'bfloat16'",
 ]
 
 
 @pytest.mark.slow
 def test_a_run_that_learns_from_grades_resumes_bit_for_bit(tmp_path):
-    """The same for GRPO: graded between the halves, two passes, a KL to the initial policy."""
+    """The same for GRPO: graded between the halves, two passes, a KL to the initial policy, whose
+    copy and the first moments are narrow."""
     assert main(command(tmp_path / "whole", "train.num_steps = 5", *GRPO)) == 0
     for num_steps in (2, 5):
         assert main(command(tmp_path / "cut", f"train.num_steps = {num_steps}", *GRPO)) == 0
