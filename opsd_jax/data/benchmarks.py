@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -12,6 +13,7 @@ from opsd_jax.data.grading import Grader
 from opsd_jax.data.problems import LoadedProblems
 from opsd_jax.errors import UserError
 from opsd_jax.fields import require
+from opsd_jax.host.hub import Listing, fetch, is_hub_name
 
 
 class Published(NamedTuple):
@@ -60,8 +62,8 @@ class Benchmark:
 
     Attributes:
       name: which.
-      path: a copy of the published data set, or a folder or file of its rows alone; "" fetches
-        it from the Hub by its id (needs the network once).
+      path: a copy of the published data set, a folder or file of its rows alone, or
+        `owner/name[@revision]` on the Hub; "" is there by its own id (needs the network once).
       grader: see `JsonlProblems`.
     """
 
@@ -80,7 +82,8 @@ class Benchmark:
         """
         del cache_dir
         published = BENCHMARKS[self.name]
-        path = Path(self.path).expanduser() if self.path else _fetch(published)
+        name = self.path or published.hub_id
+        path = _fetched(name, published) if is_hub_name(name) else Path(name).expanduser()
         # The published layout first: other splits lie beside the one that is evaluated.
         pattern = path / published.files
         is_layout = _has_files(path, published.files)
@@ -102,10 +105,10 @@ class Benchmark:
         try:
             return rows.load()
         except UserError as error:
-            name = source.__name__
-            told = str(error).replace(f"{name}.path", "Benchmark.path")
-            if name in told:
-                told += f" Benchmark fixes these: rows of another form are read with @{name}()."
+            kind = source.__name__
+            told = str(error).replace(f"{kind}.path", "Benchmark.path")
+            if kind in told:
+                told += f" Benchmark fixes these: rows of another form are read with @{kind}()."
             raise UserError(told) from None
 
 
@@ -115,20 +118,13 @@ def _has_files(path: Path, pattern: str) -> bool:
     return any(not is_hidden(each.relative_to(path)) for each in found)
 
 
-def _fetch(published: Published) -> Path:
-    """The data set's folder in the Hub's own cache, downloaded if it is not there."""
-    advice = f"download {published.hub_id} and set Benchmark.path to its folder"
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(
-            f"Benchmark.path is empty and huggingface_hub is not installed: {advice}"
-        ) from None
-    try:
-        folder = snapshot_download(
-            published.hub_id, repo_type="dataset", allow_patterns=[published.files]
-        )
-    except Exception as error:  # No network, no such file, a gate: the library has many names.
-        reason = (str(error) or type(error).__name__).splitlines()[0][:150]
-        raise UserError(f"{published.hub_id} cannot be fetched ({reason}); {advice}") from None
-    return Path(folder)
+def _fetched(name: str, published: Published) -> Path:
+    """The folder of a data set on the Hub, with the files of the evaluated split in it."""
+
+    def choose(listing: Listing) -> list[str]:
+        files = [file for file in listing.sizes if fnmatch.fnmatchcase(file, published.files)]
+        if not files:
+            raise UserError(f"the Hub data set {name} has no {published.files}; set Benchmark.path")
+        return files
+
+    return fetch("dataset", name, choose)

@@ -60,7 +60,7 @@ class RandomModel:
     """Random parameters, to train from nothing or to test a shape.
 
     Args:
-      tokenizer: "testbed", or a directory with tokenizer files.
+      tokenizer: "testbed", a directory with tokenizer files, or a model's name on the Hub.
       config: a `ModelConfig`, a directory whose config.json is read, or "testbed".
       seed: of the parameters.
     """

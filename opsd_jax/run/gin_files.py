@@ -24,6 +24,8 @@ HUB_FIELDS: Mapping[str, tuple[str, Kind]] = {
     "PretrainedModel": ("path", "model"),
     "JsonlProblems": ("path", "dataset"),
     "ParquetProblems": ("path", "dataset"),
+    "Benchmark": ("path", "dataset"),
+    "RandomModel": ("tokenizer", "model"),
 }
 _PATHS = ("path", "workdir", "cache_dir", "data_dir")
 _FOLDERS = ("RandomModel.tokenizer", "RandomModel.config")  # or something else than a folder

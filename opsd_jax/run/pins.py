@@ -17,7 +17,9 @@ from typing import Any, TypeVar
 
 import jax
 
+from opsd_jax.data.benchmarks import BENCHMARKS, Benchmark
 from opsd_jax.errors import UserError
+from opsd_jax.host.config_text import bindings
 from opsd_jax.host.files import read_text
 from opsd_jax.host.hub import Kind, commit_of, is_hub_name, is_pinned
 from opsd_jax.host.pod import refuse_together, text_of_first_process
@@ -73,10 +75,17 @@ def _commits(names: Mapping[str, Kind]) -> dict[str, str]:
 def _names(source: Any) -> Iterator[tuple[str, Kind]]:
     """What an experiment names on the Hub without a commit."""
     for config in _dataclasses(source):
-        field, kind = HUB_FIELDS.get(type(config).__name__, ("", "model"))
-        name = str(getattr(config, field, ""))
+        _, kind = HUB_FIELDS.get(type(config).__name__, ("", "model"))
+        name = _name(config)
         if is_hub_name(name) and not is_pinned(name):
             yield name, kind
+
+
+def _name(config: Any) -> str:
+    """What a source may name on the Hub; a benchmark without a path names its own data set."""
+    field, _ = HUB_FIELDS.get(type(config).__name__, ("", "model"))
+    name = str(getattr(config, field, ""))
+    return BENCHMARKS[config.name].hub_id if isinstance(config, Benchmark) and not name else name
 
 
 def _dataclasses(source: Any) -> Iterator[Any]:
@@ -94,16 +103,25 @@ def _replaced(source: Any, full: Mapping[str, str]) -> Any:
     own = HUB_FIELDS.get(type(source).__name__, ("", "model"))[0]
     for field in dataclasses.fields(source):
         value = getattr(source, field.name)
-        new = full.get(value, value) if field.name == own else _replaced(value, full)
+        new = full.get(_name(source), value) if field.name == own else _replaced(value, full)
         if new is not value and field.init:
             changes[field.name] = new
     return dataclasses.replace(source, **changes)
 
 
 def _bound(text: str, full: Mapping[str, str]) -> str:
-    """The config text with full names where a path, or a macro, is bound to one."""
+    """The config text with full names where a field, or a macro, is bound to one."""
     quoted = "|".join(map(re.escape, full))
+    fields = "|".join(dict.fromkeys(field for field, _ in HUB_FIELDS.values()))
     bound = re.compile(
-        rf"^((?:[\w./]+\.path|\w+) = (?:\\\n\s+)?)(['\"])({quoted})\2$", re.MULTILINE
+        rf"^((?:[\w./]+\.(?:{fields})|\w+) = (?:\\\n\s+)?)(['\"])({quoted})\2$", re.MULTILINE
     )
-    return bound.sub(lambda m: f"{m[1]}{m[2]}{full[m[3]]}{m[2]}", text)
+    text = bound.sub(lambda m: f"{m[1]}{m[2]}{full[m[3]]}{m[2]}", text)
+    values = bindings(text)
+
+    def own(match: re.Match[str]) -> str:
+        name = values[f"{match[1]}.name"]
+        name = values.get(name.removeprefix("%"), name).strip("'\"")
+        return f"{match[1]}.path = '{full.get(BENCHMARKS[name].hub_id, '')}'"
+
+    return re.sub(r"^([\w./]*\bBenchmark)\.path = ''$", own, text, flags=re.MULTILINE)

@@ -2,9 +2,7 @@
 """Rows in the published columns, made here; nothing is downloaded."""
 
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -13,6 +11,7 @@ import pytest
 from opsd_jax.data.benchmarks import BENCHMARKS, Benchmark
 from opsd_jax.errors import UserError
 from opsd_jax.run.config import load_experiment
+from tests.host.test_hub import hub  # noqa: F401
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 # name -> (a file of the published layout, one row, question, answer, solution, id)
@@ -81,28 +80,19 @@ def test_rows_alone_will_do(suffix, tmp_path):
         assert len(Benchmark("aime24", str(path), grader="boxed").load()) == 1
 
 
-def test_from_the_hub_by_its_id(tmp_path, monkeypatch):
-    asked = []
-
-    def snapshot_download(hub_id, repo_type, allow_patterns):
-        asked.append((hub_id, repo_type, allow_patterns))
-        return str(tmp_path)
-
-    write(tmp_path / ROWS["gsm8k"][0], ROWS["gsm8k"][1])
-    hub = SimpleNamespace(snapshot_download=snapshot_download)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+def test_from_the_hub_by_its_id(tmp_path, hub):  # noqa: F811
+    file, row = ROWS["gsm8k"][:2]
+    write(tmp_path / file, row)
+    files = {file: (tmp_path / file).read_bytes(), "main/train-0.parquet": b"another split"}
+    first = hub.commit("dataset", "openai/gsm8k", files)
     assert len(Benchmark("gsm8k", grader="boxed").load()) == 1
-    assert asked == [("openai/gsm8k", "dataset", ["main/test-*.parquet"])]
-
-    def fails(*_, **__):
-        raise OSError("no route to host\nmore")
-
-    monkeypatch.setattr(hub, "snapshot_download", fails)
-    with pytest.raises(UserError, match=r"gsm8k cannot be fetched \(no route to host\); download"):
+    assert not [path for _, path in hub.requests if "train" in path]
+    hub.commit("dataset", "openai/gsm8k", {"main/other.parquet": b""})
+    assert len(Benchmark("gsm8k", f"openai/gsm8k@{first}", grader="boxed").load()) == 1
+    with pytest.raises(UserError, match="gsm8k has no main/test-.*; set Benchmark.path"):
         Benchmark("gsm8k").load()
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match="huggingface_hub is not installed: download openai/gsm8k"):
-        Benchmark("gsm8k").load()
+    with pytest.raises(UserError, match="aime_2024: no such local path, and the Hub answers 401"):
+        Benchmark("aime24").load()
 
 
 def test_what_is_wrong_is_told(tmp_path):

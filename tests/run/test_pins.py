@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from opsd_jax.data.benchmarks import BENCHMARKS
 from opsd_jax.data.tokenizer import HFTokenizer
 from opsd_jax.errors import UserError
 from opsd_jax.main import main
@@ -38,6 +39,9 @@ rollout.max_new_tokens = 3
 evaluate.roles = ("student",)
 evaluate.batch_size = 8
 """
+
+
+GSM8K, AIME24 = BENCHMARKS["gsm8k"].hub_id, BENCHMARKS["aime24"].hub_id
 
 
 @pytest.fixture
@@ -73,6 +77,35 @@ def test_names_become_commits_in_the_experiment_and_its_text(named, tmp_path):
     assert pinned(experiment, text, tmp_path) == (found, written)  # of the workdir's own record
     assert pinned(again, written, tmp_path)[0] == found and not named.requests
     assert pinned(experiment, text)[0].train.problems.path != full["me/rows@v1"]
+
+
+def test_benchmarks_and_the_tokenizer_of_a_random_model_are_pinned_too(named, tmp_path):
+    """A benchmark without a path names its own data set, also by a macro."""
+    commits = {repo: named.commit("dataset", repo, {"a": ""}) for repo in (GSM8K, AIME24)}
+    experiment, text = load_experiment(
+        "named.gin",
+        [
+            "train.model = @RandomModel()",
+            "RandomModel.tokenizer = 'me/tiny'",
+            "train.problems = @train/Benchmark()",
+            "train/Benchmark.name = %OTHER",
+            "OTHER = 'gsm8k'",
+            "train.heldout = @Benchmark()",
+            "Benchmark.name = 'aime24'",
+        ],
+    )
+    found, written = pinned(experiment, text)
+    assert found.train.model.tokenizer == f"me/tiny@{named.first}"
+    assert found.train.problems.path == f"{GSM8K}@{commits[GSM8K]}"
+    assert found.train.heldout.path == f"{AIME24}@{commits[AIME24]}"
+    (tmp_path / "config.gin").write_text(written)
+    assert load_experiment("config.gin")[0] == found
+    for repo in commits:
+        named.commit("dataset", repo, {"a": "moved"})
+    named.requests.clear()
+    assert pinned(experiment, text, tmp_path) == (found, written) and not named.requests
+    local = load_experiment("config.gin", ["Benchmark.path = '/a/copy'"])
+    assert pinned(*local)[0].train.heldout.path == "/a/copy"
 
 
 def test_what_has_no_name_is_left_alone_and_a_wrong_one_is_told(named):
