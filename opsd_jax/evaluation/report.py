@@ -80,9 +80,6 @@ def report_command(
       name: title of the page.
       levels: accuracies whose cost in tokens is tabulated.
     """
-    for level in levels:
-        if not 0 < level <= 1:
-            raise UserError(f"--levels: an accuracy lies in (0, 1], not {level}")
     parsed = [parse_workdir(text) for text in workdirs]
     groups = group_runs([read_run(folder, label) for label, folder in parsed])
     text = page(groups, name or " / ".join(group.label for group in groups), levels)
@@ -90,7 +87,14 @@ def report_command(
 
 
 def page(groups: Sequence[Group], name: str, levels: Sequence[float]) -> str:
-    """The whole page as text, from the template report_page.html."""
+    """The whole page as text, from the template report_page.html.
+
+    Raises:
+      UserError: a level that is no accuracy.
+    """
+    for level in levels:
+        if not 0 < level <= 1:
+            raise UserError(f"--levels: an accuracy lies in (0, 1], not {level}")
     here = Path(__file__).parent
     template, style, script = (
         (here / f"report_page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from opsd_jax.host.files import require_mounted
 
 FOLDER = "compiled"  # in the workdir
 _OPTION = "jax_compilation_cache_dir"
+_LEAST = "jax_persistent_cache_min_compile_time_secs"
 
 
 def folder_of(setting: str | None, workdir: Path) -> Path | None:
@@ -31,7 +36,8 @@ def folder_of(setting: str | None, workdir: Path) -> Path | None:
     if setting != "auto":
         require_mounted(setting, "train.compilation_cache")
         return Path(setting).expanduser().absolute()
-    if jax.default_backend() == "cpu" or getattr(jax.config, _OPTION):
+    named = getattr(jax.config, _OPTION)
+    if jax.default_backend() == "cpu" or (named and named != _process_folder()):
         return None
     return workdir.absolute() / FOLDER
 
@@ -65,6 +71,35 @@ def kept_programs(setting: str | None, workdir: Path) -> Iterator[Path | None]:
         yield folder
     finally:
         _use(before)
+
+
+@contextlib.contextmanager
+def process_programs() -> Iterator[None]:
+    """JAX's compilation cache in a folder of this process until the context ends.
+
+    For calls that a notebook repeats: each makes its functions anew, and none compiles what another
+    has compiled. What is kept has its content as key, so a function that was changed is another.
+    Where a folder is named already, as on accelerators by `kept_programs`, that is the cache.
+    """
+    if getattr(jax.config, _OPTION):
+        yield
+        return
+    least = getattr(jax.config, _LEAST)
+    jax.config.update(_LEAST, 0.0)  # JAX would leave out what compiles in a second
+    _use(_process_folder())
+    try:
+        yield
+    finally:
+        _use(None)
+        jax.config.update(_LEAST, least)
+
+
+@functools.cache
+def _process_folder() -> str:
+    """A folder that this process alone uses and leaves nothing of."""
+    folder = tempfile.mkdtemp(prefix="opsd_jax_compiled_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _use(folder: str | None) -> None:

@@ -37,6 +37,7 @@ from opsd_jax.host.pod import time_of_first_process
 Parts = Mapping[str, Any]  # name -> digest, or name -> value for a part that is small
 Say = Callable[[str], None]
 OWN_CODE = "the code that the config imports"
+_READ: dict[str, str] = {}  # module -> digest of its source when a config last named it
 _VERSIONS = ("jax", "jaxlib", "flax", "optax")
 
 
@@ -260,6 +261,19 @@ def own_code_parts(modules: Iterable[str]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def changed_modules(modules: Iterable[str]) -> set[str]:
+    """Modules of `own_code_parts` to import again, as one of them changed since the last config.
+
+    All of them then, for one may hold what another has defined. A process that reads one config
+    never sees a change; a notebook does, whose cell wrote a module again.
+    """
+    parts = own_code_parts(modules)
+    imported = parts.keys() & sys.modules.keys()
+    changed = any(_READ.get(name, parts[name]) != parts[name] for name in imported)
+    _READ.update(parts)
+    return set(imported) if changed else set()
+
+
 def _source(name: str) -> Path | None:
     """The file of a module, None for what has none (built in, or not to be found)."""
     if name.partition(".")[0] == "opsd_jax":
@@ -281,6 +295,8 @@ def _source(name: str) -> Path | None:
 def _is_own(name: str, path: Path) -> bool:
     """Whether a module is neither of Python nor installed."""
     installed = [sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")]
+    if {"site-packages", "dist-packages"} & set(path.parts):
+        return False  # also of another environment that this one sees
     is_python = name.partition(".")[0] in sys.stdlib_module_names
     return not is_python and not any(path.is_relative_to(place) for place in installed)
 

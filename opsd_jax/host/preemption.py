@@ -3,13 +3,14 @@
 
 import os
 import signal
-import sys
 import threading
 from types import FrameType
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+from opsd_jax.host.progress import in_notebook
 
 
 class Preemption:
@@ -51,7 +52,7 @@ class Preemption:
     def _ask(self, number: int, _: FrameType | None) -> None:
         for each, handler in self._previous.items():
             # The default kills also when the main thread is stuck in C++.
-            signal.signal(each, handler if "ipykernel" in sys.modules else signal.SIG_DFL)
+            signal.signal(each, handler if in_notebook() else signal.SIG_DFL)
         # Not print: a handler may interrupt one.
         os.write(2, b"\nstopping after this step to save; the same signal again kills\n")
         if self._distributed:

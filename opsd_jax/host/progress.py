@@ -12,6 +12,11 @@ from typing import IO, Any
 import jax
 
 
+def in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this process, Colab's among them."""
+    return "ipykernel" in sys.modules
+
+
 class ProgressLine:
     """`step 12/60  1,234 tok/s  divergence 0.123  accuracy 0.510  2:31 left`.
 
@@ -30,7 +35,7 @@ class ProgressLine:
         self._total = total_steps
         self._stream = sys.stderr if stream is None else stream
         # Jupyter obeys carriage returns, and keeps all that was written: seldom, then.
-        notebook = stream is None and "ipykernel" in sys.modules
+        notebook = stream is None and in_notebook()
         self._live = notebook or self._stream.isatty()
         self._every_s = every_s if not self._live else 1.0 if notebook else 0.1
         self._clock = clock
@@ -71,12 +76,8 @@ class ProgressLine:
             return
         if self._before_steps:
             self._line, self._stale, self._before_steps = "", False, False
-        if not self._active:
-            return
-        self._stream.write(f"{self._erase()}{text}\n")
-        self._stream.flush()
-        if self._live and self._line:
-            self._draw(self._clock())
+        if self._active:
+            self._say(text)
 
     def close(self) -> None:
         """Shows the last state and ends the line."""
@@ -106,6 +107,12 @@ class ProgressLine:
             clock = f"{hours}:{minutes:02d}" if hours else f"{minutes}"
             parts.append(f"{clock}:{seconds:02d} left")
         return parts
+
+    def _say(self, text: str) -> None:
+        self._stream.write(f"{self._erase()}{text}\n")
+        self._stream.flush()
+        if self._live and self._line:
+            self._draw(self._clock())
 
     def _draw(self, now: float) -> None:
         self._stale = False

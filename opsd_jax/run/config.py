@@ -15,16 +15,25 @@ import importlib.util  # noqa: F401  gin 0.5.0 uses importlib.util without impor
 import inspect
 import logging
 import os
+import sys
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import gin
-from gin.config_parser import BindingStatement, ConfigParser, IncludeStatement, ParserDelegate
+from gin.config_parser import (
+    BindingStatement,
+    ConfigParser,
+    ImportStatement,
+    IncludeStatement,
+    ParserDelegate,
+)
 
 from opsd_jax.errors import UserError
 from opsd_jax.fields import check_fields
+from opsd_jax.host.identity import changed_modules
 from opsd_jax.run.experiment import Experiment
 from opsd_jax.run.gin_errors import fields_of, gin_errors_told
 from opsd_jax.run.gin_files import GinFiles, make_absolute
@@ -85,6 +94,17 @@ def _register(name: str) -> None:
             _BUILDERS[name] = gin.external_configurable(build, name=name, module=_MODULE)
 
 
+def _forget(modules: set[str]) -> None:
+    """Has gin import these modules again, and register anew what they define."""
+    for selector, found in list(gin.config._REGISTRY.items()):
+        if found.wrapped.__module__ in modules:
+            gin.config._REGISTRY.pop(selector)
+    for name in modules:
+        spec = sys.modules.pop(name).__spec__
+        if spec and spec.cached:  # which Python would take for a file of the same second and size
+            Path(spec.cached).unlink(missing_ok=True)
+
+
 _held = set(PLACES)
 for _name in PLACES:
     _hold(_name)
@@ -97,9 +117,11 @@ class _Written(ParserDelegate):
     Attributes:
       references: all that is written @scope/Name or @scope/Name(), includes and all.
       macros: all that is written %name.
+      imports: modules of the user's own.
     """
 
     references: set[str] = dataclasses.field(default_factory=set)
+    imports: set[str] = dataclasses.field(default_factory=set)
     macros: set[str] = dataclasses.field(default_factory=set)
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> None:
@@ -118,6 +140,8 @@ class _Written(ParserDelegate):
             for statement in ConfigParser(text, self):
                 if isinstance(statement, BindingStatement):
                     bound.append((statement.scope, statement.selector, statement.arg_name))
+                elif isinstance(statement, ImportStatement):
+                    self.imports.add(statement.module)
                 elif isinstance(statement, IncludeStatement):
                     with files.read(statement.filename) as included:
                         self.read(included, files)
@@ -171,6 +195,7 @@ def load_experiment(
         written.read("\n".join(defaults), files)
         for name in (*AREAS, *written.names):
             _register(name)
+        _forget(changed_modules(written.imports))
         with _reading(files):
             gin.parse_config(list(defaults))
             gin.parse_config_files_and_bindings(

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole runs from Python, for notebooks and scripts: `train`, `evaluate` and `load_run`."""
+"""Whole runs from Python, for notebooks and scripts: `train`, `evaluate`, `tokens`, `load_run`.
+
+A call that is repeated in one process compiles nothing again (`process_programs`).
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,11 @@ import numpy as np
 
 from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.errors import UserError
+from opsd_jax.evaluation.inline import TokenView, run_html, token_view
 from opsd_jax.evaluation.runs import ACCURACY, Columns, Run, columns, newest, read_run
+from opsd_jax.host.compilation_cache import process_programs
 from opsd_jax.host.files import read_json_lines
+from opsd_jax.host.progress import ProgressLine, in_notebook
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.run.config import load_experiment
 from opsd_jax.run.config import load_run as load_config
@@ -23,6 +29,8 @@ from opsd_jax.run.experiment import Experiment
 from opsd_jax.run.finished_run import Restored, restore_run
 from opsd_jax.run.gin_files import with_absolute_paths
 from opsd_jax.run.gin_text import gin_lines
+from opsd_jax.run.live import LivePanel
+from opsd_jax.run.tokens import write_tokens
 from opsd_jax.run.train import train as train_in
 
 Lines = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -63,7 +71,8 @@ class TrainingRun(Run):
     @cached_property
     def restored(self) -> Restored:
         """Student, decoder and tokenizer after the guard's choice or the latest checkpoint."""
-        return restore_run(self.workdir, None, load_config, with_teacher=False)
+        with process_programs():
+            return restore_run(self.workdir, None, load_config, with_teacher=False)
 
     @property
     def student(self) -> dict:
@@ -90,6 +99,9 @@ class TrainingRun(Run):
             parts.append(f"{ACCURACY} {accuracy[0, 1]:.3f} -> {accuracy[-1, 1]:.3f}")
         return f"TrainingRun({', '.join(parts)})"
 
+    def _repr_html_(self) -> str:
+        return run_html(self)
+
 
 def load_run(workdir: str | os.PathLike[str]) -> TrainingRun:
     """Reads a workdir of `train`, finished or not: `load_run(workdir).metrics["loss/divergence"]`.
@@ -106,7 +118,8 @@ def train(
     """Runs or resumes an experiment, as `opsd train` does; returns the run.
 
     Called again with the same arguments it goes on where it was stopped. An interrupted call
-    (Ctrl-C, a notebook's stop button, SIGTERM) saves after the current step and returns.
+    (Ctrl-C, a notebook's stop button, SIGTERM) saves after the current step and returns. A
+    notebook shows a bar and curves that move, a terminal a line.
 
     Args:
       experiment: a gin file or several, or an `Experiment` (of `load_experiment`, say).
@@ -126,8 +139,18 @@ def train(
             found, text = load_experiment([], [*written, *lines])
     else:
         found, text = load_experiment(_listed(experiment), lines)
-    train_in(found, text, Path(workdir))
+    with process_programs():
+        train_in(found, text, Path(workdir), progress=_panel(found, Path(workdir)))
     return load_run(workdir)
+
+
+def _panel(experiment: Experiment, workdir: Path) -> ProgressLine | None:
+    """What a notebook shows; None for a terminal's line."""
+    if not in_notebook():
+        return None
+    from IPython.display import display
+
+    return LivePanel(experiment.train.num_steps, workdir, display)
 
 
 def evaluate(
@@ -158,7 +181,26 @@ def evaluate(
         raise UserError(f"step = {step!r} does not apply to {path}, which is no training workdir")
     files = [] if gin_file is None else _listed(gin_file)
     workdir, model = (path, None) if is_run else (None, path)
-    return evaluate_held_out(files, _listed(bindings), workdir, model, step, out)
+    with process_programs():
+        return evaluate_held_out(files, _listed(bindings), workdir, model, step, out)
+
+
+def tokens(
+    workdir: str | os.PathLike[str], num: int = 4, step: int | str | None = None, seed: int = 0
+) -> TokenView:
+    """Where the teacher disagrees, token by token, as `opsd tokens` has it; a notebook shows it.
+
+    Args:
+      workdir: of `train`.
+      num: rollouts, sampled anew.
+      step: a checkpoint, 0 for the base, "best"; None as in `load_run`.
+      seed: of problems and rollouts.
+
+    Raises:
+      UserError: no run there, or a teacher of another shape.
+    """
+    with process_programs():
+        return token_view(write_tokens(os.fspath(workdir), step, num, seed))
 
 
 def _listed(lines: Lines) -> list[str]:

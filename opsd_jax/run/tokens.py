@@ -184,8 +184,13 @@ def _number(value: Any) -> float | None:
     return round(float(value), 5) if np.isfinite(value) else None
 
 
-def tokens_command(workdir: str, step: int | str | None, num: int, seed: int) -> Path:
-    """`opsd tokens`: samples `num` rollouts of a run and writes what both sides think of them.
+def tokens_command(workdir: str, step: int | str | None, num: int, seed: int) -> None:
+    """`opsd tokens`: `write_tokens`, and the file's path on the terminal."""
+    print(write_tokens(workdir, step, num, seed))
+
+
+def write_tokens(workdir: str, step: int | str | None, num: int, seed: int) -> Path:
+    """Samples `num` rollouts of a run and writes what both sides think of them; gives the file.
 
     Problems are the held-out ones, or the training problems where there are none.
     """
@@ -224,5 +229,4 @@ def tokens_command(workdir: str, step: int | str | None, num: int, seed: int) ->
         for b, problem in enumerate(shown.problems)
     ]
     write_json_lines(path, lines)
-    print(path)
     return path

@@ -46,6 +46,7 @@ def train(
     config_text: str,
     workdir: str | Path,
     on_stop: Callable[[], None] = lambda: None,
+    progress: ProgressLine | None = None,
 ) -> dict[str, float]:
     """Runs or resumes an experiment in `workdir`; returns the last evaluation's metrics.
 
@@ -54,6 +55,7 @@ def train(
       config_text: its operative config, kept as workdir/config.gin.
       workdir: made if missing; if it holds a checkpoint of the same config, the run goes on.
       on_stop: called once a run that was asked to stop before its last step is saved.
+      progress: what shows how far it is; None is a line on the terminal.
 
     Raises:
       UserError: another command or another config in the workdir, data or model that do not
@@ -62,7 +64,8 @@ def train(
     require_mounted(workdir, "the workdir")
     workdir = Path(workdir)
     with ExitStack() as stack:
-        progress = stack.enter_context(ProgressLine(experiment.train.num_steps))
+        line = progress or ProgressLine(experiment.train.num_steps)
+        progress = stack.enter_context(line)
         stack.enter_context(only_writer(workdir, progress.note))
         experiment, config_text = pinned(experiment, config_text, workdir)
         stack.enter_context(kept_programs(experiment.train.compilation_cache, workdir))

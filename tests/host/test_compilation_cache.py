@@ -9,7 +9,7 @@ import pytest
 
 from opsd_jax.errors import UserError
 from opsd_jax.host.chips import compile_clock
-from opsd_jax.host.compilation_cache import folder_of, kept_programs
+from opsd_jax.host.compilation_cache import folder_of, kept_programs, process_programs
 
 
 def test_accelerators_keep_programs_in_the_workdir_unless_told_otherwise(tmp_path, monkeypatch):
@@ -20,6 +20,8 @@ def test_accelerators_keep_programs_in_the_workdir_unless_told_otherwise(tmp_pat
     jax.config.update("jax_compilation_cache_dir", None)
     try:
         assert folder_of("auto", tmp_path) == tmp_path / "compiled"
+        with process_programs():
+            assert folder_of("auto", tmp_path) == tmp_path / "compiled"
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
     assert folder_of("/some/where", tmp_path).as_posix() == "/some/where"
@@ -47,3 +49,24 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     with pytest.raises(UserError, match="train.compilation_cache: cannot make"):
         with kept_programs(str(tmp_path / "file" / "a"), tmp_path):
             pass
+
+
+def test_a_process_compiles_nothing_twice_where_no_folder_is_named():
+    before, counts = jax.config.jax_compilation_cache_dir, []
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        for _ in range(2):
+            jax.clear_caches()
+            with process_programs(), compile_clock() as clock:
+                jax.jit(lambda x: jnp.cos(x) * 3)(jnp.ones(7))
+                assert os.listdir(jax.config.jax_compilation_cache_dir)
+            counts.append((clock.programs, clock.read))
+            assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    (first, nothing), (again, read) = counts
+    assert nothing == 0 and first == again == read > 0
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == least
+    with process_programs():  # a named folder stays
+        assert jax.config.jax_compilation_cache_dir == before

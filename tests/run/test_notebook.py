@@ -13,9 +13,12 @@ import pytest
 
 import opsd_jax
 from opsd_jax.evaluation.runs import ACCURACY, TOKENS
+from opsd_jax.host.chips import compile_clock
 from opsd_jax.run.gin_text import gin_lines
 from opsd_jax.run.loop import Loop
 from tests.run.test_train import QUICKSTART, TINY
+
+SMALL = [*TINY, "evaluate.greedy = False", "evaluate.roles = ('student',)"]  # few programs
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def workdir(tmp_path_factory):
             signal.raise_signal(signal.SIGINT)
         return report(self, step, *rest)
 
-    before, bindings = signal.getsignal(signal.SIGINT), [*TINY, "train.num_steps = 3"]
+    before, bindings = signal.getsignal(signal.SIGINT), [*SMALL, "train.num_steps = 3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "report", stop)
         run = opsd_jax.train(QUICKSTART, workdir, bindings)
@@ -57,7 +60,7 @@ def test_metrics_are_arrays_that_keep_in_step(workdir):
 
 def test_a_run_shows_samples_itself_and_its_student(workdir):
     run = opsd_jax.load_run(str(workdir))
-    assert {row["role"] for row in run.samples()} == {"student", "teacher"}
+    assert {row["role"] for row in run.samples()} == {"student"}
     assert run.samples(0) != run.samples()
     with pytest.raises(opsd_jax.UserError, match=r"no samples of step 7; it has steps \[0, 3\]"):
         run.samples(7)
@@ -79,11 +82,41 @@ def test_evaluate_gives_what_training_logged(workdir, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_repeated_call_compiles_nothing_again(tmp_path):
+    """Although every call makes its functions anew, and this process is told to forget them."""
+    bindings = [*TINY, "train.num_steps = 1", "train.heldout = None", "train.eval_every_steps = 0"]
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        for number in (0, 1):
+            jax.clear_caches()
+            with compile_clock() as clock:
+                opsd_jax.train(QUICKSTART, tmp_path / str(number), bindings)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert clock.programs == clock.read > 2, vars(clock)
+
+
+def test_in_a_notebook_there_is_a_panel(workdir, monkeypatch):
+    display = pytest.importorskip("IPython.display")
+    shown = []
+    monkeypatch.setattr(display, "display", lambda data, **_: shown.append(data) or Handle())
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    run = opsd_jax.train(QUICKSTART, workdir, [*SMALL, "train.num_steps = 3"])
+    assert "from step 3" in shown[0]["text/plain"] or "model: random" in shown[0]["text/plain"]
+    assert "student: accuracy, sampled" in run._repr_html_()
+
+
+class Handle:
+    def update(self, data, raw):
+        pass
+
+
 def test_what_is_wrong_is_a_user_error(workdir, tmp_path):
     for wrong, words in (
         (lambda: opsd_jax.load_run(tmp_path / "none"), "no such folder"),
         (lambda: opsd_jax.train("none.gin", tmp_path / "run"), "none.gin"),
-        (lambda: opsd_jax.train(QUICKSTART, workdir, TINY + ["train.seed = 5"]), "train.seed was"),
+        (lambda: opsd_jax.train(QUICKSTART, workdir, SMALL + ["train.seed = 5"]), "train.seed was"),
         (lambda: opsd_jax.evaluate(tmp_path / "model"), "gin_file"),
         (lambda: opsd_jax.evaluate("smollm2", step=3), "does not apply"),
         (lambda: opsd_jax.plot([]), "at least one run"),

@@ -89,3 +89,26 @@ def test_a_worker_has_the_bindings_of_its_grader(folder, tmp_path):
     for num_workers in (0, 1):
         with GraderPool(problems.grade, num_workers=num_workers) as pool:
             assert pool.grade([Problem("p", "", "", "2")], ["3"])[0].value == 1.0
+
+
+def test_a_module_that_was_written_again_is_read_again(tmp_path, monkeypatch):
+    """As by a cell of a notebook that is run twice; what it imports counts too."""
+    monkeypatch.syspath_prepend(tmp_path)
+    value, inner = tmp_path / "written_value.py", tmp_path / "written_inner.py"
+    value.write_text(
+        "import gin\nimport written_inner\n\n"
+        "@gin.configurable\ndef written(student_logps, teacher_logps):\n"
+        "    return written_inner.FACTOR\n"
+    )
+    inner.write_text("FACTOR = 1.0\n")
+    lines = ["import written_value", "divergence.name = @written"]
+
+    def divergence():
+        return load_experiment([QUICKSTART], lines)[0].divergence.name
+
+    first = divergence()
+    assert first(0, 0) == 1.0 and divergence() is first
+    inner.write_text("FACTOR = 2.0\n")  # of the same size, maybe in the same second
+    assert divergence()(0, 0) == 2.0
+    value.write_text(value.read_text() + "\n\n@gin.configurable\ndef more():\n    pass\n")
+    assert divergence()(0, 0) == 2.0 and first(0, 0) == 1.0
