@@ -211,7 +211,7 @@ def load_experiment(
         if refused:
             raise UserError(f"--gin_bindings: {refused[0]}")
         in_vain = [f"{gin_files[-1]}: {told}" for told in _unused(of_last_file, written)[0]]
-        modules = [statement.module for statement in gin.config._IMPORTS]
+        modules = sorted(statement.module for statement in gin.config._IMPORTS)  # a set
         experiment = Experiment(**areas, imports=tuple(modules))
         text = files.header(modules) + gin.operative_config_str(max_line_length=96)
     for sentence in (*replaced, *in_vain):
