@@ -88,7 +88,7 @@ def test_an_untaught_base_fails_the_gate(cached):
     assert report.student == report.teacher == report.answer == 0.0
     assert "with an answer 0.000" in report.summary()
     assert abs(report.student_ok - 0.1) < 0.1 and abs(report.weak - 0.1) < 0.1
-    assert len(report.failures()) >= 4
+    assert len(report.failures()) >= 3
     plain = measure(Decoder(TINY), cached[1].params, SHORT, num_problems=64)
     assert plain.answer is None and plain.answer_ok is None
 
