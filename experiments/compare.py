@@ -131,7 +131,7 @@ def accuracy_at(run: Run, tokens: int) -> float | None:
 def accuracy_table(groups: list[Group], rates: dict[str, float], budgets: list[int]) -> list[str]:
     """Accuracy before, after each budget of tokens, and at the end; there the teacher's, too."""
     names = ["before", *(f"{budget:,} tokens" for budget in budgets), "at the end", "of tokens"]
-    teachers = all(each.series(TEACHER).size for group in groups for each in group.runs)
+    teachers = any(each.series(TEACHER).size for group in groups for each in group.runs)
     names += ["teacher at the end"] * teachers
     lines = ["| method | learning rate | " + " | ".join(names) + " |"]
     lines.append("|---" * (len(names) + 2) + "|")
@@ -144,8 +144,9 @@ def accuracy_table(groups: list[Group], rates: dict[str, float], budgets: list[i
             )
         cells.append(spread([each.series(ACCURACY)[-1, 1] for each in group.runs], ".3f"))
         cells.append(f"{statistics.mean(each.num_tokens for each in group.runs):,.0f}")
-        if teachers:
-            cells.append(spread([each.series(TEACHER)[-1, 1] for each in group.runs], ".3f"))
+        if teachers:  # One whose context is made of a step's answers has no accuracy.
+            last = [each.series(TEACHER)[-1, 1] for each in group.runs if each.series(TEACHER).size]
+            cells.append(spread(last, ".3f") if last else "")
         lines.append(f"| {group.label} | {rates[group.label]:g} | " + " | ".join(cells) + " |")
     return lines
 

@@ -83,9 +83,11 @@ def test_the_study_of_all_methods_takes_every_file_or_names_it(monkeypatch):
         study.methods(["grppo"])
 
 
-def test_the_teachers_accuracy_is_shown_where_all_runs_have_it(script):
+def test_the_teachers_accuracy_is_shown_of_runs_that_have_it(script):
     line = {"step": 0, TOKENS: 0, ACCURACY: 0.5, script.TEACHER: 0.75}
-    group = Group("OPSD", [Run(Path("somewhere"), None, "", [line, line | {TOKENS: 9}])])
-    table = script.accuracy_table([group], {"OPSD": 1e-3}, [])
+    group = Group("SDFT", [Run(Path("somewhere"), None, "", [line, line | {TOKENS: 9}])])
+    rates = {"SDFT": 1e-3, "OPSD": 1e-3}
+    table = script.accuracy_table([group, FAST], rates, [])
     assert table[0].endswith("| teacher at the end |") and table[2].endswith("| 0.750 |")
-    assert "teacher" not in script.accuracy_table([group, FAST], {"OPSD": 1e-3}, [])[0]
+    assert table[3].endswith("| 1,000 |  |")
+    assert "teacher" not in script.accuracy_table([FAST], rates, [])[0]
