@@ -45,7 +45,7 @@ When a run misbehaves:
   loss/objective is flat and loss/divergence does not fall: the clip takes the lesson away
     (experiments/ablations/entry_clip.gin).
   rollout/logp_gap is not small: another policy samples than is scored (rollout.dtype,
-    rollout.weights).
+    rollout.weights, rollout.merge_adapters).
   loss/divergence rises again, or eval/teacher/accuracy falls: the teacher moves with the student
     (teacher_live.gin); hold it with teacher.weights = "initial".
   probe/teacher/leak is above ok, or accuracy falls while the divergence does: the teacher says what

@@ -29,6 +29,7 @@ from opsd_jax.model.config import NO_WINDOW, ModelConfig
 from opsd_jax.model.decode_attention import UNSEEN, attend_store
 from opsd_jax.model.head import soft_cap
 from opsd_jax.model.kv_cache import EMPTY_POSITION, KV, KVCache, Parts, parts
+from opsd_jax.model.sharding import platform
 
 QUERY_BLOCK = 512
 
@@ -53,9 +54,13 @@ def attend(
     Returns:
       [B, K, G, T, H] in the dtype of the queries; softmax in float32.
     """
+    queries = [q_BKGTH] * len(sources)
+    if platform() == "gpu":
+        # One product for all would be one of keys that are copied side by side, at every token.
+        queries[1:] = map(jax.lax.optimization_barrier, queries[1:])
     scores = [
-        scores_of(q_BKGTH, source.kv.keys, source.positions, positions_BT, window, softcap)
-        for source in sources
+        scores_of(q, source.kv.keys, source.positions, positions_BT, window, softcap)
+        for q, source in zip(queries, sources, strict=True)
     ]
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
     out, start = jnp.zeros_like(q_BKGTH), 0

@@ -88,8 +88,8 @@ class ModelConfig:
         their own dtype (float32 masters in training).
       attention: how whole texts are attended to, "xla", "splash" (TPU) or "cudnn" (NVIDIA GPU,
         bfloat16); see `attention.py`.
-      decode_attention: how one new token attends to what was said, "xla" or "pallas" (TPU); see
-        `decode_attention.py`.
+      decode_attention: how one new token attends to what was said, "xla" or "pallas", a kernel:
+        on TPUs `decode_attention.py`, on NVIDIA GPUs `token_attention.py`.
       remat: recompute each layer in the backward pass instead of storing its activations (True),
         all but the outputs of its projections, which are stored ("keep_projections") or wait in the
         host's memory ("offload_projections"), or nothing (False).

@@ -30,9 +30,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from opsd_jax.model.attention import attend_cached, attend_text
 from opsd_jax.model.config import ModelConfig, layer_numbers
+from opsd_jax.model.joined import joined_product
 from opsd_jax.model.kv_cache import KV, KVCache, LayersKV, Recent, put
 from opsd_jax.model.projection import PRODUCT, logical, project
 from opsd_jax.model.quantized import scaled
+from opsd_jax.model.sharding import platform
+from opsd_jax.model.token_attention import Settings, attend_new
 
 
 @flax.struct.dataclass
@@ -99,13 +102,25 @@ class Attention(nn.Module):
         cache: KVCache | None,
         recent: Recent | None,
     ) -> tuple[jax.Array, KV]:
+        c, D = self.config, x_BTD.shape[-1]
+        by_kernel = c.decode_attention == "pallas" and cache and recent and platform() == "gpu"
+        attend = self._attend_at_once if by_kernel else self._attend
+        out_BTNH, kv = attend(x_BTD, positions_BT, numbers, cache, recent)
+        heads = {"heads": c.num_heads, "head_dim": c.head_dim}
+        (y_BTD,) = project(self, out_BTNH, heads, o_proj={"embed": D})
+        return y_BTD, kv
+
+    def _projected(self, x_BTD: jax.Array) -> list[jax.Array]:
+        """[B, T, N, H] queries, [B, T, K, H] keys and values, as the matrices give them."""
         c = self.config
-        B, T, D = x_BTD.shape
-        q_shape, kv_shape = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
-        q_axes, kv_axes = ("heads", "head_dim"), ("kv_heads", "head_dim")
-        q = project(c, "q_proj", (D,), q_shape, ("embed",), q_axes)(x_BTD)
-        k = project(c, "k_proj", (D,), kv_shape, ("embed",), kv_axes)(x_BTD)
-        v = project(c, "v_proj", (D,), kv_shape, ("embed",), kv_axes)(x_BTD)
+        q = {"heads": c.num_heads, "head_dim": c.head_dim}
+        kv = {"kv_heads": c.num_kv_heads, "head_dim": c.head_dim}
+        inputs = {"embed": x_BTD.shape[-1]}
+        return project(self, x_BTD, inputs, q_proj=q, k_proj=kv, v_proj=kv)
+
+    def _attend(self, x_BTD, positions_BT, numbers, cache, recent) -> tuple[jax.Array, KV]:
+        c, (B, T, _) = self.config, x_BTD.shape
+        q, k, v = self._projected(x_BTD)
         if c.qk_norm:
             q, k = self._norm(q, "q_norm"), self._norm(k, "k_norm")
         q = rotate(q, positions_BT, numbers.rope, numbers.query_scale)
@@ -121,8 +136,36 @@ class Attention(nn.Module):
                 kv, positions_BS = put(recent, kv), recent.cache.positions
             new = KVCache(kv, positions_BS)
             out = attend_cached(c, q_BKGTH, cache, new, numbers.layer, positions_BT, numbers.window)
-        out_BTNH = out.transpose(0, 3, 1, 2, 4).reshape(B, T, c.num_heads, c.head_dim)
-        return project(c, "o_proj", q_shape, (D,), q_axes, ("embed",))(out_BTNH), kv
+        return out.transpose(0, 3, 1, 2, 4).reshape(B, T, c.num_heads, c.head_dim), kv
+
+    def _attend_at_once(self, x_BTD, positions_BT, numbers, cache, recent) -> tuple[jax.Array, KV]:
+        """`_attend` of one token per row by one kernel (`token_attention.py`)."""
+        c, B = self.config, len(x_BTD)
+        over_all = c.qk_norm and c.qk_norm_over_heads
+        group: dict | None = None if over_all else self.get_variable("joined", "q_proj")
+        if group is None:
+            q, k, v = self._projected(x_BTD)
+            if over_all:
+                q, k = self._norm(q, "q_norm"), self._norm(k, "k_norm")
+            heads = [x.reshape(B, c.num_kv_heads, -1) for x in (q, k, v)]
+            qkv = jnp.concatenate(heads, axis=-1)
+        else:
+            qkv = joined_product(group, x_BTD, 1)
+        norm = None
+        gains: list[jax.Array] = []
+        if c.qk_norm and not over_all:
+            norm = (c.norm_eps, c.norm_offset)
+            gains = [self.get_variable("params", f"{x}_norm")["scale"] for x in "qk"]
+        angle_Bh = positions_BT.astype(jnp.float32) * numbers.rope
+        out_BKGH, kv = attend_new(
+            Settings(norm, c.attention_softcap),
+            qkv.reshape(B, c.num_kv_heads, -1, c.head_dim),
+            (jnp.cos(angle_Bh), jnp.sin(angle_Bh)),
+            cache,
+            recent,
+            (numbers.window[None], numbers.query_scale[None], *gains),
+        )
+        return out_BKGH.reshape(B, 1, c.num_heads, c.head_dim), kv
 
     def _norm(self, x_BTxH: jax.Array, name: str) -> jax.Array:
         norm = RMSNorm(self.config.norm_eps, self.config.norm_offset, name=name)
@@ -142,10 +185,10 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        c, D, F = self.config, (self.config.embed_dim,), (self.config.mlp_dim,)
-        gate = project(c, "gate_proj", D, F, ("embed",), ("mlp",))(x_BTD)
-        up = project(c, "up_proj", D, F, ("embed",), ("mlp",))(x_BTD)
-        return project(c, "down_proj", F, D, ("mlp",), ("embed",))(activate(c, gate) * up)
+        D, F = {"embed": self.config.embed_dim}, {"mlp": self.config.mlp_dim}
+        gate, up = project(self, x_BTD, D, gate_proj=F, up_proj=F)
+        (y_BTD,) = project(self, activate(self.config, gate) * up, F, down_proj=D)
+        return y_BTD
 
 
 class Experts(nn.Module):
@@ -295,7 +338,8 @@ class Decoder(nn.Module):
         )(c, return_kv, name="layers")
         numbers = LayerNumbers(**{k: jnp.asarray(v) for k, v in layer_numbers(c).items()})
         # A layer's slice would be copied for the kernel, which picks it from the whole itself.
-        apart = _apart(cache, recent, whole=c.decode_attention == "pallas")
+        whole = c.decode_attention == "pallas" and platform() != "gpu"
+        apart = _apart(cache, recent, whole)
         return layers(x_BTD, positions_BT, numbers, *apart)
 
     def _unrolled(self, x_BTD, positions_BT, cache, recent, return_kv):

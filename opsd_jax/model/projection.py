@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from opsd_jax.errors import UserError
 from opsd_jax.model.config import LoraConfig, ModelConfig
+from opsd_jax.model.joined import apart, joined_product
 from opsd_jax.model.quantized import scaled
 from opsd_jax.model.weights_first import weights_first
 
@@ -90,9 +92,71 @@ class Projection(nn.Module):
         return jnp.tensordot(x_R, b.astype(x.dtype), 1) * lora.scale
 
 
-def project(config: ModelConfig, name: str, in_shape, out_shape, in_axes, out_axes):
-    """The named projection with the bias and the adapter that the config gives it."""
-    lora = config.lora if config.lora and config.lora.covers(name) else None
-    return Projection(
-        in_shape, out_shape, in_axes, out_axes, name in config.biases, lora, name=name
-    )
+def project(
+    module: nn.Module,
+    x: jax.Array,
+    inputs: dict[str, int],
+    **outputs: dict[str, int],
+) -> list[jax.Array]:
+    """Projections of x inside a module, with the biases and adapters that its config gives them.
+
+    For sampling they may be one product, in the "joined" collection (`joined.py`).
+
+    Args:
+      module: has a `config`; its compact call is running.
+      x: [..., inputs].
+      inputs: logical axis -> size.
+      outputs: name of a projection -> the same of what it gives.
+
+    Returns:
+      [..., outputs] of each.
+    """
+    config: ModelConfig = module.config  # type: ignore[attr-defined]
+    group: dict | None = module.get_variable("joined", next(iter(outputs)))
+    if group is not None:
+        shapes = [tuple(out.values()) for out in outputs.values()]
+        blocks = config.num_kv_heads if len(outputs) == 3 else 1
+        return apart(joined_product(group, x, len(inputs)), shapes, blocks)
+
+    def one(name: str, out: dict[str, int]) -> jax.Array:
+        lora = config.lora if config.lora and config.lora.covers(name) else None
+        shapes, axes = (tuple(inputs.values()), tuple(out.values())), (tuple(inputs), tuple(out))
+        return Projection(*shapes, *axes, name in config.biases, lora, name=name)(x)
+
+    return [one(name, out) for name, out in outputs.items()]
+
+
+def merge_lora(config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a model without adapters that computes the same: W + scale · A B.
+
+    The sum is taken in float32 and rounded once to the dtype of W.
+
+    Args:
+      config: its `lora` gives the scale.
+      variables: {"params"} or {"params", "lora"}.
+    """
+    lora = variables.get("lora")
+    if not lora:
+        return dict(variables["params"])
+    if config.lora is None:
+        raise UserError("these weights have adapters, but model.lora is not configured")
+    scale = config.lora.scale
+
+    def merged(params: Any, adapters: Any) -> Any:
+        if not isinstance(params, Mapping):
+            return params
+        out = {name: merged(value, adapters.get(name, {})) for name, value in params.items()}
+        if "a" in adapters:
+            kernel = params["kernel"]
+            a, b = adapters["a"].astype(jnp.float32), adapters["b"].astype(jnp.float32)
+            num_layers, rank = a.shape[0], a.shape[-1]
+            product = jnp.matmul(
+                a.reshape(num_layers, -1, rank),
+                b.reshape(num_layers, rank, -1),
+                precision=jax.lax.Precision.HIGHEST,
+            )
+            total = kernel.astype(jnp.float32) + scale * product.reshape(kernel.shape)
+            out["kernel"] = total.astype(kernel.dtype)
+        return out
+
+    return merged(variables["params"], lora)

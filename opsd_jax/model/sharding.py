@@ -125,6 +125,12 @@ def on_mesh(compiled: Callable, mesh: Mesh, rules: Rules) -> Callable:
     return call
 
 
+def platform() -> str:
+    """cpu, gpu or tpu: of the mesh that is set, which need not be here, or of this process."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def check_batch(batch_size: int, num_micro_batches: int, mesh: Mesh) -> None:
     """Raises a UserError unless the batch splits evenly over micro-batches and `data`."""
     data = mesh.shape["data"]

@@ -114,12 +114,12 @@ class Program:
 
     def kernels_per_token(self) -> float | None:
         """Launches for one decoded token of all rows (of the longest stage); None: none decoded."""
-        bodies = [
-            body_of(inner)
-            for outer in self._rollout_loops()
-            for inner in self._whiles(body_of(outer))
-        ]
+        bodies = [body_of(loop) for loop in self.token_loops()]
         return max(map(self.kernels, bodies), default=None)
+
+    def token_loops(self) -> list[Instruction]:
+        """The loops over the tokens of a segment, one for each stage of the rollout."""
+        return [i for outer in self._rollout_loops() for i in self._whiles(body_of(outer))]
 
     def _rollout_loops(self) -> list[Instruction]:
         """The loops over segments: they end with their rows, and hold a loop over tokens."""

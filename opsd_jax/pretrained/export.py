@@ -19,46 +19,11 @@ from opsd_jax.errors import UserError
 from opsd_jax.host.files import scratch_folder
 from opsd_jax.host.hub import is_hub_name
 from opsd_jax.model.config import LORA_TARGETS, ModelConfig
+from opsd_jax.model.projection import merge_lora
 from opsd_jax.pretrained.config import config_to_hf
 from opsd_jax.pretrained.tensor_names import Leaf, file_shapes, leaves, to_file
 
 MAX_SHARD_BYTES = 5 * 10**9
-
-
-def merge_lora(config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a model without adapters that computes the same: W + scale · A B.
-
-    The sum is taken in float32 and rounded once to the dtype of W.
-
-    Args:
-      config: its `lora` gives the scale.
-      variables: {"params"} or {"params", "lora"}.
-    """
-    lora = variables.get("lora")
-    if not lora:
-        return dict(variables["params"])
-    if config.lora is None:
-        raise UserError("these weights have adapters, but model.lora is not configured")
-    scale = config.lora.scale
-
-    def merged(params: Any, adapters: Any) -> Any:
-        if not isinstance(params, Mapping):
-            return params
-        out = {name: merged(value, adapters.get(name, {})) for name, value in params.items()}
-        if "a" in adapters:
-            kernel = params["kernel"]
-            a, b = adapters["a"].astype(jnp.float32), adapters["b"].astype(jnp.float32)
-            num_layers, rank = a.shape[0], a.shape[-1]
-            product = jnp.matmul(
-                a.reshape(num_layers, -1, rank),
-                b.reshape(num_layers, rank, -1),
-                precision=jax.lax.Precision.HIGHEST,
-            )
-            total = kernel.astype(jnp.float32) + scale * product.reshape(kernel.shape)
-            out["kernel"] = total.astype(kernel.dtype)
-        return out
-
-    return merged(variables["params"], lora)
 
 
 def save_pretrained(

@@ -68,10 +68,13 @@ def check_devices(model: ModelConfig, rollout: RolloutConfig, mesh: Mesh) -> Non
         ("train.attention", model.attention),
         ("rollout.attention", rollout.attention),
     ):
-        wanted = {"splash": "tpu", "pallas": "tpu", "cudnn": "gpu"}.get(value, here)
+        wanted = {"splash": ("tpu",), "pallas": ("tpu", "gpu"), "cudnn": ("gpu",)}.get(value)
         refusal = None
-        if wanted != here:
-            refusal = f"needs a {wanted.upper()}, and the devices here are of kind {here!r}"
+        if wanted and here not in wanted:
+            kinds = " or a ".join(kind.upper() for kind in wanted)
+            refusal = f"needs a {kinds}, and the devices here are of kind {here!r}"
+        elif value == "pallas" and here == "gpu" and model.head_dim not in (32, 64, 128, 256):
+            refusal = f"needs heads of 32, 64, 128 or 256 numbers on a GPU, not {model.head_dim}"
         elif value == "cudnn" and model.dtype != "bfloat16":
             refusal = "computes in bfloat16 only: set train.dtype = 'bfloat16' besides"
         elif value == "cudnn" and model.attention_softcap is not None:

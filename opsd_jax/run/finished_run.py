@@ -21,8 +21,8 @@ from opsd_jax.host.files import read_text
 from opsd_jax.host.guard import restored_step
 from opsd_jax.host.identity import Identity, identity_of, own_code_parts
 from opsd_jax.model.decoder import Decoder
+from opsd_jax.model.projection import merge_lora
 from opsd_jax.model.sharding import Rules
-from opsd_jax.pretrained.export import merge_lora
 from opsd_jax.run.assembly import (
     Assembly,
     external_variables,

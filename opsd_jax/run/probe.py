@@ -40,7 +40,7 @@ from opsd_jax.run.experiment import Experiment
 from opsd_jax.run.finished_run import Restored, say
 from opsd_jax.run.graded_rows import GradeAll
 from opsd_jax.run.pins import pinned
-from opsd_jax.run.shown_rows import Shown, completion_rows, shown_rows
+from opsd_jax.run.shown_rows import Shown, shown_rows
 from opsd_jax.run.tokens import compared, token_texts
 from opsd_jax.run.train import grading
 from opsd_jax.sampling.prompts import Completion, Context
@@ -128,7 +128,8 @@ class Asked:
         self.run, self.shown, self.grade, self.key = run, shown, grade, key
         self.variables = {"student": run.student, "teacher": run.teacher or {}}
         self.contexts = {"student": shown.batch.student, "teacher": shown.batch.teacher}
-        self.said = completion_rows(shown.completion)
+        said = zip(shown.completion.ids, shown.completion.mask, strict=True)
+        self.said = [ids[mask].tolist() for ids, mask in said]
         size, mesh = run.experiment.evaluate.batch_size, run.parts.mesh
         pad_id, rules = run.tokenizer.pad_id, run.parts.rules
         self.sampler = Sampler(run.parts.model, pad_id, mesh, rules, size)

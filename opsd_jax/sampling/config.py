@@ -30,13 +30,17 @@ class RolloutConfig:
       pad_id: written after the stop token.
       segment_len: tokens between two looks at whether rows are done; also those that wait in the
         buffer of new keys and values.
-      unroll_layers: models of at most so many layers decode with unrolled layers and matrices
-        turned (`weights_first.py`): faster steps on a CPU, for a second copy of the weights and a
-        longer compilation.
+      unroll_layers: models of at most so many layers decode with unrolled layers, whose matrices
+        are turned (`weights_first.py`) or, on GPUs, joined (`joined.py`): faster steps, for a
+        second copy of the weights and a longer compilation. None: 4, and on GPUs all.
       gather_weights: on a mesh, every device along `data` holds all weights while it samples (its
         part along `model`); False fetches them again at every token and spares the memory.
-      attention: how a new token attends to what was said, "xla" or "pallas", a kernel for TPUs
-        that reads of each row what is there (`decode_attention.py`).
+      attention: how a new token attends to what was said, "xla" or "pallas", a kernel that reads
+        of each row what is there, for TPUs (`decode_attention.py`) and for GPUs
+        (`token_attention.py`; compiled for them, never run on one).
+      merge_adapters: add adapters to the matrices once per rollout, rounded to their dtype, for
+        fewer products per token; in bfloat16 what a small adapter adds is lost in rounding, and
+        rollout/logp_gap says how much.
       dtype: of weights and computation while sampling, None = the model's; "bfloat16" under a
         float32 model makes rollout/logp_gap the price of speed.
       weights: None as they are, or "int8": while sampling, prompts included, every matrix is 8-bit
@@ -55,9 +59,10 @@ class RolloutConfig:
     stop_ids: tuple[Natural, ...] = ()
     pad_id: Natural = 0
     segment_len: Count = 8
-    unroll_layers: Natural = 4
+    unroll_layers: Natural | None = None
     gather_weights: bool = True
     attention: Annotated[str, DECODE_ATTENTION] = "xla"
+    merge_adapters: bool = False
     dtype: Annotated[str, DTYPES] | None = None
     weights: Annotated[str, ("int8",)] | None = None
 
@@ -98,5 +103,6 @@ class RolloutConfig:
 
     def sampling(self, **settings: Any) -> RolloutConfig:
         """Another way to sample with the same stop ids and numerics; what is not named is off."""
-        shared = "stop_ids pad_id segment_len unroll_layers gather_weights attention dtype weights"
+        shared = "stop_ids pad_id segment_len unroll_layers gather_weights attention"
+        shared += " merge_adapters dtype weights"
         return RolloutConfig(**settings, **{name: getattr(self, name) for name in shared.split()})

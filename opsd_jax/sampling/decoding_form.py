@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters as sampling reads them: made once (int8, cast, gathered, unstacked, turned)."""
+"""Parameters as sampling reads them, made once: int8, cast, gathered, turned or joined."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import AbstractMesh, Mesh
 
 from opsd_jax.errors import UserError
 from opsd_jax.model.compute_dtype import narrowed
 from opsd_jax.model.decoder import Decoder, init_variables
+from opsd_jax.model.joined import joined
+from opsd_jax.model.projection import merge_lora
 from opsd_jax.model.quantized import quantized
-from opsd_jax.model.sharding import variable_shardings
+from opsd_jax.model.sharding import platform, variable_shardings
 from opsd_jax.model.weights_first import turned
 from opsd_jax.sampling.config import RolloutConfig
 
@@ -29,7 +30,8 @@ def decoding_form(model: Decoder, variables: dict, config: RolloutConfig) -> tup
       config: says which of the forms below to take.
 
     Returns:
-      The model and {"params"[, "lora"][, "scales" of int8 matrices][, "turned" matrices]}.
+      The model and {"params"[, "lora"][, "scales" of int8 matrices][, "turned" or "joined"
+      matrices]}.
 
     Raises:
       UserError: `rollout.weights` is set for a mixture of experts, or a stop or pad id is not in
@@ -37,6 +39,9 @@ def decoding_form(model: Decoder, variables: dict, config: RolloutConfig) -> tup
     """
     config.check_ids(model.config.vocab_size)
     variables = jax.lax.stop_gradient(variables)
+    if config.merge_adapters and model.config.lora:
+        variables = {"params": merge_lora(model.config, variables)} if variables else {}
+        model = Decoder(dataclasses.replace(model.config, lora=None))
     if config.weights is not None:
         if model.config.num_experts:
             raise UserError(
@@ -50,27 +55,43 @@ def decoding_form(model: Decoder, variables: dict, config: RolloutConfig) -> tup
     variables = narrowed(variables, model.config.dtype)
     if config.attention != "xla":
         model = Decoder(dataclasses.replace(model.config, decode_attention=config.attention))
-    if gathers(config, jax.sharding.get_abstract_mesh()):
+    if gathers(config):
         variables = gathered(model, variables, config)
     if unrolls(model, config):
         model, variables = unstacked(model, variables)
-        return model, turned(variables)
+        join = joins(config)
+        return model, joined(model.config, variables) if join else turned(variables)
     return model, variables
 
 
-def changes_weights(model: Decoder, config: RolloutConfig, mesh: Mesh) -> bool:
-    """Whether `decoding_form` makes other arrays there than those that it is given."""
-    other_numbers = config.dtype is not None or config.weights is not None
-    other_numbers |= model.config.dtype != "float32"
-    return other_numbers or gathers(config, mesh) or unrolls(model, config)
+def changes_weights(model: Decoder, config: RolloutConfig) -> bool:
+    """Whether `decoding_form` may make other arrays than those that it is given."""
+    dtype = config.dtype or model.config.dtype
+    other_numbers = dtype != "float32" or config.weights is not None or config.merge_adapters
+    return other_numbers or gathers(config) or unrolls(model, config)
 
 
-def gathers(config: RolloutConfig, mesh: Mesh | AbstractMesh) -> bool:
-    return config.gather_weights and not mesh.empty and mesh.shape["data"] > 1
+def gathers(config: RolloutConfig) -> bool:
+    return config.gather_weights and num_devices("data") > 1
 
 
 def unrolls(model: Decoder, config: RolloutConfig) -> bool:
-    return model.config.scan_layers and model.config.num_layers <= config.unroll_layers
+    most = config.unroll_layers
+    if most is None:
+        # A GPU copies a layer out of the stack, too: all weights and the cache, at every token.
+        most = model.config.num_layers if platform() == "gpu" else 4
+    return model.config.scan_layers and model.config.num_layers <= most
+
+
+def joins(config: RolloutConfig) -> bool:
+    """Whether launches are what a token waits for, and every device has whole matrices."""
+    whole = num_devices("model") == 1 and (gathers(config) or num_devices("data") == 1)
+    return platform() == "gpu" and whole and config.weights is None
+
+
+def num_devices(axis: str) -> int:
+    """Along an axis of the mesh that is set."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
 
 
 def cast(variables: dict, dtype: str) -> dict:

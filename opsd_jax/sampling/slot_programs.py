@@ -190,7 +190,7 @@ class Programs:
     def __init__(
         self, decoder: Decoder, config: RolloutConfig, width: int, mesh: Mesh, rules: Rules
     ):
-        model, _ = decoding_form(decoder, {}, config)
+        model, _ = on_mesh(decoding_form, mesh, rules)(decoder, {}, config)
         number, length = even_segments(config)
         # Equal steps, where a rollout's stages double: the longest of many rows of all ages is
         # seldom the longest that there can be.
@@ -210,7 +210,7 @@ class Programs:
         self.resized_to = functools.cache(lambda sizes: jitted(partial(resize, sizes)))
         self._moving, self._exchange = jitted(moving), jitted(exchange, 0)
         self.prepare: Callable = lambda variables: variables
-        if changes_weights(decoder, config, mesh):
+        if on_mesh(changes_weights, mesh, rules)(decoder, config):
             self.prepare = jitted(lambda v: decoding_form(decoder, v, config)[1])
         self.read = jitted(partial(read_prompts, model))
         placed = partial(laid_out, mesh, rules)

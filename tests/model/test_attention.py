@@ -120,7 +120,8 @@ def test_a_model_says_the_same_through_kernels(name, windows, monkeypatch):
     [
         ("cpu", dict(attention="splash"), "needs a TPU, and the devices here are of kind 'cpu'"),
         ("tpu", dict(attention="cudnn", dtype="bfloat16"), "needs a GPU"),
-        ("gpu", dict(decode_attention="pallas"), "rollout.attention = 'pallas' needs a TPU"),
+        ("cpu", dict(decode_attention="pallas"), "attention = 'pallas' needs a TPU or a GPU, and"),
+        ("gpu", dict(decode_attention="pallas"), "needs heads of 32, 64, 128 or 256 numbers"),
         ("gpu", dict(attention="cudnn"), "train.dtype = 'bfloat16'"),
         ("cpu", dict(remat="offload_projections"), "needs an accelerator"),
         ("gpu", dict(attention="cudnn", dtype="bfloat16", attention_softcap=5.0), "cannot cap"),

@@ -7,8 +7,8 @@ import pytest
 
 from opsd_jax.errors import UserError
 from opsd_jax.main import main
+from opsd_jax.model.projection import merge_lora
 from opsd_jax.model.sharding import FULLY_SHARDED, MeshConfig, make_mesh
-from opsd_jax.pretrained.export import merge_lora
 from opsd_jax.run.config import finished_run, load_run
 from opsd_jax.run.finished_run import restore_run
 from tests.run.test_train import command
