@@ -92,7 +92,7 @@ def copied(program: Program) -> list[str]:
     [
         ({}, 2 * 30 + 42),
         ({"attention": "pallas"}, 2 * 17 + 44),
-        ({"attention": "pallas", "merge_adapters": True}, 2 * 12 + 44),
+        ({"attention": "pallas", "merge_adapters": True}, 2 * 10 + 44),
     ],
 )
 def test_a_token_is_few_kernels_and_copies_nothing(settings, most):
