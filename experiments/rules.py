@@ -35,13 +35,13 @@ HERE = Path(__file__).parent
 FIRST = "OPSD"
 # Rollouts of the prompted model are about half as long, so its methods get more steps.
 METHODS = {
-    FIRST: Method("rules/opsd.gin", 20, 4),
-    "off-policy distillation": Method("rules/off_policy.gin", 32, 4),
-    "SFT on the prompted model": Method("rules/sft.gin", 32, 4),
-    "GRPO on the checker": Method("rules/grpo.gin", 20, 4),
+    FIRST: Method("rules/opsd.gin", 16, 4),
+    "off-policy distillation": Method("rules/off_policy.gin", 24, 6),
+    "SFT on the prompted model": Method("rules/sft.gin", 24, 6),
+    "GRPO on the checker": Method("rules/grpo.gin", 16, 4),
 }
 RATES = [2e-4, 5e-4, 1e-3]
-BUDGET = 6_000  # generated tokens at which the methods are compared
+BUDGET = 4_000  # generated tokens at which the methods are compared
 SHOWN = {  # metric of the last evaluation -> its column
     "eval/student/length_mean": ("tokens per answer", ".1f"),
     "probe/text_nats": ("nats per token of a text", ".3f"),

@@ -217,8 +217,9 @@ def write(folder, role, shares):
 
 
 @pytest.fixture
-def finished(modules, tmp_path):
+def finished(modules, tmp_path, monkeypatch):
     """Two methods of two seeds, and the model as it is."""
+    monkeypatch.setattr(modules[0], "BUDGET", 6_000)
     names = [modules[0].FIRST, "SFT on the prompted model"]
     runs = {
         names[0]: [
