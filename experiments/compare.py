@@ -96,7 +96,9 @@ def run(study: Study, method: Method, rate: float, seed: int, out: Path) -> Run:
         *study.seed_bindings(seed, out),
     ]
     experiment, text = load_experiment([str(HERE / method.gin_file)], bindings)
-    return train_whole(experiment, text, workdir)
+    found = train_whole(experiment, text, workdir)
+    jax.clear_caches()  # The programs of a hundred runs would stay in memory.
+    return found
 
 
 def mean_accuracy(run: Run) -> float:
