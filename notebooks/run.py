@@ -94,6 +94,7 @@ def execute(path: Path, folder: Path, parameters: str | None = None) -> nbformat
         kernel_name="python3",
         record_timing=False,
         resources={"metadata": {"path": str(folder)}},
+        startup_timeout=300,  # of a machine that has much else to do
     )
     client.execute(env=kernel_environment())
     return notebook

@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -96,7 +97,10 @@ def test_paths_of_the_folder_become_relative_and_others_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["01_one_step", *SLOW])
-def test_a_notebook_runs(name, tmp_path, request):
+def test_a_notebook_runs(name, tmp_path, request, monkeypatch):
+    # On one device, as on the machine of a reader.
+    flags = re.sub("--xla_force_host_platform_device_count=8", "", os.environ["XLA_FLAGS"])
+    monkeypatch.setenv("XLA_FLAGS", flags)
     if name == "03_your_model":
         pytest.importorskip("reasoning_gym", reason="the extra reasoning is not installed")
         request.getfixturevalue("smollm2_file")
