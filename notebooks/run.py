@@ -101,11 +101,18 @@ def execute(path: Path, folder: Path, parameters: str | None = None) -> nbformat
 
 
 def cleaned(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
-    """The notebook as it is kept: paths below the folder are relative, one kernel for all.
+    """The notebook as it is kept: paths below the folder are relative, one kernel for all, and
+    without XLA's alarm on a busy machine that a compilation takes long.
 
     Raises:
       ValueError: an output names a path of this machine.
     """
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            said = [
+                out for out in cell.outputs if "slow_operation_alarm" not in out.get("text", "")
+            ]
+            cell.outputs = said
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

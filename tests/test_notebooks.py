@@ -40,7 +40,7 @@ SMALL = {
     "05_read_a_run": f"RUN, SETTINGS = 'runs/teacher_live', {ONE_STEP}",
 }
 # Those that have not yet been run in full: without outputs, and nothing is said of what they show.
-NOT_YET = {"02_quickstart", "03_your_model", "04_an_ablation", "05_read_a_run"}
+NOT_YET = {"03_your_model", "04_an_ablation", "05_read_a_run"}
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list(SMALL)[1:]]
 
 
