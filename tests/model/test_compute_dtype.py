@@ -91,6 +91,10 @@ def partitioned(method: Method, mesh: Mesh, rules, folder) -> str:
     return path.read_text()
 
 
+# Ends of the names of what needs a whole matrix: layers, weights of a rollout, the fused head.
+PRODUCTS = ("dot_general", "sharding_constraint", "shard_map")
+
+
 @pytest.fixture
 def no_cache():
     """What comes out of the compilation cache is not partitioned, nor dumped."""
@@ -104,7 +108,8 @@ def no_cache():
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [1, 2])
 def test_weights_are_gathered_in_bfloat16_where_the_step_computes_in_it(model, tmp_path, no_cache):
-    """In the rollout and in the update, layers and head, along `data`."""
+    """In the rollout and in the update, layers and head, along `data`; rows of a table that are
+    looked up are not asked for."""
     config = MeshConfig(model=model)
     mesh = make_mesh(config)
     weights = {}
@@ -115,7 +120,7 @@ def test_weights_are_gathered_in_bfloat16_where_the_step_computes_in_it(model, t
             (half, kind)
             for kind, shape, name in gathers
             for half in ("rollout", "update")
-            if kind.startswith(("f", "bf")) and "," in shape and f"/{half}/" in name
+            if "," in shape and f"/{half}/" in name and name.endswith(PRODUCTS)
         }
     assert weights["float32"] == {("rollout", "f32"), ("update", "f32")}
     assert weights["bfloat16"] == {("rollout", "bf16"), ("update", "bf16")}
