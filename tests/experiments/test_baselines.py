@@ -48,7 +48,6 @@ METHOD_FILES = sorted((EXPERIMENTS / "methods").glob("*.gin"))
 QUICKSTART = str(EXPERIMENTS / "quickstart.gin")
 CLASSICS = ("grpo", "dr_grpo", "dapo", "sft")
 CURVED = [*BASELINES, *(path for path in METHOD_FILES if path.stem in CLASSICS)]
-FAST = [path for path in CURVED if path.stem == "opsd_reward"]
 # Those need another model, or a package and a finished run.
 OUTSIDE = ("opsdc", "opsrd", "gkd", "tinker_opd")
 SLOW = [
@@ -183,7 +182,7 @@ def test_every_method_runs_two_steps(path, tmp_path):
     assert len(found) == 2 and np.isfinite(found).all()
 
 
-@pytest.mark.parametrize("name", representatives(OUTSIDE, "tinker_opd"))
+@pytest.mark.parametrize("name", representatives(OUTSIDE))
 def test_methods_of_another_model_run_two_steps(name, tmp_path):
     """Their own teacher, or their own world of chats, in small."""
     path = EXPERIMENTS / "methods" / f"{name}.gin"
@@ -209,7 +208,8 @@ def test_methods_of_another_model_run_two_steps(name, tmp_path):
     assert len(found) == 2 and np.isfinite(found).all() and min(map(abs, found)) > 0
 
 
-@pytest.mark.parametrize("path", representatives(CURVED, *FAST), ids=lambda path: path.stem)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CURVED, ids=lambda path: path.stem)
 def test_every_baseline_runs_two_steps(path, tmp_path):
     tiny = [b for b in TINY if not b.startswith("teacher.weights")]
     tiny = [b.replace("max_new_tokens = 4", "max_new_tokens = 18") for b in tiny]

@@ -196,6 +196,7 @@ print("RESULT", sum(read), float(squares))
 """
 
 
+@pytest.mark.slow
 def test_each_process_reads_half(tmp_path):
     config = model_config()
     params = variables_of(config)["params"]

@@ -191,7 +191,7 @@ def cached_logits(config, params, ids, prefill=7):
     return np.asarray(jnp.concatenate(logits, axis=1))
 
 
-@pytest.mark.parametrize("case", representatives(CASES, "llama3", "qwen3", "qwen3_moe", "gemma3"))
+@pytest.mark.parametrize("case", representatives(CASES, "qwen3_moe", "gemma3"))
 def test_logits_equal_transformers(case, tmp_path, record_property):
     model_type, values = CASES[case]
     theirs = reference(model_type, values, tmp_path)
