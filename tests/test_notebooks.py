@@ -136,7 +136,7 @@ def test_the_stop_button_saves_and_the_cell_goes_on(tmp_path):
         client.execute(cell)
         assert client.get_shell_msg(timeout=300)["content"]["status"] == "ok"
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-        assert [line["step"] for line in lines] == list(range(1, 401))
+        assert [line["step"] for line in lines] == list(range(401))
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)

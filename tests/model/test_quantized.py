@@ -168,8 +168,8 @@ def test_slots_say_what_every_prompt_says_alone():
     settings = dataclasses.replace(CONFIG, max_new_tokens=23, unroll_layers=0)
     prompts, keys = questions(num=4, samples=2)
     run = sampler()
-    assert changes_weights(run.model, settings, run.mesh)
-    assert not changes_weights(run.model, dataclasses.replace(settings, weights=None), run.mesh)
+    assert changes_weights(run.model, settings)
+    assert not changes_weights(run.model, dataclasses.replace(settings, weights=None))
     found = {s.prompt: s for s in run(tiny_variables(tiny_config()), prompts, settings, keys)}
     for i, (ids, logps, stopped) in enumerate(alone(prompts, keys, settings)):
         assert (found[i].ids, found[i].stopped) == (ids, stopped)

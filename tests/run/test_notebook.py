@@ -144,6 +144,8 @@ def test_every_experiment_is_the_same_after_it_was_written_as_gin():
         if path.parent.name == "eval" or path.name in ("base.gin", "recipe.gin"):
             continue  # Parts of an experiment.
         experiment, _ = opsd_jax.load_experiment(str(path))
+        if experiment.imports:
+            continue  # What its own modules bring can be named by no config.
         assert opsd_jax.load_experiment([], gin_lines(experiment))[0] == experiment, path
         count += 1
     assert count > 20
