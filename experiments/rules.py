@@ -22,7 +22,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from compare import Method, Study, accuracy_at, run, tune
+from compare import Method, Study, accuracy_at, panels, run, tune
 
 import opsd_jax
 from opsd_jax.errors import UserError
@@ -232,14 +232,8 @@ def write_csv(runs: dict[tuple[str, str, int, float], Run], path: Path) -> None:
 
 def draw(tables: dict[str, dict[str, list[Run]]], path: Path) -> None:
     """A row per rule: kept against tokens, and what a text costs more against kept."""
-    import matplotlib
-    import matplotlib.pyplot as plt
-
-    matplotlib.use("svg")
-    # Names that do not depend on the moment: the same runs give the same file.
-    plt.rcParams.update({"svg.hashsalt": "opsd", "svg.fonttype": "none", "font.size": 9})
     size = (8.4, 3.0 * len(tables))
-    figure, axes = plt.subplots(len(tables), 2, figsize=size, layout="constrained", squeeze=False)
+    figure, axes = panels(len(tables), 2, font_size=9, figsize=size, squeeze=False)
     for (rule, runs), (left, right) in zip(tables.items(), axes, strict=True):
         for number, (name, group) in enumerate(runs.items()):
             for seed, each in enumerate(group):

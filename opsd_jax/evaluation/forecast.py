@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from opsd_jax.data.attempts import RIGHT
 from opsd_jax.evaluation.statistics import mean_and_error
 
 Metrics = Mapping[str, float]
@@ -78,7 +79,11 @@ def gap_metrics(
     """
     found: dict[str, float] = {}
     counts = mask_BC.sum(1)
-    rows = {"all": np.ones(len(counts), bool), "right": rewards_B >= 0.5, "wrong": rewards_B < 0.5}
+    rows = {
+        "all": np.ones(len(counts), bool),
+        "right": rewards_B >= RIGHT,
+        "wrong": rewards_B < RIGHT,
+    }
     for name, those in rows.items():
         found[f"num/{name}"] = float(those.sum())
         for what, values in (("gap", divergence_BC), ("agreement", agreement_BC)):

@@ -154,5 +154,4 @@ def report(
     Raises:
       UserError: no such workdir, or a level that is no accuracy.
     """
-    groups = grouped(runs)
-    return Report(page(groups, name or " / ".join(group.label for group in groups), levels))
+    return Report(page(grouped(runs), name, levels))

@@ -82,12 +82,17 @@ def report_command(
     """
     parsed = [parse_workdir(text) for text in workdirs]
     groups = group_runs([read_run(folder, label) for label, folder in parsed])
-    text = page(groups, name or " / ".join(group.label for group in groups), levels)
+    text = page(groups, name, levels)
     write_whole(Path(out), text)
 
 
 def page(groups: Sequence[Group], name: str, levels: Sequence[float]) -> str:
     """The whole page as text, from the template report_page.html.
+
+    Args:
+      groups: what is compared.
+      name: title; "" is all labels.
+      levels: accuracies whose cost in tokens is tabulated.
 
     Raises:
       UserError: a level that is no accuracy.
@@ -103,7 +108,7 @@ def page(groups: Sequence[Group], name: str, levels: Sequence[float]) -> str:
         environment()
         .from_string(template)
         .render(
-            name=name,
+            name=name or " / ".join(group.label for group in groups),
             style=style,
             script=script,
             num_runs=counted(sum(len(group.runs) for group in groups), "run"),

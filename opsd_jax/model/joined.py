@@ -41,10 +41,15 @@ def joined(config: ModelConfig, variables: dict) -> dict:
                 continue
             own = [_taken(left, (*place, name)) for name in names]
             size = math.prod(own[0]["kernel"].shape[: len(INPUT_AXES[names[0]])])
-            blocks = config.num_kv_heads if len(names) == 3 else 1
+            blocks = num_blocks(config, len(names))
             for key, array in _join(own, size, blocks, config.lora).items():
                 found["joined", *place, names[0], key] = array
     return unflatten_dict(left | found)
+
+
+def num_blocks(config: ModelConfig, num_projections: int) -> int:
+    """Parts that the outputs of a group alternate in: q, k and v come head by head."""
+    return config.num_kv_heads if num_projections == 3 else 1
 
 
 def _taken(left: dict, place: tuple[str, ...]) -> dict[str, jax.Array]:

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from opsd_jax.errors import UserError
 from opsd_jax.model.config import LoraConfig, ModelConfig
-from opsd_jax.model.joined import apart, joined_product
+from opsd_jax.model.joined import apart, joined_product, num_blocks
 from opsd_jax.model.quantized import scaled
 from opsd_jax.model.weights_first import weights_first
 
@@ -115,7 +115,7 @@ def project(
     group: dict | None = module.get_variable("joined", next(iter(outputs)))
     if group is not None:
         shapes = [tuple(out.values()) for out in outputs.values()]
-        blocks = config.num_kv_heads if len(outputs) == 3 else 1
+        blocks = num_blocks(config, len(outputs))
         return apart(joined_product(group, x, len(inputs)), shapes, blocks)
 
     def one(name: str, out: dict[str, int]) -> jax.Array:

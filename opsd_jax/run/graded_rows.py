@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from opsd_jax.data.attempts import Attempt
+from opsd_jax.data.attempts import RIGHT, Attempt
 from opsd_jax.data.grader_pool import Grade
 from opsd_jax.data.problems import Problem, ProblemSet
 from opsd_jax.data.tokenizer import Tokenizer
@@ -81,7 +81,7 @@ def grade_metrics(grades: Graded, rows: dict[str, np.ndarray]) -> dict[str, floa
         known = values[~np.isnan(values)].astype(np.float64)
         metrics[f"rollout/{name}"] = float(known.mean()) if known.size else float("nan")
     if "rows/divergence" in rows:
-        for name, those in (("right", rewards >= 0.5), ("wrong", rewards < 0.5)):
+        for name, those in (("right", rewards >= RIGHT), ("wrong", rewards < RIGHT)):
             tokens = rows.get("rows/context_tokens", rows["rows/tokens"])[those].sum()
             if tokens:
                 mean = float(rows["rows/divergence"][those].sum() / tokens)

@@ -43,7 +43,6 @@ class LivePanel(ProgressLine):
         self._notes: list[str] = []
         self._step: int | None = None
         self._handles: dict[str, Any] = {}  # what stands in the notebook, by kind
-        self._pause_s = self._every_s = 1.0
         self._figure_due_s = 0.0
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opsd_jax.data.attempts import RIGHT
 from opsd_jax.data.problems import ProblemSet
 from opsd_jax.data.record import Problem
 from opsd_jax.data.tokenizer import Tokenizer
@@ -107,8 +108,8 @@ def probe(
         teacher = asked.grades("teacher", rows, [[] for _ in rows])
         values = {"student": rewards[rows].tolist(), "teacher": teacher}
         found |= forecast.role_metrics("accuracy", values)
-        found |= from_wrong(asked, np.flatnonzero(rewards < 0.5).tolist())
-        found |= right_answer(asked, np.flatnonzero(rewards < 0.5).tolist())
+        wrong = np.flatnonzero(rewards < RIGHT).tolist()
+        found |= from_wrong(asked, wrong) | right_answer(asked, wrong)
     for measure in run.experiment.train.probes:
         found |= measure(run.parts.model, run.student, run.teacher, run.tokenizer)
     return found
@@ -190,9 +191,9 @@ def right_answer(asked: Asked, wrong: Sequence[int]) -> dict[str, float]:
     rows, places, right, wrong_ids = np.array(forks).T
     completion = jax.tree.map(lambda x: np.asarray(x)[rows], shown.completion)
     values: dict[str, np.ndarray] = {}
+    compiled = jax.jit(partial(two_logps, run.parts.model))
     for role in forecast.ROLES:
         context = jax.tree.map(lambda x: np.asarray(x)[rows], asked.contexts[role])
-        compiled = jax.jit(partial(two_logps, run.parts.model))
         logps = on_mesh(compiled, run.parts.mesh, run.parts.rules)(
             asked.variables[role], context, completion, places, np.stack([right, wrong_ids], 1)
         )

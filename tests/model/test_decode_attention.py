@@ -8,18 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from opsd_jax.model import attention, decode_attention
 from opsd_jax.model.attention import attend_both
 from opsd_jax.model.decode_attention import attend_store
-from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.kv_cache import KV
-from opsd_jax.model.sharding import FULLY_SHARDED, MeshConfig, make_mesh
 from opsd_jax.sampling.config import RolloutConfig
-from opsd_jax.sampling.rollout import rollout
-from opsd_jax.sampling.slots import Sampler
-from tests.tiny import tiny_batch, tiny_config, tiny_variables
+from tests.model.same_rollouts import assert_rollouts_are_the_same
+from tests.tiny import tiny_config
 
 L, B, K, G, H, S = 3, 5, 2, 2, 8, 300
 CONFIG = RolloutConfig(max_new_tokens=14, segment_len=3, stop_ids=(3,), attention="pallas")
@@ -67,26 +63,6 @@ def test_a_row_attends_to_what_it_holds_and_may_see(interpreted, softcap):
 )
 def test_rollouts_are_the_same_through_the_kernel(interpreted, changes, unroll_layers):
     """Alone, split over 4 x 2 devices, and through slots."""
-    model, variables = Decoder(tiny_config(**changes)), tiny_variables(tiny_config(**changes))
-    prompts, key = tiny_batch(8).student, jax.random.key(3)
     config = dataclasses.replace(CONFIG, unroll_layers=unroll_layers)
-
-    def run(config):
-        sample = jax.jit(partial(rollout, model, config=config))
-        return sample(variables, prompts.ids, prompts.lengths, key)
-
-    want, alone = run(dataclasses.replace(config, attention="xla")), run(config)
-    mesh = make_mesh(MeshConfig(4, 2))
-    with jax.set_mesh(mesh), nn.logical_axis_rules(FULLY_SHARDED):
-        split = run(config)
-    for out in (alone, split):
-        assert out.ids.tolist() == want.ids.tolist()
-        np.testing.assert_allclose(out.logps, want.logps, atol=1e-5)
-    assert want.mask.sum(1).min() < want.mask.sum(1).max() == 14
-
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(8))
-    asked = [ids[:n].tolist() for ids, n in zip(prompts.ids, prompts.lengths, strict=True)]
-    mesh = make_mesh(MeshConfig(1, 1), jax.devices()[:1])
-    sampler = Sampler(model, 0, mesh, FULLY_SHARDED, 4)
-    for one in sampler(variables, asked, config, keys):
-        assert one.ids == want.ids[one.prompt][want.mask[one.prompt]].tolist()
+    by_xla = dataclasses.replace(config, attention="xla")
+    assert_rollouts_are_the_same(tiny_config(**changes), by_xla, config, seed=3)
