@@ -6,6 +6,7 @@ import importlib
 import json
 from pathlib import Path
 
+import gin
 import jax
 import numpy as np
 import pytest
@@ -29,7 +30,9 @@ def modules():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXPERIMENTS))
         patch.syspath_prepend(str(EXPERIMENTS / "rules"))
-        yield tuple(map(importlib.import_module, ("rules", "keeping", "lost")))
+        with gin.unlock_config():  # Another file of this worker may have read a config.
+            found = tuple(map(importlib.import_module, ("rules", "keeping", "lost")))
+        yield found
 
 
 KEPT = {
