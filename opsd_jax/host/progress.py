@@ -13,8 +13,13 @@ import jax
 
 
 def in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this process, Colab's among them."""
-    return "ipykernel" in sys.modules
+    """Whether a Jupyter kernel runs this process, Colab's among them.
+
+    That `ipykernel` is imported says nothing: what starts kernels elsewhere imports it, too.
+    """
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None
 
 
 class ProgressLine:

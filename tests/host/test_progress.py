@@ -4,10 +4,11 @@
 import io
 import itertools
 import sys
+import types
 
 import pytest
 
-from opsd_jax.host.progress import ProgressLine
+from opsd_jax.host.progress import ProgressLine, in_notebook
 
 
 class Terminal(io.StringIO):
@@ -79,8 +80,16 @@ def test_what_goes_on_before_the_steps_is_live_too(stream):
     assert on_screen(stream.getvalue()) == [*seen, "warm start: done", "step 1/60", ""]
 
 
+@pytest.mark.parametrize("shell", [None, object(), types.SimpleNamespace(kernel=object())])
+def test_only_a_kernel_makes_a_notebook(shell, monkeypatch):
+    """Neither IPython on a terminal does, nor a package of kernels that somebody imported."""
+    monkeypatch.setitem(sys.modules, "ipykernel", types)
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    assert in_notebook() == hasattr(shell, "kernel")
+
+
 def test_a_notebook_gets_one_line_too(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setattr("opsd_jax.host.progress.in_notebook", lambda: True)
     with ProgressLine(60, clock=itertools.count(0.0, 0.6).__next__) as line:
         for step in range(1, 9):
             line.update(step, {})

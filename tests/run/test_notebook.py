@@ -5,6 +5,7 @@ import dataclasses
 import json
 import signal
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -98,10 +99,10 @@ def test_a_repeated_call_compiles_nothing_again(tmp_path):
 
 
 def test_in_a_notebook_there_is_a_panel(workdir, monkeypatch):
-    display = pytest.importorskip("IPython.display")
     shown = []
-    monkeypatch.setattr(display, "display", lambda data, **_: shown.append(data) or Handle())
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    display = types.SimpleNamespace(display=lambda data, **_: shown.append(data) or Handle())
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setattr("opsd_jax.run.notebook.in_notebook", lambda: True)
     run = opsd_jax.train(QUICKSTART, workdir, [*SMALL, "train.num_steps = 3"])
     assert "from step 3" in shown[0]["text/plain"] or "model: random" in shown[0]["text/plain"]
     assert "student: accuracy, sampled" in run._repr_html_()
