@@ -29,6 +29,7 @@ from opsd_jax.divergence.config import DivergenceConfig
 from opsd_jax.divergence.rows import TokenDivergence, logit_gradient, prepare_rows, row_divergence
 from opsd_jax.divergence.vocabulary import Vocabulary
 from opsd_jax.model.head import Head, head_logits
+from opsd_jax.model.sharding import Axis, axis_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,21 +38,19 @@ class VocabularyMesh:
 
     Args:
       mesh: a concrete or abstract mesh with Auto axes, or None for one device.
-      batch_axis: axis that splits the rows, or None.
+      batch_axis: axis or axes that split the rows, or None.
       vocab_axis: axis that splits the head's vocabulary, or None.
     """
 
     mesh: Any = None
-    batch_axis: str | None = None
+    batch_axis: Axis = None
     vocab_axis: str | None = None
 
     def size(self, axis: str | None) -> int:
         return 1 if axis is None else self.mesh.shape[axis]
 
 
-def vocabulary_mesh(
-    mesh: Any, batch_size: int, batch_axis: str = "data", vocab_axis: str = "model"
-) -> VocabularyMesh:
+def vocabulary_mesh(mesh: Any, batch_size: int, vocab_axis: str = "model") -> VocabularyMesh:
     """The layout on `mesh`, or on the mesh of `jax.set_mesh` when `mesh` is None.
 
     Axes that are absent, or that some outer `shard_map` already took, are left alone; rows that
@@ -63,9 +62,10 @@ def vocabulary_mesh(
         for name, kind in zip(mesh.axis_names, mesh.axis_types or (), strict=True)
         if kind == jax.sharding.AxisType.Auto and mesh.shape[name] > 1
     }
-    if not auto & {batch_axis, vocab_axis}:
+    batch_axis = tuple(name for name in mesh.axis_names if name in auto - {vocab_axis}) or None
+    if not auto:
         return VocabularyMesh()
-    rows_divide = batch_axis in auto and batch_size % mesh.shape[batch_axis] == 0
+    rows_divide = batch_size % axis_size(mesh, batch_axis) == 0
     return VocabularyMesh(
         mesh, batch_axis if rows_divide else None, vocab_axis if vocab_axis in auto else None
     )

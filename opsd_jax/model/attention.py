@@ -29,7 +29,7 @@ from opsd_jax.model.config import NO_WINDOW, ModelConfig
 from opsd_jax.model.decode_attention import UNSEEN, attend_store
 from opsd_jax.model.head import soft_cap
 from opsd_jax.model.kv_cache import EMPTY_POSITION, KV, KVCache, Parts, parts
-from opsd_jax.model.sharding import platform
+from opsd_jax.model.sharding import axis_size, platform
 
 QUERY_BLOCK = 512
 
@@ -338,7 +338,7 @@ def on_each_device(
     batch, heads = nn.logical_to_mesh_axes(("batch", "kv_heads")) or (None, None)
     place = {
         "l": None,
-        "b": batch if batch and B % mesh.shape[batch] == 0 else None,
+        "b": batch if batch and B % axis_size(mesh, batch) == 0 else None,
         "k": heads if heads and K % mesh.shape[heads] == 0 else None,
     }
 

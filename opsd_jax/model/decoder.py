@@ -34,7 +34,7 @@ from opsd_jax.model.joined import joined_product
 from opsd_jax.model.kv_cache import KV, KVCache, LayersKV, Recent, put
 from opsd_jax.model.projection import PRODUCT, logical, project
 from opsd_jax.model.quantized import scaled
-from opsd_jax.model.sharding import platform
+from opsd_jax.model.sharding import looked_up, platform
 from opsd_jax.model.token_attention import Settings, attend_new
 
 
@@ -318,7 +318,8 @@ class Decoder(nn.Module):
                 (c.vocab_size, c.embed_dim),
             )
         scale_V1: jax.Array | None = self.get_variable("scales", "embed")
-        x_BTD = embed[ids_BT].astype(c.dtype)
+        # In decoding every device may have the whole table.
+        x_BTD = (embed[ids_BT] if return_kv else looked_up(embed, ids_BT)).astype(c.dtype)
         x_BTD = c.embed_scale * scaled(x_BTD, None if scale_V1 is None else scale_V1[ids_BT])
         layers = self._scanned if c.scan_layers else self._unrolled
         x_BTD, new_kv = layers(x_BTD, positions_BT, cache, recent, return_kv)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where every array lives: a `data x model` mesh and one table from logical to mesh axes.
+"""Where every array lives: a `[replica x] data x model` mesh, one table from logical to mesh axes.
 
 Parameters carry logical axis names (`model.py`); the table sends them to mesh axes. With the
 default table the batch and the parameters are split over `data` (fully sharded) and heads, MLP
-and vocabulary over `model` (tensor parallel). Arrays whose dimension does not divide stay whole
-in that dimension. What used to be `pjit` is `jax.jit` with these shardings.
+and vocabulary over `model` (tensor parallel). `replica`, outside of both, splits the batch alone:
+parameters are whole in each replica, and gradients are summed over them. Arrays whose dimension
+does not divide stay whole in that dimension. What used to be `pjit` is `jax.jit` with these
+shardings.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.experimental import multihost_utils
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from opsd_jax.errors import UserError
 from opsd_jax.fields import Count, require
 
-Rules = tuple[tuple[str, str | None], ...]
+Axis = str | tuple[str, ...] | None
+Rules = tuple[tuple[str, Axis], ...]
 
 FULLY_SHARDED: Rules = (
     ("batch", "data"),
@@ -48,40 +52,73 @@ class MeshConfig:
     """The mesh and the placement of parameters on it.
 
     Args:
-      data: devices along `data`; -1 takes all that `model` leaves.
+      data: devices along `data`; -1 takes all that the others leave.
       model: devices along `model` (tensor parallelism).
       fully_sharded: also split the parameters and the optimiser over `data`.
+      replica: devices along `replica`; as many as there are slices or hosts, it keeps all exchange
+        but that of gradients within each.
     """
 
     data: Annotated[int, (-1,)] | Count = -1
     model: Count = 1
     fully_sharded: bool = True
+    replica: Count = 1
 
     def __post_init__(self):
         require("mesh", self)
 
     @property
     def rules(self) -> Rules:
-        return FULLY_SHARDED if self.fully_sharded else REPLICATED_OVER_DATA
+        rules = FULLY_SHARDED if self.fully_sharded else REPLICATED_OVER_DATA
+        if self.replica == 1:
+            return rules
+        return (("batch", ("replica", "data")), *(rule for rule in rules if rule[0] != "batch"))
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """Devices along each axis of the mesh, outermost first; no `replica` where there is one.
+
+        Raises:
+          UserError: so many devices do not fill it.
+        """
+        others = self.replica * self.model
+        data = self.data if self.data > 0 else max(1, num_devices // others)
+        if data * others != num_devices:
+            replica = f"mesh.replica = {self.replica} times " if self.replica > 1 else ""
+            raise UserError(
+                f"{replica}mesh.data = {data} times mesh.model = {self.model} must equal the "
+                f"number of devices, {num_devices}"
+            )
+        sizes = {"replica": self.replica, "data": data, "model": self.model}
+        return sizes if self.replica > 1 else {"data": data, "model": self.model}
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """A mesh of `data x model` devices, in the order that suits the hardware.
+    """The mesh, with devices in the order that suits the hardware.
 
     Raises:
       UserError: the devices at hand do not fill the mesh.
     """
     devices = jax.devices() if devices is None else devices
-    data = config.data if config.data > 0 else max(1, len(devices) // config.model)
-    if data * config.model != len(devices):
-        raise UserError(
-            f"mesh.data = {data} times mesh.model = {config.model} must equal the number of "
-            f"devices, {len(devices)}"
-        )
+    sizes = config.sizes(len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     # Auto axes: the compiler places intermediates; linen's logical constraints need it.
-    return jax.make_mesh(
-        (data, config.model), ("data", "model"), (AxisType.Auto,) * 2, devices=devices
-    )
+    kinds = (AxisType.Auto,) * len(sizes)
+    if slices == 1 or config.replica % slices:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=devices)
+    inner = (config.replica // slices, sizes["data"], sizes["model"])
+    grid = create_hybrid_device_mesh(inner, (slices, 1, 1), devices)
+    return Mesh(grid, tuple(sizes), axis_types=kinds)
+
+
+def axis_size(mesh: Mesh | AbstractMesh, axis: Axis) -> int:
+    """Devices along a mesh axis, or along several of them together."""
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def rows_axis(mesh: Mesh | AbstractMesh) -> Axis:
+    """What splits a batch."""
+    return ("replica", "data") if "replica" in mesh.shape else "data"
 
 
 def variable_shardings(boxed: Any, mesh: Mesh | AbstractMesh, rules: Any) -> Any:
@@ -96,10 +133,10 @@ def variable_shardings(boxed: Any, mesh: Mesh | AbstractMesh, rules: Any) -> Any
     def place(leaf):
         names = leaf.names if isinstance(leaf, nn.Partitioned) else (None,) * leaf.ndim
         shape = leaf.value.shape if isinstance(leaf, nn.Partitioned) else leaf.shape
-        spec: list[str | None] = []
+        spec: list[Axis] = []
         for name, size in zip(names, shape, strict=True):
             axis = table[name] if name is not None else None
-            fits = axis is not None and size % mesh.shape[axis] == 0 and axis not in spec
+            fits = axis is not None and size % axis_size(mesh, axis) == 0 and axis not in spec
             spec.append(axis if fits else None)
         return NamedSharding(mesh, PartitionSpec(*spec))
 
@@ -111,8 +148,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis over `data`."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """The leading axis over `data`, and `replica`."""
+    return NamedSharding(mesh, PartitionSpec(rows_axis(mesh)))
 
 
 def on_mesh(compiled: Callable, mesh: Mesh, rules: Rules) -> Callable:
@@ -131,13 +168,31 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def looked_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """table[ids], where the table may be split over `data`; no row visits another replica.
+
+    A device looks up its part of D for the rows of all that hold the other parts, and these then
+    exchange. Left alone, the compiler takes that to be the rows of all devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if "replica" not in mesh.shape or len(ids_BT) % axis_size(mesh, rows_axis(mesh)):
+        return table_VD[ids_BT]
+    place = jax.lax.with_sharding_constraint
+    anyhow = PartitionSpec.UNCONSTRAINED
+    x_BTD = table_VD[place(ids_BT, PartitionSpec("replica"))]
+    x_BTD = place(x_BTD, PartitionSpec("replica", None, anyhow))
+    return place(x_BTD, PartitionSpec(rows_axis(mesh)))
+
+
 def check_batch(batch_size: int, num_micro_batches: int, mesh: Mesh) -> None:
-    """Raises a UserError unless the batch splits evenly over micro-batches and `data`."""
-    data = mesh.shape["data"]
-    if batch_size % (num_micro_batches * data):
+    """Raises a UserError unless the batch splits evenly over micro-batches and devices."""
+    sizes = {name: size for name, size in mesh.shape.items() if name != "model"}
+    if batch_size % (num_micro_batches * math.prod(sizes.values())):
+        names = " x ".join(f"mesh.{name}" for name in sizes)
+        numbers = " x ".join(map(str, sizes.values()))
         raise UserError(
             f"train.batch_size = {batch_size} must be a multiple of train.num_micro_batches x "
-            f"mesh.data = {num_micro_batches} x {data}"
+            f"{names} = {num_micro_batches} x {numbers}"
         )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from opsd_jax.errors import UserError
 from opsd_jax.host.chips import peak_of
 from opsd_jax.model.config import REMATS, ModelConfig
+from opsd_jax.model.sharding import axis_size, rows_axis
 from opsd_jax.plan.estimate import (
     BETWEEN_HOSTS,
     LINKS,
@@ -88,8 +89,9 @@ def make_plan(experiment: Experiment, config: ModelConfig, target: Target, width
     number, length = even_segments(rollout)
     ends = worthwhile(stages(widths.student, number, length), rollout)
     block = experiment.divergence.token_block or 1024
-    rows = experiment.train.batch_size // experiment.train.num_micro_batches
-    blocks = math.ceil(rows * rollout.max_new_tokens / parts.mesh.shape["data"] / block)
+    chips = axis_size(parts.mesh, rows_axis(parts.mesh))
+    rows = experiment.train.batch_size / experiment.train.num_micro_batches / chips
+    blocks = math.ceil(rows * rollout.max_new_tokens / block)
     program = Program.parse(compiled.as_text()).with_trips(np.diff([0, *ends]).tolist(), blocks)
     mesh = dict(parts.mesh.shape)
     found = tuple(program.collectives(lambda line: spanned_axes(line, mesh)))
@@ -120,17 +122,28 @@ def floor_of(plan: Plan, target: Target, widths: Widths) -> Seconds | None:
     if peak is None:
         return None
     chip = chip_of(target)
-    link, to_host = LINKS[chip], TO_HOST.get(chip)
-    # A slice of TPUs is one network, whatever its hosts.
-    if target.devices[0].platform != "tpu" and target.hosts > 1 and crosses(plan):
-        link = BETWEEN_HOSTS
-    lengths = padded_lengths(plan.experiment, widths)
+    outside = crossing(plan, target)
+
+    def link(each: Collective) -> float:
+        return BETWEEN_HOSTS if outside & set(each.axes) else LINKS[chip]
+
+    lengths, to_host = padded_lengths(plan.experiment, widths), TO_HOST.get(chip)
     return step_seconds(plan.parts, lengths, peak, plan.found, link, plan.kernels, to_host)
 
 
-def crosses(plan: Plan) -> bool:
-    """Whether anything is exchanged along `data`, the axis that hosts lie along."""
-    return any("data" in each.axes for each in plan.found)
+def crossing(plan: Plan, target: Target) -> set[str]:
+    """The mesh axes along which devices are on several hosts."""
+    # A slice of TPUs is one network, whatever its hosts.
+    if target.devices[0].platform == "tpu" or target.hosts == 1:
+        return set()
+    # Devices lie in the order of the hosts, the outermost axis first.
+    inside, axes = len(target.devices) // target.hosts, set()
+    stride = 1
+    for name, size in reversed(plan.parts.mesh.shape.items()):
+        stride *= size
+        if size > 1 and (stride > inside or inside % stride):
+            axes.add(name)
+    return axes
 
 
 def chip_of(target: Target) -> str:

@@ -11,13 +11,14 @@ may expect is the floor divided by the efficiency that its chip reaches, see `RE
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from opsd_jax.host.chips import Peak
+from opsd_jax.model.sharding import axis_size, rows_axis
 from opsd_jax.plan.program import Collective
 from opsd_jax.run.assembly import Assembly
 from opsd_jax.run.flops import (
@@ -37,6 +38,7 @@ REACHED = 0.5  # of the roofline, in the estimate: a wish, measured nowhere yet
 LINKS = {"v4": 90e9, "v5e": 90e9, "v5p": 180e9, "v6e": 180e9}
 LINKS |= {"a100": 300e9, "h100": 450e9, "h200": 450e9}
 BETWEEN_HOSTS = 50e9
+Link = Callable[[Collective], float]
 # Bytes/s between a card and its host's memory, one direction of PCIe, of the data sheets; that of
 # TPUs is not published.
 TO_HOST = {"a100": 32e9, "h100": 64e9, "h200": 64e9}
@@ -53,9 +55,9 @@ class Seconds(NamedTuple):
         return self.rollout + self.update
 
 
-def exchange_seconds(found: Sequence[Collective], scope: str, link: float) -> float:
+def exchange_seconds(found: Sequence[Collective], scope: str, link: Link) -> float:
     """Time on the links of all collectives of one half of the step; none overlaps with anything."""
-    return sum(each.num_bytes * each.times for each in found if each.scope == scope) / link
+    return sum(each.num_bytes * each.times / link(each) for each in found if each.scope == scope)
 
 
 def executed_flops(parts: Assembly, lengths: Lengths) -> tuple[float, float] | None:
@@ -96,7 +98,7 @@ def step_seconds(
     lengths: Lengths,
     peak: Peak,
     found: Sequence[Collective],
-    link: float,
+    link: Link,
     kernels_per_token: float | None,
     to_host: float | None = None,
 ) -> Seconds | None:
@@ -107,7 +109,7 @@ def step_seconds(
       lengths: of the padded batch.
       peak: of a chip.
       found: what the chips exchange.
-      link: bytes/s.
+      link: the bytes/s of each.
       kernels_per_token: launches for a decoded token, None where they cost nothing (TPU).
       to_host: bytes/s to the host's memory, None where it is not known and counts as nothing.
     """
@@ -127,7 +129,7 @@ def step_seconds(
     prefill = forward_flops(parts.model.config, prompts, 0 * prompts)
     params = jax.tree.leaves(parts.abstract.student["params"])
     weight_bytes = max(leaf.dtype.itemsize for leaf in params)
-    axes = (parts.mesh.shape["data"], parts.mesh.shape["model"])
+    axes = (axis_size(parts.mesh, rows_axis(parts.mesh)), parts.mesh.shape["model"])
     read = decoding_bytes(parts.method, lengths, weight_bytes, *axes) or 0.0
     decoding = max((rollout - prefill) / chips / peak.flops, read / peak.bandwidth)
     launches = (kernels_per_token or 0) * LAUNCH_S * int(np.max(lengths.completion))

@@ -35,6 +35,10 @@ _NO_KERNEL = {
     "async-update",
 }
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(2)2}: of an axis of 4 the last two, here
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))?\s*\{([^}]*)\}"
+)
 _BITS = {"pred": 8, "s4": 4, "u4": 4}
 
 
@@ -213,36 +217,55 @@ def _bits(kind: str) -> int:
 
 
 def spanned_axes(line: str, shape: dict[str, int]) -> tuple[str, ...]:
-    """Mesh axes along which the devices of a collective's first group differ.
+    """Mesh axes along which a collective's devices send to others.
 
     Args:
-      line: of the instruction; its groups are lists, an iota, or axes of a mesh.
+      line: of the instruction; its groups, of which the first is read, are lists, an iota, or axes
+        of a mesh; its pairs, which are all read, are a list.
       shape: axis -> size, in the order of the mesh.
     """
-    group = _first_group(line, math.prod(shape.values()))
-    places = np.stack(np.unravel_index(group, tuple(shape.values())))
-    return tuple(n for n, row in zip(shape, places, strict=True) if len(set(row.tolist())) > 1)
+    if pairs := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", line):
+        ends = np.array(re.findall(r"\d+", pairs.group(1)), int).reshape(-1, 2).T
+    else:
+        group = _first_group(line, math.prod(shape.values()))
+        ends = np.stack([np.full_like(group, group[0]), group])
+    places = np.unravel_index(ends, tuple(shape.values()))
+    return tuple(n for n, (a, b) in zip(shape, places, strict=True) if (a != b).any())
 
 
 def _first_group(line: str, num_devices: int) -> np.ndarray:
     """Device numbers of a collective's first group; all where none is named."""
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line):
-        sizes = re.findall(r"'([\w]+)'=(\d+)", named.group(1))
-        wanted = re.findall(r"'([\w]+)'", named.group(2))
-        index = tuple(slice(None) if name in wanted else 0 for name, _ in sizes)
-        numbers = np.arange(num_devices).reshape([int(n) for _, n in sizes])
-        return numbers[index].reshape(-1)
+    if named := re.search(_MESH_GROUPS, line):
+        return _mesh_group(*named.groups())
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         shape, source, order = (
             [int(n) for n in part.split(",")] if part else [] for part in iota.groups()
         )
         numbers = np.arange(math.prod(source)).reshape(source)
         return (numbers.transpose(order) if order else numbers).reshape(shape)[0].reshape(-1)
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
-        return np.array([int(n) for n in pairs.groups()])
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return np.array([int(n) for n in listed.group(1).split(",")])
     return np.arange(num_devices)
+
+
+def _mesh_group(axes: str, order: str | None, spanned: str) -> np.ndarray:
+    """The first group of devices that differ along some axes of XLA's mesh, or parts of them."""
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+    coordinates = dict(zip(sizes, np.indices(tuple(sizes.values())), strict=True))
+    listed = [[int(n) for n in part.split(",")] for part in re.findall(r"[\d,]+", order or "")]
+    if listed and "T" not in str(order):
+        numbers = np.array(listed[0])
+    else:
+        numbers = np.arange(math.prod(sizes.values()))
+    if len(listed) > 1:  # an iota of these dimensions, transposed
+        numbers = numbers.reshape(listed[0]).transpose(listed[1])
+    for name, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", spanned):
+        size = int(part or sizes[name])
+        behind = sizes[name] // (int(before or 1) * size)
+        coordinates[name] -= coordinates[name] // behind % size * behind
+    # What is left of a device's place is the number of its group.
+    first = ~np.any(list(coordinates.values()), axis=0)
+    return np.reshape(numbers, first.shape)[first]
 
 
 def body_of(loop: Instruction) -> str:

@@ -78,7 +78,10 @@ def parts_of(experiment: Experiment, config: ModelConfig, devices: list[Any]) ->
     Raises:
       UserError: the devices do not fill the mesh, or the batch does not divide.
     """
-    mesh = abstract_mesh(experiment, devices)
+    sizes = experiment.mesh.sizes(len(devices))
+    # In the order they are given in: the compiler's.
+    grid = np.array(devices).reshape(*sizes.values())
+    mesh = Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     train = experiment.train
     check_batch(train.batch_size, train.num_micro_batches, mesh)
     # Only its numbers are asked, and none of them changes the program's shape.
@@ -93,19 +96,6 @@ def parts_of(experiment: Experiment, config: ModelConfig, devices: list[Any]) ->
 
     frozen = jax.tree.map(loaded, parts.abstract.frozen)
     return parts._replace(abstract=dataclasses.replace(parts.abstract, frozen=frozen))
-
-
-def abstract_mesh(experiment: Experiment, devices: list[Any]) -> Mesh:
-    """A `data x model` mesh of devices in the order they are given in."""
-    model = experiment.mesh.model
-    data = experiment.mesh.data if experiment.mesh.data > 0 else len(devices) // model
-    if data * model != len(devices):
-        raise UserError(
-            f"mesh.data = {data} times mesh.model = {model} must equal the {len(devices)} devices "
-            "of the target"
-        )
-    grid = np.array(devices).reshape(data, model)
-    return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
 def abstract_batch(experiment: Experiment, mesh: Mesh, widths: Widths) -> Batch:

@@ -72,7 +72,7 @@ class Throughput:
     def _bandwidth(self, lengths: Lengths, rollout_s: float) -> dict[str, float]:
         if self._peak is None:
             return {}
-        axes = (self._mesh["data"], self._mesh["model"])
+        axes = (self._mesh["data"] * self._mesh.get("replica", 1), self._mesh["model"])
         read = decoding_bytes(self._method, lengths, self._weight_bytes, *axes)
         if read is None:
             return {}

@@ -32,7 +32,14 @@ from opsd_jax.model.kv_cache import (
     resized,
     take_rows,
 )
-from opsd_jax.model.sharding import Rules, on_mesh, replicated, variable_shardings
+from opsd_jax.model.sharding import (
+    Rules,
+    axis_size,
+    on_mesh,
+    replicated,
+    rows_axis,
+    variable_shardings,
+)
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.decoding_form import changes_weights, decoding_form
 from opsd_jax.sampling.prompts import Context
@@ -197,7 +204,7 @@ class Programs:
         step = least_stage(number, length)
         ends = worthwhile([*range(step, number, step), number], config)
         self.sizes = [num_slots(width + end * length, config) for end in ends]
-        self.length, self.data = length, mesh.shape["data"]
+        self.length, self.data = length, axis_size(mesh, rows_axis(mesh))
         vocab_size = model.config.vocab_size if config.penalises else None
         whole = replicated(mesh)
 

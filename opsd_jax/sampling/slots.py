@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from opsd_jax.errors import UserError
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.kv_cache import capacity, parts
-from opsd_jax.model.sharding import Rules, shard_batch
+from opsd_jax.model.sharding import Rules, axis_size, rows_axis, shard_batch
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.prompts import pad
 from opsd_jax.sampling.rollout import Rows, Tokens
@@ -130,10 +130,10 @@ class Sampler:
     """
 
     def __init__(self, model: Decoder, pad_id: int, mesh: Mesh, rules: Rules, batch_size: int):
-        if batch_size % mesh.shape["data"]:
+        self.data = axis_size(mesh, rows_axis(mesh))
+        if batch_size % self.data:
             raise UserError(
-                f"evaluate.batch_size = {batch_size} must be a multiple of mesh.data = "
-                f"{mesh.shape['data']}"
+                f"evaluate.batch_size = {batch_size} must be a multiple of mesh.data = {self.data}"
             )
         self.model, self.pad_id, self.mesh, self.rules = model, pad_id, mesh, rules
         self.batch_size = batch_size
@@ -205,7 +205,7 @@ class Sampler:
 
     def _num_slots(self, num_prompts: int) -> int:
         """No more than `batch_size`, and for fewer prompts the next power of two of them."""
-        size = self.mesh.shape["data"]
+        size = self.data
         while size < min(num_prompts, self.batch_size):
             size *= 2
         return min(size, self.batch_size)

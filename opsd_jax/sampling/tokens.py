@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import AxisType, PartitionSpec
 
+from opsd_jax.model.sharding import axis_size
+
 NUM_BLOCKS = 64  # of the inverse CDF; a multiple of any sensible number of model devices
 
 
@@ -87,13 +89,14 @@ def is_split(axis: str) -> bool:
     """Whether the compiler splits a logical axis over devices of the mesh that is set."""
     mesh, name = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules()).get(axis)
     split = {n: k == AxisType.Auto for n, k in zip(mesh.axis_names, mesh.axis_types, strict=True)}
-    return split.get(name, False) and mesh.shape[name] > 1
+    names = (name,) if isinstance(name, str) else name or ()
+    return all(split.get(n, False) for n in names) and axis_size(mesh, names) > 1
 
 
 def on_own_rows(function: Callable[[jax.Array], jax.Array], x_BV: jax.Array) -> jax.Array:
     """A function of each row, on a mesh of a device's own rows: XLA gathers what a top-k reads."""
     axis = dict(nn.get_logical_axis_rules()).get("batch")
-    if not is_split("batch") or len(x_BV) % jax.sharding.get_abstract_mesh().shape[axis]:
+    if not is_split("batch") or len(x_BV) % axis_size(jax.sharding.get_abstract_mesh(), axis):
         return function(x_BV)
     rows = PartitionSpec(axis)
     return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(x_BV)

@@ -38,6 +38,7 @@ from opsd_jax.sampling.prompts import Context
 from opsd_jax.testbed.world import ChainTokenizer
 from tests.data.test_tokenizer import byte_tokenizer
 from tests.method.test_policy_gradient import method_of
+from tests.method.test_train_step import moved
 from tests.representatives import representatives
 from tests.run.test_train import TINY
 from tests.tiny import WordTokenizer, tiny_batch, tiny_config, tiny_variables
@@ -113,7 +114,7 @@ def test_references_are_whole_stop_at_their_end_and_are_never_cut():
 
 
 def graded_steps(method, devices, num_micro_batches=1, num_steps=2):
-    """Metrics and tokens of steps that are graded on the host by a fixed rule."""
+    """As `run_steps`, of steps that are graded on the host by a fixed rule."""
     method = dataclasses.replace(method, num_micro_batches=num_micro_batches)
     mesh = make_mesh(MeshConfig(), devices)
     boxed = jax.eval_shape(lambda k: init_variables(method.model, k), jax.random.key(0))
@@ -136,7 +137,7 @@ def graded_steps(method, devices, num_micro_batches=1, num_steps=2):
         rewards = shard_batch(rewards.astype(np.float32), mesh)
         state, metrics = learn(state, batch, completion, rewards)
         found.append((jax.device_get(metrics), completion.ids.tolist()))
-    return found
+    return found, moved(state, start)
 
 
 METHODS = {
@@ -155,8 +156,9 @@ def test_devices_and_micro_batches_change_nothing(name):
     """Invariant 7 for every method: same tokens, same metrics."""
     optimizer = make_optimizer(OptimizerConfig(), 1e-2)
     method = method_of(**(dict(optimizer=optimizer) | METHODS[name]))
-    alone = graded_steps(method, jax.devices()[:1])
-    for other in (graded_steps(method, jax.devices()), graded_steps(method, jax.devices()[:2], 4)):
+    alone, _ = graded_steps(method, jax.devices()[:1])
+    for devices, pieces in ((8, 1), (2, 4)):
+        other, _ = graded_steps(method, jax.devices()[:devices], pieces)
         for (metrics, ids), (metrics_2, ids_2) in zip(alone, other, strict=True):
             assert ids == ids_2
             for key, value in metrics.items():

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from opsd_jax.host.chips import Peak
 from opsd_jax.main import main
 from opsd_jax.model.config import REMATS
 from opsd_jax.model.decoder import Decoder
+from opsd_jax.model.sharding import num_bytes
 from opsd_jax.plan import command
 from opsd_jax.plan.command import Plan, choice, make_plan, plan_command, report, variants
 from opsd_jax.plan.estimate import Seconds, executed_flops, offload_seconds
@@ -184,9 +186,44 @@ def test_wrong_flags_are_told_in_a_sentence(flags, message, capsys, monkeypatch,
     assert re.search(message, error), error
 
 
+def test_the_axes_that_leave_a_host_are_the_outer_ones(config_json):
+    """Two hosts of two cards: what lies along each axis is neighbours first."""
+
+    def crossing_of(*bindings):
+        experiment = experiment_of(*bindings)
+        config = shape_of(experiment, config_json)
+        parts = parts_of(experiment, config, jax.devices()[:4])
+        card = SimpleNamespace(platform="cuda")
+        return command.crossing(Plan(experiment, parts), Target("h100:2x2", [card] * 4, 2**30, 2))
+
+    assert crossing_of() == {"data"}
+    assert crossing_of("mesh.model = 2") == {"data"}
+    assert crossing_of("mesh.replica = 2") == {"replica"}
+    assert crossing_of("mesh.replica = 2", "mesh.model = 2") == {"replica"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices, form", [(4, "train.lora = None"), (8, "mesh.model = 2")])
+def test_replicas_exchange_gradients_and_numbers_alone(devices, form, config_json):
+    """In the compiled step, weights are gathered and activations moved within a replica."""
+    experiment = experiment_of("mesh.replica = 2", form)
+    plan = make_plan(experiment, shape_of(experiment, config_json), here(devices), WIDTHS)
+    crossing = [each for each in plan.found if "replica" in each.axes]
+    # A number a row, for medians; whether every row is done; the sums that metrics are made of.
+    arrays = [each for each in crossing if each.num_bytes > 8 * experiment.train.batch_size]
+    assert {(each.kind, each.scope) for each in arrays} == {("all-reduce", "update")}
+    trained = num_bytes(plan.parts.abstract.trainable) / plan.parts.mesh.shape["model"]
+    summed = sum(each.num_bytes * each.times for each in arrays)
+    # Once a micro-batch; a matrix whose parts were summed within a replica, by parts.
+    most = experiment.train.num_micro_batches * trained
+    assert most / plan.parts.mesh.shape["data"] <= summed <= 1.01 * most
+    gathered = sum(e.num_bytes for e in plan.found if (e.kind, e.axes) == ("all-gather", ("data",)))
+    assert gathered > num_bytes(plan.parts.abstract.student) / plan.parts.mesh.shape["model"]
+
+
 def test_devices_that_do_not_fill_the_mesh_are_refused(config_json):
     config = shape_of(experiment_of(), config_json)
-    with pytest.raises(UserError, match="must equal the 4 devices of the target"):
+    with pytest.raises(UserError, match="must equal the number of devices, 4"):
         parts_of(experiment_of("mesh.data = 3"), config, jax.devices()[:4])
 
 

@@ -51,8 +51,14 @@ def test_a_sum_over_an_axis_is_found_with_its_bytes(axes):
         ("replica_groups=[1,8]<=[8]", ("data", "model")),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", ("model",)),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", ("data",)),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", ("model",)),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", ("data",)),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=(0,4,1,5,2,6,3,7) {'a'}", ("model",)),
+        ("replica_groups=mesh['a'=8] {'a':(2)4}", ("model",)),
+        ("replica_groups=mesh['a'=8] {'a':(1)2}", ("data",)),
         ("replica_groups={}", ("data", "model")),
         ("source_target_pairs={{0,4},{4,0}}", ("data",)),
+        ("source_target_pairs={{0,0},{1,2},{2,1}}", ("model",)),
     ],
 )
 def test_groups_of_devices_are_axes_of_the_mesh(groups, axes):

@@ -11,7 +11,7 @@ import pytest
 
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.kv_cache import capacity, parts
-from opsd_jax.model.sharding import FULLY_SHARDED, MeshConfig, make_mesh
+from opsd_jax.model.sharding import MeshConfig, make_mesh
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.prompts import pad
 from opsd_jax.sampling.rollout import rollout
@@ -23,9 +23,10 @@ CONFIG = RolloutConfig(max_new_tokens=23, stop_ids=(3, 5), segment_len=4)
 NUM_SLOTS = 4
 
 
-def sampler(data=1, model=1, num_slots=NUM_SLOTS):
-    mesh = make_mesh(MeshConfig(data, model), jax.devices()[: data * model])
-    return Sampler(Decoder(tiny_config()), 0, mesh, FULLY_SHARDED, num_slots)
+def sampler(data=1, model=1, num_slots=NUM_SLOTS, replica=1):
+    config = MeshConfig(data, model, replica=replica)
+    mesh = make_mesh(config, jax.devices()[: replica * data * model])
+    return Sampler(Decoder(tiny_config()), 0, mesh, config.rules, num_slots)
 
 
 def questions(num=7, samples=3, longest=19):
@@ -65,6 +66,7 @@ PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "min_new_tokens
         pytest.param({}, (1, 1), marks=pytest.mark.slow),
         pytest.param({}, (4, 2), marks=pytest.mark.slow),
         ({}, (4, 2, 16)),
+        pytest.param({"min_p": 0.01}, (2, 2, 16, 2), marks=pytest.mark.slow),
         (PENALTIES, (1, 1)),
         ({"max_new_tokens": 1}, (1, 1)),
         ({"unroll_layers": 0, "temperature": 0.0, "stop_ids": ()}, (1, 1)),
