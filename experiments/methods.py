@@ -5,8 +5,9 @@
 
 As `compare.py`, whose tables these are: three learning rates on seed 0, the best of which is run
 with other seeds, 60 steps of 64 completions each. The base of all is also taught to read an answer
-in its own notation. Methods that need another world or a teacher
-that is another model are left out, and named. Finished runs are kept below --out.
+in its own notation and, where a method's file asks for it, feedback. Methods that need another
+world or a teacher that is another model are left out, and named. Finished runs are kept below
+--out.
 """
 
 import argparse

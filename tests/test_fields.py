@@ -74,8 +74,8 @@ ZERO = set(
     reasonfirst.temperature reasonfirst.top_k randommodel.seed chainarithmetic.seed chaintask.seed
     chaintask.weak_fraction chaintask.weak_right chaintask.weak_misconception
     corpus.counterfactual corpus.drop corpus.near corpus.wrong_prefix warmstart.answer_rows
-    warmstart.seed warmstart.warmup_steps jsonlproblems.hash_start jsonlproblems.start
-    reasoninggym.seed""".split()
+    warmstart.feedback_rows warmstart.seed warmstart.warmup_steps jsonlproblems.hash_start
+    jsonlproblems.start reasoninggym.seed""".split()
 )
 MINUS_ONE = set(
     """rollout.presence_penalty mesh.data model.norm_offset model.query_scale model.embed_scale

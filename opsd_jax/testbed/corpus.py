@@ -17,7 +17,9 @@ Without `drop` and `wrong_prefix` the base becomes a *leaky* teacher: off the re
 the reference's next result instead of what follows from the prefix.
 
 Where asked, rows with an answer as context are written, too: the same lemmas in the student's own
-notation and order, for methods whose teacher sees another answer of a step.
+notation and order, for methods whose teacher sees another answer of a step. Likewise rows with
+feedback, a single one of the lemmas, for methods whose teacher is told what a wrong line should
+have been.
 """
 
 import dataclasses
@@ -38,7 +40,7 @@ from opsd_jax.testbed.world import (
     facts,
 )
 
-SHOWN = ("nothing", "reference", "answer")
+SHOWN = ("nothing", "reference", "answer", "feedback")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,13 @@ def write_rows(
     lemmas = None
     if shown != "nothing":
         lemmas = _draw_lemmas(task, config, rng, left, steps)
-        context = _answer_ids(lemmas) if shown == "answer" else _reference_ids(task, rng, lemmas)
+        if shown == "answer":
+            context = _answer_ids(lemmas)
+        elif shown == "feedback":
+            lemmas = _one_of(rng, lemmas)
+            context = _lines(lemmas)[:, 0]
+        else:
+            context = _reference_ids(task, rng, lemmas)
         parts[1:1] = [np.full((num_rows, 1), BAR), context]
     prompt = np.concatenate(parts, axis=1)
     response, targets, target_fact = _respond(task, config, rng, left, steps, lemmas)
@@ -108,7 +116,7 @@ def _step_ids(steps: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Lemmas:
-    """What each row is shown: [n, num_ops] keys and results, and the [n] answer that it states."""
+    """What each row is shown: [n, K] keys and results, and the [n] answer that they lead to."""
 
     lefts: np.ndarray
     steps: np.ndarray
@@ -140,8 +148,19 @@ def _draw_lemmas(task, config, rng, left, steps) -> _Lemmas:
     return _Lemmas(lefts, keys, stated[rows[:, None], lefts, keys], answer=current)
 
 
+def _one_of(rng, lemmas: _Lemmas) -> _Lemmas:
+    """One lemma of each row's, any of them."""
+    n, num_ops = lemmas.steps.shape
+    which = rng.integers(num_ops, size=(n, 1))
+    lefts, steps, results = (
+        np.take_along_axis(column, which, axis=1)
+        for column in (lemmas.lefts, lemmas.steps, lemmas.results)
+    )
+    return _Lemmas(lefts, steps, results, lemmas.answer)
+
+
 def _lines(lemmas: _Lemmas) -> np.ndarray:
-    """[n, num_ops, 4] ids of `8+6=4` for every lemma."""
+    """[n, K, 4] ids of `8+6=4` for every lemma."""
     lefts = lemmas.lefts
     lines = [lefts, _step_ids(lemmas.steps), np.full_like(lefts, EQUALS), lemmas.results]
     return np.stack(lines, axis=-1)

@@ -30,6 +30,12 @@ from opsd_jax.testbed.world import (
 
 NUM_PROBES = 512
 
+CONTEXTS = {
+    "reference": lambda problem: problem.solution,
+    "answer": lambda problem: own_notation(problem.question_text),
+    "feedback": lambda problem: own_notation(problem.question_text).split(";")[0],
+}
+
 
 def wrong_prefix_probe(
     model: Decoder, student: dict, teacher: dict | None, tokenizer: Any
@@ -61,11 +67,9 @@ def wrong_prefix_probe(
 
 
 def prompt_with(shown: str, problem: Problem) -> str:
-    """The prompt of a problem with nothing, its reference, or its right answer as context."""
+    """The prompt of a problem with nothing or one of `CONTEXTS`."""
     question = problem.question_text
-    if shown == "nothing":
-        return f"{question}?"
-    return f"{question}|{problem.solution if shown == 'reference' else own_notation(question)}?"
+    return f"{question}?" if shown == "nothing" else f"{question}|{CONTEXTS[shown](problem)}?"
 
 
 def after_wrong_step(
@@ -78,12 +82,11 @@ def after_wrong_step(
 ) -> tuple[float, float]:
     """Mean (ok, leak) over held-out problems whose first result was replaced by a wrong one.
 
-    `shown` is "nothing", "reference" or "answer" (`prompt_with`).
+    `shown` is "nothing" or one of `CONTEXTS`.
     """
-    heldout = np.flatnonzero(task.heldout)[:: max(1, task.heldout.sum() // num_probes)]
     rng = np.random.RandomState(0)  # Its stream is frozen, so the probe never changes.
     rows, right, reference = [], [], []
-    for index in heldout[:num_probes]:
+    for index in _heldout(task, num_probes):
         left, steps = task.problem(index)
         results = true_results(left, steps)
         wrong = (results[0] + rng.randint(1, 10)) % 10
@@ -109,6 +112,36 @@ def fact_beliefs(
         rows.append(tokenizer.encode(f"{first}{rest}?{first}="))
     probs = _next_token_probs(model, variables, np.array(rows))
     return probs[np.arange(len(rows)), facts().ravel()].reshape(facts().shape)
+
+
+def corrected_belief(
+    model: Decoder, variables: dict, tokenizer: ChainTokenizer, task: ChainTask
+) -> float:
+    """Mean probability of the right result of a weak fact behind right lines, where it is shown.
+
+    That is how a teacher is asked that sees what an answer's first wrong line should have been.
+    """
+    probs = []
+    for line in range(task.num_ops):
+        rows, right = [], []
+        for index in _heldout(task, NUM_PROBES):
+            left, steps = task.problem(index)
+            results = true_results(left, steps)
+            if not task.is_weak[(left, *results)[line], steps[line]]:
+                continue
+            question = task.record(index).question_text
+            lines = own_notation(question).split(";")
+            told = ";".join(lines[:line] + [lines[line][:-1]])
+            rows.append(tokenizer.encode(f"{question}|{lines[line]}?{told}"))
+            right.append(results[line])
+        found = _next_token_probs(model, variables, np.array(rows))
+        probs.append(found[np.arange(len(rows)), right])
+    return float(np.concatenate(probs).mean())
+
+
+def _heldout(task: ChainTask, num: int) -> np.ndarray:
+    """Numbers of `num` held-out problems, from all over them."""
+    return np.flatnonzero(task.heldout)[:: max(1, task.heldout.sum() // num)][:num]
 
 
 def _next_token_probs(model: Decoder, variables: dict, ids_BT: np.ndarray) -> np.ndarray:

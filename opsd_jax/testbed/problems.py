@@ -9,11 +9,11 @@ from typing import Annotated
 import numpy as np
 
 from opsd_jax.data.builder import ProblemBuilder, generated_problems
-from opsd_jax.data.grading import AnswerForm, same_text
+from opsd_jax.data.grading import AnswerForm, Given, same_text
 from opsd_jax.data.problems import AnswerGrader, LoadedProblems, Problem
 from opsd_jax.errors import UserError
 from opsd_jax.fields import Count, Seed, require
-from opsd_jax.testbed.world import ChainTask, extract_answer
+from opsd_jax.testbed.world import ChainTask, correction, extract_answer
 
 SPLITS = ("train", "heldout")
 
@@ -27,12 +27,14 @@ class ChainArithmetic:
       num_problems: how many to draw, without repetition.
       num_ops: steps of a problem.
       seed: chooses which problems of the split are drawn, and their order.
+      feedback: whether the grader also says what the first wrong line should have been.
     """
 
     split: Annotated[str, SPLITS] = "train"
     num_problems: Count = 8192
     num_ops: Annotated[int, ">= 1", "<= 4"] = 3
     seed: Seed = 0
+    feedback: bool = dataclasses.field(default=False, repr=False)  # the problems are the same
 
     def __post_init__(self):
         require("ChainArithmetic", self)
@@ -52,7 +54,8 @@ class ChainArithmetic:
             generate=self._generate,
             cache_dir=cache_dir,
         )
-        return LoadedProblems(problems, AnswerGrader(AnswerForm(extract_answer, same_text)))
+        grader = _CorrectingGrader if self.feedback else AnswerGrader
+        return LoadedProblems(problems, grader(AnswerForm(extract_answer, same_text)))
 
     @functools.cached_property
     def _members(self) -> np.ndarray:
@@ -66,6 +69,12 @@ class ChainArithmetic:
         order = np.random.RandomState(self.seed).permutation(self._members)
         for index in order[: self.num_problems]:
             yield task.record(int(index))
+
+
+class _CorrectingGrader(AnswerGrader):
+    def __call__(self, problem: Problem, completion: str) -> Given:
+        right = super().__call__(problem, completion)
+        return right or (0.0, correction(problem.question_text, completion))
 
 
 class ChainArithmeticBuilder(ProblemBuilder):

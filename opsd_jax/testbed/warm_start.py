@@ -33,7 +33,12 @@ from opsd_jax.model.head import head_logits, output_head
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.rollout import rollout
 from opsd_jax.testbed.corpus import CorpusConfig, write_rows
-from opsd_jax.testbed.probe import after_wrong_step, fact_beliefs, prompt_with
+from opsd_jax.testbed.probe import (
+    after_wrong_step,
+    corrected_belief,
+    fact_beliefs,
+    prompt_with,
+)
 from opsd_jax.testbed.world import ChainTask, ChainTokenizer, grade
 
 # Part of the cache key: raise it when the corpus or the training below changes its results.
@@ -64,8 +69,9 @@ class WarmStartConfig:
       max_rounds: after so many rounds a base that fails the gate is refused.
       hinted_rows: rows with a reference in each step.
       plain_rows: rows without one.
-      answer_rows: rows with an answer in the student's own notation, which the gate then asks for;
-        0 teaches none.
+      answer_rows: rows with an answer in the student's own notation; 0 teaches none.
+      feedback_rows: rows with what one line should be; 0 teaches none. The gate asks for what is
+        taught.
       learning_rate: peak of the first round; further rounds take `extra_learning_rate`.
       extra_learning_rate: see there.
       muon_scale: Muon's learning rate, for the matrices of the layers, as a multiple of Adam's.
@@ -83,6 +89,7 @@ class WarmStartConfig:
     hinted_rows: Count = 64
     plain_rows: Count = 24
     answer_rows: Natural = 0
+    feedback_rows: Natural = 0
     learning_rate: Positive = 3e-3
     extra_learning_rate: Positive = 2e-3
     muon_scale: Positive = 7.0
@@ -106,6 +113,8 @@ class BaseReport:
       weak, strong: mean probability of the right result of weak and strong facts.
       answer, answer_ok: as teacher and teacher_ok with a right answer in the student's own
         notation as context; None where that is not taught.
+      feedback, feedback_ok: belief in the results of weak facts that the context says, and
+        the probe with the line that went wrong as context; None where that is not taught.
     """
 
     student: float
@@ -119,10 +128,11 @@ class BaseReport:
     strong: float
     answer: float | None = None
     answer_ok: float | None = None
+    feedback: float | None = None
+    feedback_ok: float | None = None
 
     def failures(self) -> list[str]:
         """The conditions of the gate that are not met, in words; empty when it is passed."""
-        gap = abs(self.teacher_ok - self.student_ok)
         conditions = {
             f"student accuracy {self.student:.3f} is not in 0.45-0.57": 0.45
             <= self.student
@@ -131,21 +141,27 @@ class BaseReport:
                 self.student_greedy <= 0.50
             ),
             f"teacher accuracy {self.teacher:.3f} is below 0.95": self.teacher >= 0.95,
-            f"after a wrong step teacher ({self.teacher_ok:.3f}) and student "
-            f"({self.student_ok:.3f}) differ by more than 0.03": gap <= 0.03,
         }
-        if self.answer is not None and self.answer_ok is not None:
-            gap = abs(self.answer_ok - self.student_ok)
-            conditions |= {
-                f"accuracy {self.answer:.3f} with a right answer is below 0.95": self.answer
-                >= 0.95,
-                f"after a wrong step the teacher with an answer ({self.answer_ok:.3f}) and the "
-                f"student ({self.student_ok:.3f}) differ by more than 0.03": gap <= 0.03,
-            }
+        if self.answer is not None:
+            text = f"accuracy {self.answer:.3f} with a right answer is below 0.95"
+            conditions[text] = self.answer >= 0.95
+        if self.feedback is not None:
+            text = f"belief {self.feedback:.3f} in weak facts after feedback is below 0.95"
+            conditions[text] = self.feedback >= 0.95
+        probes = {
+            "teacher": self.teacher_ok,
+            "teacher with an answer": self.answer_ok,
+            "teacher with feedback": self.feedback_ok,
+        }
+        for who, ok in probes.items():
+            if ok is not None:
+                text = f"after a wrong step {who} ({ok:.3f}) and student ({self.student_ok:.3f}) "
+                conditions[text + "differ by more than 0.03"] = abs(ok - self.student_ok) <= 0.03
         return [text for text, met in conditions.items() if not met]
 
     def summary(self) -> str:
         more = "" if self.answer is None else f", with an answer {self.answer:.3f}"
+        more += "" if self.feedback is None else f", weak with feedback {self.feedback:.2f}"
         return (
             f"student {self.student:.3f} (greedy {self.student_greedy:.3f}), "
             f"teacher {self.teacher:.3f}, after a wrong step ok/leak: "
@@ -181,8 +197,9 @@ def load_or_train(
         "model": dataclasses.asdict(model_config),
     }
     recipe = json.loads(json.dumps(recipe))
-    if not config.answer_rows:  # A base without them keeps the name that it has always had.
-        del recipe["warm_start"]["answer_rows"]
+    for later in ("answer_rows", "feedback_rows"):  # A base without them keeps its old name.
+        if not recipe["warm_start"][later]:
+            del recipe["warm_start"][later]
     name = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     place = pathlib.Path(cache_dir) / f"testbed_base_{name}"
     base = _read(place, recipe, say)
@@ -266,6 +283,10 @@ def measure(
         strong=float(belief[~task.is_weak].mean()),
         answer=accuracy("answer") if config.answer_rows else None,
         answer_ok=probe("answer")[0] if config.answer_rows else None,
+        feedback=(
+            corrected_belief(model, variables, tokenizer, task) if config.feedback_rows else None
+        ),
+        feedback_ok=probe("feedback")[0] if config.feedback_rows else None,
     )
 
 
@@ -290,6 +311,7 @@ def _train_round(config, model, params, rng, round_number, say):
         ("reference", config.hinted_rows),
         ("nothing", config.plain_rows),
         ("answer", config.answer_rows),
+        ("feedback", config.feedback_rows),
     )
     start = 0.0
     for done in range(0, steps, _STEPS_PER_CALL):

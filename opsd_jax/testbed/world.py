@@ -38,6 +38,7 @@ EQUALS, SEMICOLON, HASH, BAR, QUERY, PAD, EOS = range(NUM_DIGITS + len(STEPS), l
 
 _TOKEN_ID = {token: i for i, token in enumerate(TOKENS)}
 _TOKEN_PATTERN = re.compile(r"[+*][0-9]|[0-9=;#|?]")
+_NOTATION_PATTERN = re.compile(r"(?:[0-9][+*][0-9]=[0-9];)+#[0-9]")
 _ANSWER_PATTERN = re.compile(r"[^#]*#([0-9])(?: [^#]*)?")
 
 
@@ -241,6 +242,18 @@ def extract_answer(completion: str) -> str | None:
     """The digit that a well-formed completion states as its answer."""
     match = _ANSWER_PATTERN.fullmatch(completion)
     return match and match.group(1)
+
+
+def correction(question: str, completion: str) -> str:
+    """What the first wrong line of an answer should have been, `4*5=0`.
+
+    Returns:
+      A line of the right answer, "" where no line is wrong or it is not in the own notation.
+    """
+    if _NOTATION_PATTERN.fullmatch(completion) is None:
+        return ""
+    pairs = zip(own_notation(question).split(";")[:-1], completion.split(";")[:-1], strict=False)
+    return next((right for right, said in pairs if right != said), "")
 
 
 def _hash(*parts) -> np.ndarray:

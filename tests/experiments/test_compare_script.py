@@ -79,6 +79,11 @@ def test_the_study_of_all_methods_takes_every_file_or_names_it(monkeypatch):
     assert len(found) == len(files) - len(left_out) + 1, "two files have one title"
     assert {"Dr. GRPO", "DemoPSD", "SFT", study.FIRST} <= set(found)
     assert set(study.methods(["grpo"])[0]) == {study.FIRST, "GRPO"}
+    for name, rows in (("SDPO from feedback", (24, 24)), ("GRPO", (24, 0))):
+        file = str(PATH.parent / found[name].gin_file)
+        experiment, _ = load_experiment([file], study.bindings(1, PATH.parent))
+        base = experiment.train.model.warm_start
+        assert (base.answer_rows, base.feedback_rows) == rows and base.seed == 1
     with pytest.raises(UserError, match="no grppo"):
         study.methods(["grppo"])
 

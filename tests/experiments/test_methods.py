@@ -5,6 +5,7 @@ Two problems of three rows: one row is truncated, one has no teacher context, th
 no right answer. Logits are given: hidden states are logits and the head is the identity.
 """
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opsd_jax.data.attempts import Attempt, Group
+from opsd_jax.data.training_prompts import AfterPrompts
 from opsd_jax.method.batch import Batch, Policy
 from opsd_jax.method.mix import Anchor
 from opsd_jax.method.objective import Reader
@@ -21,6 +24,8 @@ from opsd_jax.method.rows import GradedBatch
 from opsd_jax.run.config import load_experiment
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.prompts import Completion, Context
+from opsd_jax.testbed.probe import prompt_with
+from opsd_jax.testbed.world import ChainTokenizer, own_notation
 from tests.representatives import representatives
 
 METHODS = Path(__file__).parents[2] / "experiments" / "methods"
@@ -107,6 +112,10 @@ def sdpo(z):
     return token_mean(weight * jensen_shannon(z), SEEN)
 
 
+def sdpo_feedback(z):
+    return sdpo(z)  # what the teacher is shown is tested below
+
+
 def rlcsd(z):
     logs = [at_ids(logits) for logits in (TEACHER, *VIEWS)]
     e = logs[0] - np.log((np.exp(logs[1]) + np.exp(logs[2])) / 2)
@@ -186,7 +195,7 @@ def opsa(z):
 
 ORACLES = [
     *(grpo, dr_grpo, dapo, sft, rejection, rlsd, antisd, reward_and_teacher, sdar, srpo, hdpo),
-    *(edge_opd, sdpo, rlcsd, eopd, reopold, opsa),
+    *(edge_opd, sdpo, sdpo_feedback, rlcsd, eopd, reopold, opsa),
 ]
 
 
@@ -250,6 +259,28 @@ def test_a_method_follows_its_formula(oracle):
     assert sum(" = " in line.split("#")[0] for line in text.splitlines()) <= 12
     found = loss_and_gradient(experiment.train.objective, experiment.divergence)
     assert_follows(found, oracle)
+
+
+def test_sdpo_asks_as_its_base_was_taught():
+    """A right sibling where there is one, else what this attempt's first wrong line should be."""
+    experiment, _ = load_experiment([str(METHODS / "sdpo_feedback.gin")])
+    problems = dataclasses.replace(experiment.train.problems, num_problems=1).load(None)
+    problem, tokenizer = problems[0], ChainTokenizer()
+    prompts = AfterPrompts(experiment.training_contexts, tokenizer, problems, 18)
+    right = own_notation(problem.question_text)
+    wrong = f"{right[:4]}{9 - int(right[4])}{right[5:-1]}{9 - int(right[-1])}"
+
+    def asked(number, *texts):
+        given = [problems.grade(problem, text) for text in texts]
+        both = [each if isinstance(each, tuple) else (each, "") for each in given]
+        attempts = tuple(Attempt(t, *each) for t, each in zip(texts, both, strict=True))
+        found = prompts(problem, Group(attempts, number)).ids
+        return found and found[0]
+
+    assert asked(0, wrong, right) == tokenizer.encode(prompt_with("answer", problem))
+    assert asked(0, wrong, wrong) == tokenizer.encode(prompt_with("feedback", problem))
+    assert asked(0, right, wrong) is None  # itself is no sibling
+    assert asked(0, "#", wrong) is None
 
 
 def test_rlcsd_sets_a_right_hint_against_wrong_ones():

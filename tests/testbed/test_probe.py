@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax.testbed.probe import after_wrong_step, fact_beliefs, wrong_prefix_probe
+from opsd_jax.testbed.probe import (
+    CONTEXTS,
+    after_wrong_step,
+    corrected_belief,
+    fact_beliefs,
+    wrong_prefix_probe,
+)
 from opsd_jax.testbed.world import QUERY, ChainTask, ChainTokenizer, facts
 
 TASK, TOKENIZER = ChainTask(), ChainTokenizer()
@@ -43,7 +49,7 @@ def variables(belief):
 
 def test_a_model_that_knows_the_facts_is_right_and_leaks_by_chance_only():
     truth = np.eye(10)[facts()]
-    for shown in ("nothing", "reference", "answer"):
+    for shown in ("nothing", *CONTEXTS):
         ok, leak = after_wrong_step(StandIn(), variables(truth), TOKENIZER, TASK, shown)
         assert ok > 0.999 and 0.02 < leak < 0.25
 
@@ -67,6 +73,12 @@ def test_fact_beliefs_are_read_at_their_own_place():
     measured = fact_beliefs(StandIn(), variables(belief), TOKENIZER, TASK)
     expected = np.take_along_axis(belief, facts()[..., None], -1)[..., 0]
     np.testing.assert_allclose(measured, expected, atol=1e-5)
+
+
+def test_a_corrected_belief_is_read_behind_right_lines_with_the_correction_in_view():
+    memory = variables(TASK.memory)
+    assert abs(corrected_belief(StandIn(), memory, TOKENIZER, TASK) - 0.30) < 1e-3
+    assert corrected_belief(StandIn(leaks=True), memory, TOKENIZER, TASK) > 0.999
 
 
 def test_metrics_of_both_roles():

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from opsd_jax.data.problems import Problem
 from opsd_jax.errors import UserError
 from opsd_jax.testbed.problems import ChainArithmetic
 from opsd_jax.testbed.world import own_notation
@@ -21,6 +22,38 @@ def test_problems_come_back_from_disk_as_generated(tmp_path):
         assert fresh.grade(problem, own_notation(problem.question)) == 1.0
         assert fresh.grade(problem, problem.solution) == 1.0
         assert fresh.grade(problem, own_notation(problem.question) + ";") == 0.0
+
+
+@pytest.mark.parametrize(
+    "answer, said",
+    [
+        ("8+6=5;5*5=5;#5", "8+6=4"),
+        ("8+6=4;4*5=3;#3", "4*5=0"),
+        ("8*6=8;8*5=0;#1", "8+6=4"),  # the line has another key
+        ("8+6=4;5*5=5;#5", "4*5=0"),
+        ("8+6=4;4*5=0;#1", ""),  # no line is wrong
+        ("8+6=5;5*5=5;", ""),  # cut
+        ("#1 8+6=5 5*5=5", ""),  # another notation
+        (";;", ""),
+        ("", ""),
+    ],
+)
+def test_feedback_is_what_the_first_wrong_line_should_have_been(answer, said):
+    quiet, telling = ChainArithmetic(num_problems=2), ChainArithmetic(num_problems=2, feedback=True)
+    problem = Problem("p", "8+6*5", "", "0")
+    assert telling.load(None).grade(problem, answer) == (0.0, said)
+    assert quiet.load(None).grade(problem, answer) == 0.0
+    for right in ("8+6=4;4*5=0;#0", "8+6=5;5*5=5;#0", "#0 8+6=4 4*5=0"):
+        assert telling.load(None).grade(problem, right) == 1.0
+
+
+def test_feedback_changes_no_problem(tmp_path):
+    quiet, telling = ChainArithmetic(num_problems=5), ChainArithmetic(num_problems=5, feedback=True)
+    problems = list(quiet.load(str(tmp_path)))
+    assert list(telling.load(None)) == list(telling.load(str(tmp_path))) == problems
+    assert len(list(tmp_path.rglob("dataset_info.json"))) == 1
+    grader = telling.load(None).grade
+    assert grader.extract("8+6=4;#4") == "4"  # answers can vote
 
 
 @pytest.mark.parametrize("victim", ["*.array_record*", "dataset_info.json"])

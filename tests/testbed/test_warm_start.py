@@ -11,7 +11,7 @@ import pytest
 from opsd_jax.errors import UserError
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.testbed import warm_start
-from opsd_jax.testbed.corpus import SHOWN, CorpusConfig, write_rows
+from opsd_jax.testbed.corpus import CorpusConfig, write_rows
 from opsd_jax.testbed.warm_start import (
     TESTBED_MODEL,
     BaseReport,
@@ -48,7 +48,7 @@ def test_loss_is_the_divergence_from_the_writer(cached):
     params = cached[1].params
     task, rng = SHORT.task, np.random.default_rng(3)
     kinds = []
-    for shown in SHOWN:
+    for shown in ("nothing", "feedback"):
         rows = write_rows(task, CorpusConfig(), rng, 3, shown)
         kinds.append((rows.ids, rows.targets, rows.target_fact))
     memory = task.memory.reshape(200, 10)
@@ -83,14 +83,15 @@ def test_a_base_is_trained_once_and_read_back_exactly(cached):
 
 
 def test_an_untaught_base_fails_the_gate(cached):
-    config = dataclasses.replace(SHORT, answer_rows=4)
+    config = dataclasses.replace(SHORT, answer_rows=4, feedback_rows=4)
     report = measure(Decoder(TINY), cached[1].params, config, num_problems=64)
     assert report.student == report.teacher == report.answer == 0.0
-    assert "with an answer 0.000" in report.summary()
+    assert "with an answer 0.000, weak with feedback 0." in report.summary()
+    assert abs(report.feedback - 0.1) < 0.1
     assert abs(report.student_ok - 0.1) < 0.1 and abs(report.weak - 0.1) < 0.1
-    assert len(report.failures()) >= 3
+    assert len(report.failures()) >= 4
     plain = measure(Decoder(TINY), cached[1].params, SHORT, num_problems=64)
-    assert plain.answer is None and plain.answer_ok is None
+    assert {plain.answer, plain.answer_ok, plain.feedback, plain.feedback_ok} == {None}
 
 
 def test_another_recipe_is_another_base(cached):
@@ -130,11 +131,13 @@ def test_gate_passes_a_good_base_and_names_what_fails():
         ({"teacher": 0.94}, "teacher accuracy 0.940"),
         ({"teacher_ok": 0.69}, "differ by more than 0.03"),
         ({"answer": 0.94, "answer_ok": 0.73}, "accuracy 0.940 with a right answer"),
-        ({"answer": 0.99, "answer_ok": 0.69}, "the teacher with an answer (0.690)"),
+        ({"answer": 0.99, "answer_ok": 0.69}, "teacher with an answer (0.690)"),
+        ({"feedback": 0.94, "feedback_ok": 0.73}, "belief 0.940 in weak facts after feedback"),
+        ({"feedback": 0.99, "feedback_ok": 0.69}, "teacher with feedback (0.690) and student"),
     ):
         (failure,) = dataclasses.replace(GOOD, **changes).failures()
         assert word in failure
-    taught = dataclasses.replace(GOOD, answer=0.95, answer_ok=0.75)
+    taught = dataclasses.replace(GOOD, answer=0.95, answer_ok=0.75, feedback=0.95, feedback_ok=0.71)
     assert taught.failures() == []
 
 
