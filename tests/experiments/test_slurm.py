@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.pods import run_pod
 from tests.run.test_train import QUICKSTART, TINY, lines_of
-from tests.two_processes import run_pair
 
 ROOT = Path(__file__).parents[2]
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -120,7 +120,7 @@ def test_a_job_that_is_signalled_is_requeued_and_ends_bit_for_bit(slurm, tmp_pat
     gin.write_text("\n".join([f'include "{QUICKSTART}"', "import nap_probe", *changed]))
     whole, workdir, log = tmp_path / "whole", tmp_path / "run", tmp_path / "opsd.log"
     flags = ["train", f"--gin_file={gin}", f"--workdir={whole}", "--distributed"]
-    run_pair("import json\nsys.exit(main(json.loads(arguments[0])))", json.dumps(flags))
+    run_pod("import json\nsys.exit(main(json.loads(arguments[0])))", json.dumps(flags))
 
     def slurm_says(*command: object) -> str:
         found = subprocess.run(

@@ -10,10 +10,10 @@ import pytest
 from opsd_jax.errors import UserError
 from opsd_jax.host.lock import only_writer
 from opsd_jax.main import main
+from tests.pods import run_pod
 from tests.run.test_eval import command as eval_command
 from tests.run.test_eval import folder  # noqa: F401
 from tests.run.test_train import command
-from tests.two_processes import run_pair
 
 REFUSED = "another command is writing to {}; wait for its end, or name another folder"
 
@@ -48,10 +48,10 @@ except UserError as error:
 
 def test_no_process_of_a_pod_waits_for_one_that_was_refused(tmp_path):
     with only_writer(tmp_path, print):
-        (first, _), (second, _) = run_pair(PAIR, tmp_path)
+        (first, _), (second, _) = run_pod(PAIR, tmp_path)
     assert first.splitlines()[-1] == REFUSED.format(tmp_path)
     assert second.splitlines()[-1] == f"{tmp_path} cannot be used; process 0 tells why"
-    assert [text.splitlines()[-1] for text, _ in run_pair(PAIR, tmp_path)] == ["took it"] * 2
+    assert [text.splitlines()[-1] for text, _ in run_pod(PAIR, tmp_path)] == ["took it"] * 2
 
 
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from opsd_jax.main import main
+from tests.pods import run_pod
 from tests.run.test_train import command, lines_of
-from tests.two_processes import run_pair
 
 
 def commands(workdir, method: str, *num_steps: int) -> list[list[str]]:
@@ -63,7 +63,7 @@ print("found", json.dumps([mine.tolist(), [row.tolist() for row in graded[:2]]])
 @pytest.mark.slow
 @pytest.mark.parametrize("order, model", [((0, 2, 3, 1), 1), ((0, 2, 1, 3), 2), ((0, 1), 2)])
 def test_every_process_grades_its_rows_and_knows_all_grades(order, model):
-    said = run_pair(GRADED, json.dumps(order), model, num_devices=len(order) // 2)
+    said = run_pod(GRADED, json.dumps(order), model, num_devices=len(order) // 2)
     lines = [line for text, _ in said for line in text.splitlines() if line.startswith("found ")]
     (mine, grades), (theirs, same) = (json.loads(line.removeprefix("found ")) for line in lines)
     assert sorted({*mine, *theirs}) == list(range(8))
@@ -96,7 +96,7 @@ def test_two_processes_say_what_one_says(method, steps, order, model, tmp_path):
                 [*each, f"--gin_bindings=mesh.model = {model}"] if model > 1 else each
                 for each in run
             ]
-            (said, _), (nothing, _) = run_pair(
+            (said, _), (nothing, _) = run_pod(
                 SCRIPT, json.dumps(order), *map(json.dumps, run), num_devices=len(order) // 2
             )
     assert "generated tokens" in said and "eval/" not in nothing
@@ -126,5 +126,5 @@ print("found", json.dumps(found))
 
 @pytest.mark.slow
 def test_the_first_process_decides_for_all():
-    for said, _ in run_pair(SAID, num_devices=2):
+    for said, _ in run_pod(SAID, num_devices=2):
         assert "found [false, true, true, false]" in said

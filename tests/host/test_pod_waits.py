@@ -3,7 +3,7 @@
 
 import json
 
-from tests.two_processes import run_pair
+from tests.pods import run_pod
 
 MADE_ONCE = """
 import json
@@ -35,7 +35,7 @@ print(json.dumps([calls, said]))
 
 
 def test_process_0_makes_the_base_and_the_others_start_from_the_same_bits(tmp_path):
-    (first, _), (second, _) = run_pair(MADE_ONCE, tmp_path)
+    (first, _), (second, _) = run_pod(MADE_ONCE, tmp_path)
     refused = f"the testbed's base below {tmp_path} cannot be used; process 0 tells why"
     assert json.loads(first.splitlines()[-1]) == [[0, 1], [[5.0] * 3, "the gate is shut"]]
     assert json.loads(second.splitlines()[-1]) == [[], [[5.0] * 3, refused]]
@@ -65,7 +65,7 @@ for f in (lambda x: x.sum(0), lambda x: x.max(1), lambda x: (x @ x.T).sum()):
 
 
 def test_no_group_of_devices_meets_for_the_first_time_in_a_long_program():
-    for said, _ in run_pair(CONNECTED, num_devices=2):
+    for said, _ in run_pod(CONNECTED, num_devices=2):
         before, after = said.split("connected\n")
         assert before.count("[Gloo]") >= 2
         assert after.splitlines() == [

@@ -28,8 +28,8 @@ from opsd_jax.run.after_rollout import AfterRollout, check_groups
 from opsd_jax.run.graded_rows import Graded
 from opsd_jax.sampling.prompts import Context
 from tests.data.test_tokenizer import byte_tokenizer
+from tests.pods import run_pod
 from tests.tiny import tiny_config, tiny_variables
-from tests.two_processes import run_pair
 
 BYTES = HFTokenizer(byte_tokenizer())
 GRADER = """
@@ -425,7 +425,7 @@ def test_two_processes_build_what_one_builds(folder):
         f"--gin_file={folder / 'run.gin'}",
         f"--workdir={folder / 'pair'}",
     ]
-    run_pair(f"import sys; sys.path.append({str(folder)!r})\n" + PAIR, json.dumps(flags))
+    run_pod(f"import sys; sys.path.append({str(folder)!r})\n" + PAIR, json.dumps(flags))
     two = read_metrics(folder / "pair" / "metrics.jsonl")
     for a, b in zip(timeless(one), timeless(two), strict=True):
         for name in a:

@@ -19,8 +19,8 @@ from opsd_jax.main import main
 from opsd_jax.pretrained.export import save_pretrained
 from opsd_jax.run.eval import plain_model
 from tests.data.test_tokenizer import byte_tokenizer
+from tests.pods import run_pod
 from tests.tiny import tiny_config, tiny_variables
-from tests.two_processes import run_pair
 
 ROOT = Path(__file__).parents[2]
 NUM_PROBLEMS, NUM_SAMPLES = 30, 12
@@ -268,7 +268,7 @@ def test_two_processes_say_what_one_says(folder, alone):
     """Every generation is written once, cut short and continued too; numbers bit for bit."""
     flags = command(folder, "", *SMALL, "contexts.evaluation_thinking = False")
     flags = ["--distributed" if flag.startswith("--out") else flag for flag in flags]
-    (first, errors), (second, silent) = run_pair(PAIR, folder, *flags)
+    (first, errors), (second, silent) = run_pod(PAIR, folder, *flags)
     assert "going on after 7 generations" in errors and "all of them see" in errors
     assert "all of them see" in silent
     assert "eval/student/accuracy" in first and "eval/student/accuracy" not in second

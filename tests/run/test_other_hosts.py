@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from opsd_jax.main import main
+from tests.pods import run_pod
 from tests.run.test_train import command, lines_of
-from tests.two_processes import run_pair
 
 TRAIN = """
 import json
@@ -37,7 +37,7 @@ def test_one_process_two_and_one_again_make_one_run(tmp_path):
     assert main(steps(tmp_path / "whole", 6)) == 0
     changing = tmp_path / "changing"
     assert main(steps(changing, 2)) == 0
-    run_pair(TRAIN, json.dumps(steps(changing, 4, "mesh.replica = 2")), num_devices=2)
+    run_pod(TRAIN, json.dumps(steps(changing, 4, "mesh.replica = 2")), num_devices=2)
     assert main(steps(changing, 6, "mesh.model = 2")) == 0
     whole, found = lines_of(tmp_path / "whole"), lines_of(changing)
     assert_same_run(found, whole)

@@ -15,8 +15,8 @@ from opsd_jax.run.config import load_experiment
 from opsd_jax.run.pins import pinned
 from tests.data.test_tokenizer import byte_tokenizer
 from tests.host.test_hub import hub  # noqa: F401
+from tests.pods import run_pod
 from tests.tiny import tiny_config, tiny_variables
-from tests.two_processes import run_pair
 
 ROWS = [
     {"question": f"{i}+1?", "solution": f"It is \\boxed{{{i + 1}}}.", "answer": i + 1}
@@ -158,7 +158,7 @@ def test_a_pod_asks_once_and_downloads_once_per_host(named, tmp_path, monkeypatc
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     named.delay_s = 0.2
-    said = [out for out, _ in run_pair(POD)]
+    said = [out for out, _ in run_pod(POD)]
     found = {line for out in said for line in out.splitlines() if line.startswith("found")}
     assert len(found) == 1 and named.first in found.pop()
     asked = [path for method, path in named.requests if method == "GET"]
@@ -167,7 +167,7 @@ def test_a_pod_asks_once_and_downloads_once_per_host(named, tmp_path, monkeypatc
     assert len(files) == len(set(files)) == 3
     named.private.add("me/tiny")
     with pytest.raises(AssertionError, match="the Hub answers 401|process 0 tells why"):
-        run_pair(POD)
+        run_pod(POD)
 
 
 def test_a_name_that_is_nobodys_is_one_sentence(named, capfd):
