@@ -39,8 +39,6 @@ SMALL = {
     "04_an_ablation": f"RUNS, SETTINGS = 'runs/ablation', {ONE_STEP}",
     "05_read_a_run": f"RUN, SETTINGS = 'runs/teacher_live', {ONE_STEP}",
 }
-# Those that have not yet been run in full: without outputs, and nothing is said of what they show.
-NOT_YET = {"03_your_model", "04_an_ablation", "05_read_a_run"}
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list(SMALL)[1:]]
 
 
@@ -48,15 +46,7 @@ def outputs(notebook) -> list:
     return [out for cell in notebook.cells for out in cell.get("outputs", ())]
 
 
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem in NOT_YET], ids=lambda p: p.stem)
-def test_what_was_not_run_says_so(path):
-    notebook = nbformat.read(path, as_version=4)
-    assert not outputs(notebook) and "\n*Outputs: none yet" in notebook.cells[0].source
-
-
-@pytest.mark.parametrize(
-    "path", [p for p in NOTEBOOKS if p.stem not in NOT_YET], ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_what_is_kept_is_a_full_run_of_this_code(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
