@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections import defaultdict
@@ -131,13 +132,15 @@ def floor_of(plan: Plan, target: Target, widths: Widths) -> Seconds | None:
     return step_seconds(plan.parts, lengths, peak, plan.found, link, plan.kernels, to_host)
 
 
+def networks(target: Target) -> int:
+    """Groups of chips between which the link is slow: hosts, but a slice of TPUs is one."""
+    return 1 if target.devices[0].platform == "tpu" else target.hosts
+
+
 def crossing(plan: Plan, target: Target) -> set[str]:
     """The mesh axes along which devices are on several hosts."""
-    # A slice of TPUs is one network, whatever its hosts.
-    if target.devices[0].platform == "tpu" or target.hosts == 1:
-        return set()
     # Devices lie in the order of the hosts, the outermost axis first.
-    inside, axes = len(target.devices) // target.hosts, set()
+    inside, axes = len(target.devices) // networks(target), set()
     stride = 1
     for name, size in reversed(plan.parts.mesh.shape.items()):
         stride *= size
@@ -248,14 +251,19 @@ def estimates(plan: Plan) -> list[str]:
     ]
 
 
-COLUMNS = ("mesh.model", "micro-batches", "remat", "GiB a chip", "fits", "floor s", "compiled in s")
+COLUMNS = (
+    *("mesh.replica", "mesh.model", "micro-batches", "remat"),
+    *("GiB a chip", "fits", "floor s", "compiled in s"),
+)
 
 
 def row(plan: Plan, target: Target) -> str:
     """One line of the table of a search."""
     train = plan.experiment.train
+    mesh = plan.parts.mesh.shape
     cells = [
-        plan.parts.mesh.shape["model"],
+        mesh.get("replica", 1),
+        mesh["model"],
         train.num_micro_batches,
         train.remat,
         plan.refused or f"{plan.memory / GIB:.2f}",
@@ -267,18 +275,22 @@ def row(plan: Plan, target: Target) -> str:
 
 
 def variants(experiment: Experiment, config: ModelConfig, target: Target) -> Iterator[Experiment]:
-    """mesh.model x micro-batches x remat, as far as they divide batch, heads and chips."""
+    """mesh.replica (1, or the hosts) x mesh.model x micro-batches x remat, as far as they divide
+    batch, heads and chips."""
     train, chips = experiment.train, len(target.devices)
-    for model in (1, 2, 4, 8):
-        if chips % model or config.num_kv_heads % model:
+    meshes = itertools.product(sorted({1, networks(target)}), (1, 2, 4, 8), (1, 2, 4, 8))
+    for replica, model, number in meshes:
+        rows = chips // model  # devices that a batch is split over
+        if chips % (replica * model) or config.num_kv_heads % model:
             continue
-        mesh = dataclasses.replace(experiment.mesh, data=chips // model, model=model)
-        for number in (1, 2, 4, 8):
-            if train.batch_size % (number * mesh.data):
-                continue
-            for remat in (True, *REMATS, False):
-                changed = dataclasses.replace(train, num_micro_batches=number, remat=remat)
-                yield dataclasses.replace(experiment, train=changed, mesh=mesh)
+        if train.batch_size % (number * rows):
+            continue
+        mesh = dataclasses.replace(
+            experiment.mesh, data=rows // replica, model=model, replica=replica
+        )
+        for remat in (True, *REMATS, False):
+            changed = dataclasses.replace(train, num_micro_batches=number, remat=remat)
+            yield dataclasses.replace(experiment, train=changed, mesh=mesh)
 
 
 def choice(plans: Sequence[Plan], target: Target) -> str:
@@ -293,8 +305,9 @@ def choice(plans: Sequence[Plan], target: Target) -> str:
         return plan.seconds.step if plan.seconds else 0.0, offloads, plan.memory
 
     best = min(fitting, key=cost)
-    train = best.experiment.train
+    train, mesh = best.experiment.train, best.parts.mesh.shape
+    replica = f"mesh.replica = {mesh['replica']}, " if "replica" in mesh else ""
     return (
-        f"Least floor that fits: mesh.model = {best.parts.mesh.shape['model']}, "
+        f"Least floor that fits: {replica}mesh.model = {mesh['model']}, "
         f"train.num_micro_batches = {train.num_micro_batches}, train.remat = {train.remat!r}"
     )

@@ -130,6 +130,13 @@ def test_a_search_tries_what_divides(config_json):
     assert {(m, n) for m, n, _ in found} == {(1, 1), (1, 2), (2, 1), (2, 2), (2, 4)}
     assert len(found) == 5 * 4
     assert {remat for *_, remat in found} == {True, *REMATS, False}
+    # On two hosts also two replicas, and with two devices to a matrix each has one place for rows.
+    cards = [SimpleNamespace(platform="cuda")] * 4
+    meshes = [each.mesh for each in variants(experiment, config, Target("", cards, 2**30, 2))]
+    assert {(mesh.replica, mesh.data, mesh.model) for mesh in meshes} == {
+        *((1, 4, 1), (1, 2, 2)),
+        *((2, 2, 1), (2, 1, 2)),
+    }
 
 
 def test_what_is_offloaded_takes_its_time(config_json):
