@@ -199,7 +199,7 @@ def add_planning(commands: Any) -> None:
     plan.add_argument(
         "--search",
         action="store_true",
-        help="a table over mesh.model, train.num_micro_batches and train.remat",
+        help="a table over mesh.replica, mesh.model, train.num_micro_batches and train.remat",
     )
     plan.set_defaults(run=run_plan)
 

@@ -93,7 +93,8 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh, with devices in the order that suits the hardware.
+    """The mesh, with devices in the order that suits the hardware: of several slices, the outermost
+    axes leave one.
 
     Raises:
       UserError: the devices at hand do not fill the mesh.
@@ -103,10 +104,15 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     # Auto axes: the compiler places intermediates; linen's logical constraints need it.
     kinds = (AxisType.Auto,) * len(sizes)
-    if slices == 1 or config.replica % slices:
+    if slices == 1:
         return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=devices)
-    inner = (config.replica // slices, sizes["data"], sizes["model"])
-    grid = create_hybrid_device_mesh(inner, (slices, 1, 1), devices)
+    # Hosts of GPUs are slices, too, and `jax.make_mesh` refuses several.
+    outer = []
+    for size in sizes.values():
+        outer.append(math.gcd(size, slices))
+        slices //= outer[-1]
+    inner = [size // part for size, part in zip(sizes.values(), outer, strict=True)]
+    grid = create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
     return Mesh(grid, tuple(sizes), axis_types=kinds)
 
 
