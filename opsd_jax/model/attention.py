@@ -29,6 +29,7 @@ from opsd_jax.model.config import NO_WINDOW, ModelConfig
 from opsd_jax.model.decode_attention import UNSEEN, attend_store
 from opsd_jax.model.head import soft_cap
 from opsd_jax.model.kv_cache import EMPTY_POSITION, KV, KVCache, Parts, parts
+from opsd_jax.model.products import product
 from opsd_jax.model.sharding import axis_size, platform
 
 QUERY_BLOCK = 512
@@ -81,7 +82,7 @@ def scores_of(
     softcap: float | None,
 ) -> jax.Array:
     """[B, K, G, T, S] float32 scores of one source, about -1e30 where a query sees nothing."""
-    s = jnp.einsum("bkgth,bkhs->bkgts", q_BKGTH, keys_BKHS, preferred_element_type=jnp.float32)
+    s = product("bkgth,bkhs->bkgts", q_BKGTH, keys_BKHS, jnp.float32)
     distance_BTS = positions_BT[:, :, None] - positions_BS[:, None, :]
     seen_BTS = (distance_BTS >= 0) & (distance_BTS < window)
     # Finite, so that a padded query that sees nothing averages instead of giving NaN.

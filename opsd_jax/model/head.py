@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax.model.config import ModelConfig
+from opsd_jax.model.products import product
 from opsd_jax.model.quantized import scaled
 
 
@@ -38,11 +39,12 @@ def soft_cap(logits: jax.Array, softcap: float | None) -> jax.Array:
 
 def hidden_first(hidden: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
     """hidden @ kernelᵀ: [..., D] x [V, D] -> [..., V] in a dtype."""
-    return jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=dtype)
+    logits = product("md,vd->mv", hidden.reshape(-1, hidden.shape[-1]), kernel, dtype)
+    return logits.reshape(*hidden.shape[:-1], -1)
 
 
 def head_logits(
-    head: Head, hidden: jax.Array, product: Callable[..., jax.Array] = hidden_first
+    head: Head, hidden: jax.Array, multiply: Callable[..., jax.Array] = hidden_first
 ) -> jax.Array:
     """Logits z = softcap(hidden @ kernel^T), accumulated in float32.
 
@@ -52,14 +54,13 @@ def head_logits(
     Args:
       head: the output head, kernel [V, D].
       hidden: [..., D], after the final norm; bfloat16 or float32.
-      product: another way to compute `hidden_first`.
+      multiply: another way to compute `hidden_first`.
 
     Returns:
       [..., V] float32.
     """
-    kernel = head.kernel.astype(hidden.dtype)
     accumulator = jnp.promote_types(hidden.dtype, jnp.float32)
-    logits = product(hidden, kernel, dtype=accumulator)
+    logits = multiply(hidden, head.kernel, dtype=accumulator)
     scale_V = None if head.scale is None else head.scale[:, 0]
     return soft_cap(scaled(logits, scale_V), head.softcap)
 

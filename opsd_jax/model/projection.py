@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from opsd_jax.errors import UserError
 from opsd_jax.model.config import LoraConfig, ModelConfig
 from opsd_jax.model.joined import apart, joined_product, num_blocks
+from opsd_jax.model.products import linear
 from opsd_jax.model.quantized import scaled
 from opsd_jax.model.weights_first import weights_first
 
@@ -54,9 +55,9 @@ class Projection(nn.Module):
         if turned is None:
             axes, shape = self.in_axes + self.out_axes, self.in_shape + self.out_shape
             kernel = self.param("kernel", logical(init, axes), shape)
-            y = jnp.tensordot(x, kernel.astype(x.dtype), num_in)
+            y = linear(x, kernel, num_in)
         else:
-            y = weights_first(x, turned.astype(x.dtype), num_in)
+            y = weights_first(x, turned, num_in)
         y = scaled(y, self.get_variable("scales", "kernel"))
         if self.use_bias:
             zeros = logical(nn.initializers.zeros, self.out_axes)
@@ -88,8 +89,7 @@ class Projection(nn.Module):
         if lora.dropout and self.has_rng("dropout"):
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - lora.dropout, x.shape)
             x = jnp.where(keep, x / (1 - lora.dropout), 0)
-        x_R = jnp.tensordot(x, a.astype(x.dtype), num_in)
-        return jnp.tensordot(x_R, b.astype(x.dtype), 1) * lora.scale
+        return linear(linear(x, a, num_in), b, 1) * lora.scale
 
 
 def project(

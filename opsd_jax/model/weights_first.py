@@ -42,14 +42,14 @@ def weights_first(x: jax.Array, kernel: jax.Array, num_in: int = 1, dtype: Any =
 
     Args:
       x: [..., in], `num_in` axes of inputs.
-      kernel: [out, in] in the dtype of x, any number of output axes.
+      kernel: [out, in], any number of output axes; cast to the dtype of x.
       num_in: number of axes that are summed over.
       dtype: of the sums and the result, None: that of x.
 
     Returns:
       [..., out].
     """
-    dtype = dtype or x.dtype
+    dtype, kernel = dtype or x.dtype, kernel.astype(x.dtype)
     num_out, rows = kernel.ndim - num_in, x.shape[: x.ndim - num_in]
 
     def inputs(array: jax.Array) -> tuple[int, ...]:

@@ -126,6 +126,27 @@ def test_weights_are_gathered_in_bfloat16_where_the_step_computes_in_it(model, t
     assert weights["bfloat16"] == {("rollout", "bf16"), ("update", "bf16")}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [1, 2])
+@pytest.mark.parametrize("implementation", ["dense", "fused"])
+def test_products_are_narrow_and_gradients_meet_in_float32(
+    model, implementation, tmp_path, no_cache
+):
+    """Of a bfloat16 step with float32 masters, whatever is multiplied or exchanged."""
+    config = MeshConfig(model=model)
+    mesh = make_mesh(config)
+    divergence = DivergenceConfig(implementation=implementation)
+    method = dataclasses.replace(method_of("bfloat16"), divergence=divergence)
+    text = partitioned(method, mesh, config.rules, tmp_path)
+    kinds = dict(re.findall(r"%?([\w.-]+) = \(?(\w+)\[", text))
+    products = re.findall(r"= \w+\[[\d,]*\]\S* dot\((.*?)\),", text)
+    met = {kinds[x.split()[-1].lstrip("%")] for pair in products for x in pair.split(", ")}
+    assert met == {"bf16"} and len(products) > 30
+    matrices = ("md,mf->df", "md,mv->vd", "update/transpose(update)/jvp()/reduce_sum")
+    exchanged = re.findall(r"= \(?(\w+)\[[\d,]+\]\S* all-reduce\(.*?op_name=\"(.*?)\"", text)
+    assert {kind for kind, name in exchanged if any(m in name for m in matrices)} == {"f32"}
+
+
 def test_a_rollout_from_masters_is_that_from_what_they_are_rounded_to():
     config = tiny_config(dtype="bfloat16")
     masters, prompts = tiny_variables(tiny_config()), tiny_batch(4).student

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step on this machine: seconds of its halves, and the most memory it held.
+
+    python experiments/benchmarks/step.py [--works=small,batch,vocabulary] [--turns=5] [--remat=…]
+
+Qwen3's shape with 4 layers of 256 (8 heads, 4 of keys, MLP 768), random weights, float32, full
+fine-tuning, generalised JSD, the teacher of the start, AdamW; prompts of 64 tokens, teacher's of
+128; no completion stops early. Each work runs in a process of its own. `floor` is the time of the
+update's products alone at the rate of one large product, measured in the same process in turns with
+the step, so that a busy machine slows both; the products that `needed` counts, recomputation not.
+"""
+
+import argparse
+import functools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from opsd_jax.divergence.config import DivergenceConfig
+from opsd_jax.method.batch import Batch
+from opsd_jax.method.optimizer import OptimizerConfig, make_optimizer
+from opsd_jax.method.teacher import initial
+from opsd_jax.method.train_step import Method, init_state, sample_completion, update
+from opsd_jax.model.config import ModelConfig
+from opsd_jax.model.decoder import Decoder, init_variables
+from opsd_jax.sampling.config import RolloutConfig
+from opsd_jax.sampling.prompts import Context
+
+PROMPT, TEACHER = 64, 128
+REMATS = {"none": False, "all": True, "keep_projections": "keep_projections"}
+
+
+class Work(NamedTuple):
+    batch: int
+    completion: int
+    vocabulary: int
+    implementation: str
+
+
+WORKS = {
+    "small": Work(8, 64, 4096, "dense"),
+    "batch": Work(32, 128, 4096, "dense"),
+    "vocabulary": Work(4, 256, 151936, "fused"),
+}
+
+
+def method_of(work: Work, remat: str, implementation: str | None) -> Method:
+    config = ModelConfig(work.vocabulary, 4, 256, 8, 4, 32, 768, qk_norm=True, remat=REMATS[remat])
+    return Method(
+        model=Decoder(config),
+        rollout=RolloutConfig(work.completion),
+        divergence=DivergenceConfig(
+            name="jensen_shannon", implementation=implementation or work.implementation
+        ),
+        teacher=initial(),
+        optimizer=make_optimizer(OptimizerConfig(), 5e-6),
+    )
+
+
+def needed(work: Work, config: ModelConfig) -> float:
+    """Operations of an update's products: student forward and backward, teacher, three heads more
+    than one. Attention counts the half that is seen."""
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    layer = config.embed_dim * (heads + 3 * config.mlp_dim)
+
+    def forward(tokens: int) -> float:
+        attention = tokens * config.num_heads * config.head_dim  # q k and weights v, one half each
+        return 2 * config.num_layers * tokens * (layer + attention)
+
+    head = 2 * work.completion * work.vocabulary * config.embed_dim
+    student, teacher = forward(PROMPT + work.completion), forward(TEACHER + work.completion)
+    return work.batch * (3 * student + teacher + 4 * head)
+
+
+def inputs(work: Work) -> Batch:
+    rng = np.random.default_rng(0)
+
+    def prompts(width: int) -> Context:
+        ids = rng.integers(20, work.vocabulary, (work.batch, width))
+        return Context(jnp.asarray(ids, jnp.int32), jnp.full(work.batch, width, jnp.int32))
+
+    return Batch(prompts(PROMPT), prompts(TEACHER))
+
+
+def measure(work: Work, remat: str, implementation: str | None, turns: int) -> dict[str, float]:
+    """Medians over `turns` of the halves of a step and of a large product, one after the other."""
+    method, batch = method_of(work, remat, implementation), inputs(work)
+    variables = meta.unbox(init_variables(method.model, jax.random.key(0)))
+    state = init_state(method, {"params": variables["params"]}, {}, jax.random.key(0))
+    sample = jax.jit(functools.partial(sample_completion, method))
+    learn = jax.jit(functools.partial(update, method), donate_argnums=0)
+    matrix = jnp.ones((1024, 1024), jnp.float32)
+    product = jax.jit(lambda x: x @ x)
+    rows: list[tuple[float, ...]] = []
+    start = time.perf_counter()
+    for _ in range(turns + 1):
+        clock = [time.perf_counter()]
+        completion = jax.block_until_ready(sample(state, batch))
+        clock.append(time.perf_counter())
+        state, _ = jax.block_until_ready(learn(state, batch, completion))
+        clock.append(time.perf_counter())
+        for _ in range(8):
+            product(matrix).block_until_ready()
+        clock.append(time.perf_counter())
+        rows.append(tuple(np.diff(clock)))
+    first = rows.pop(0)
+    rollout, learning, products = (statistics.median(column) for column in zip(*rows, strict=True))
+    rate = 8 * 2 * 1024**3 / products
+    return {
+        "step_s": rollout + learning,
+        "rollout_s": rollout,
+        "update_s": learning,
+        "floor_s": needed(work, method.model.config) / rate,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000,
+        "compile_s": sum(first[:2]) - rollout - learning,
+        "total_s": time.perf_counter() - start,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--works", default=",".join(WORKS), help="comma between")
+    parser.add_argument("--turns", type=int, default=5, help="medians over so many")
+    parser.add_argument("--remat", choices=REMATS, default="all", help="what train.remat is")
+    parser.add_argument("--implementation", help="of the divergence; a work's own without")
+    parser.add_argument("--here", action="store_true", help="the one work, in this process")
+    arguments = parser.parse_args()
+    names = arguments.works.split(",")
+    if unknown := set(names) - set(WORKS):
+        parser.error(f"--works: no work {', '.join(sorted(unknown))}; {', '.join(WORKS)}")
+    if arguments.here:
+        options = (arguments.remat, arguments.implementation, arguments.turns)
+        print(json.dumps(measure(WORKS[names[0]], *options)))
+        return
+    print("| work | s a step | rollout | update | update / floor | peak MB | compilation, s |")
+    print("|---" * 7 + "|")
+    for name in names:
+        command = [sys.executable, __file__, "--here", *sys.argv[1:], f"--works={name}"]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        work = WORKS[name]
+        said = f"B {work.batch}, C {work.completion}, V {work.vocabulary:,}"
+        ratio = found["update_s"] / found["floor_s"]
+        numbers = [f"{found[key]:.3f}" for key in ("step_s", "rollout_s", "update_s")]
+        last = [f"{ratio:.2f}", f"{found['peak_mb']:,.0f}", f"{found['compile_s']:.1f}"]
+        print(f"| {said} | " + " | ".join(numbers + last) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
