@@ -2,6 +2,7 @@
 """A training step on this machine: seconds of its halves, and the most memory it held.
 
     python experiments/benchmarks/step.py [--works=small,batch,vocabulary] [--turns=5] [--remat=…]
+        [--trl=PYTHON, of an environment with trl: the same steps by its SDFTTrainer (step_trl.py)]
 
 Qwen3's shape with 4 layers of 256 (8 heads, 4 of keys, MLP 768), random weights, float32, full
 fine-tuning, generalised JSD, the teacher of the start, AdamW; prompts of 64 tokens, teacher's of
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -101,7 +103,6 @@ def measure(work: Work, remat: str, implementation: str | None, turns: int) -> d
     matrix = jnp.ones((1024, 1024), jnp.float32)
     product = jax.jit(lambda x: x @ x)
     rows: list[tuple[float, ...]] = []
-    start = time.perf_counter()
     for _ in range(turns + 1):
         clock = [time.perf_counter()]
         completion = jax.block_until_ready(sample(state, batch))
@@ -116,13 +117,11 @@ def measure(work: Work, remat: str, implementation: str | None, turns: int) -> d
     rollout, learning, products = (statistics.median(column) for column in zip(*rows, strict=True))
     rate = 8 * 2 * 1024**3 / products
     return {
-        "step_s": rollout + learning,
         "rollout_s": rollout,
         "update_s": learning,
         "floor_s": needed(work, method.model.config) / rate,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000,
         "compile_s": sum(first[:2]) - rollout - learning,
-        "total_s": time.perf_counter() - start,
     }
 
 
@@ -132,6 +131,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="medians over so many")
     parser.add_argument("--remat", choices=REMATS, default="all", help="what train.remat is")
     parser.add_argument("--implementation", help="of the divergence; a work's own without")
+    parser.add_argument("--trl", metavar="PYTHON", help="of an environment with trl")
     parser.add_argument("--here", action="store_true", help="the one work, in this process")
     arguments = parser.parse_args()
     names = arguments.works.split(",")
@@ -141,18 +141,34 @@ def main() -> None:
         options = (arguments.remat, arguments.implementation, arguments.turns)
         print(json.dumps(measure(WORKS[names[0]], *options)))
         return
-    print("| work | s a step | rollout | update | update / floor | peak MB | compilation, s |")
-    print("|---" * 7 + "|")
+    columns = ["work", "by", "s a step", "rollout", "update", "update / floor", "peak MB"]
+    print("| " + " | ".join([*columns, "compilation, s"]) + " |\n" + "|---" * 8 + "|", flush=True)
     for name in names:
-        command = [sys.executable, __file__, "--here", *sys.argv[1:], f"--works={name}"]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found = json.loads(done.stdout.splitlines()[-1])
         work = WORKS[name]
-        said = f"B {work.batch}, C {work.completion}, V {work.vocabulary:,}"
-        ratio = found["update_s"] / found["floor_s"]
-        numbers = [f"{found[key]:.3f}" for key in ("step_s", "rollout_s", "update_s")]
-        last = [f"{ratio:.2f}", f"{found['peak_mb']:,.0f}", f"{found['compile_s']:.1f}"]
-        print(f"| {said} | " + " | ".join(numbers + last) + " |", flush=True)
+        found = run([sys.executable, __file__, "--here", *sys.argv[1:], f"--works={name}"])
+        print(line(work, "opsd_jax", found), flush=True)
+        if arguments.trl:
+            sizes = {"batch": work.batch, "completion": work.completion}
+            sizes |= {"vocabulary": work.vocabulary, "turns": arguments.turns}
+            script = str(Path(__file__).with_name("step_trl.py"))
+            found = run([arguments.trl, script, *(f"--{k}={v}" for k, v in sizes.items())])
+            print(line(work, "TRL", found), flush=True)
+
+
+def run(command: list[str]) -> dict[str, float]:
+    """The JSON object that a command prints last."""
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def line(work: Work, by: str, found: dict[str, float]) -> str:
+    said = f"B {work.batch}, C {work.completion}, V {work.vocabulary:,}"
+    seconds = (found["rollout_s"] + found["update_s"], found["rollout_s"], found["update_s"])
+    cells = [said, by, *(f"{s:.3f}" for s in seconds)]
+    cells.append(f"{found['update_s'] / found['floor_s']:.2f}" if "floor_s" in found else "")
+    cells.append(f"{found['peak_mb']:,.0f}")
+    cells.append(f"{found['compile_s']:.1f}" if "compile_s" in found else "")
+    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

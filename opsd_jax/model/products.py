@@ -13,12 +13,23 @@ XLA's compiler a transposition that it fuses with all that made z̄.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Dtypes:
+    """Of both operands, one of which may not be kept."""
+
+    x: Any
+    y: Any
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -34,22 +45,32 @@ def product(subscripts: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> j
     return jnp.einsum(subscripts, x, y.astype(x.dtype), preferred_element_type=dtype)
 
 
-def _forward(subscripts: str, x: jax.Array, y: jax.Array, dtype: Any) -> Any:
-    return product(subscripts, x, y, dtype), (x, y)
+def _forward(subscripts: str, x: Any, y: Any, dtype: Any) -> Any:
+    # What nobody asks a gradient of (a frozen matrix) has none, and nothing is kept for it.
+    kept = x.value if y.perturbed else None, y.value if x.perturbed else None
+    return product(subscripts, x.value, y.value, dtype), (
+        *kept,
+        _Dtypes(x.value.dtype, y.value.dtype),
+    )
 
 
-def _backward(subscripts: str, dtype: Any, operands: Any, gradient: jax.Array) -> Any:
-    x, y = operands
+def _backward(subscripts: str, dtype: Any, kept: Any, gradient: Any) -> Any:
+    x, y, dtypes = kept
+    if isinstance(gradient, SymbolicZero):
+        return None, None
     inputs, out = subscripts.split("->")
     of_x, of_y = inputs.split(",")
-    g = gradient.astype(x.dtype)
-    to_x = jnp.einsum(f"{out},{of_y}->{of_x}", g, y.astype(x.dtype))
-    wide = jnp.promote_types(x.dtype, y.dtype)
-    to_y = jnp.einsum(f"{of_x},{out}->{of_y}", x, g, preferred_element_type=wide)
-    return to_x, to_y.astype(y.dtype)
+    g, to_x, to_y = gradient.astype(dtypes.x), None, None
+    if y is not None:
+        to_x = jnp.einsum(f"{out},{of_y}->{of_x}", g, y.astype(dtypes.x))
+    if x is not None:
+        wide = jnp.promote_types(dtypes.x, dtypes.y)
+        to_y = jnp.einsum(f"{of_x},{out}->{of_y}", x, g, preferred_element_type=wide)
+        to_y = to_y.astype(dtypes.y)
+    return to_x, to_y
 
 
-product.defvjp(_forward, _backward)
+product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def linear(x: jax.Array, kernel: jax.Array, num_in: int) -> jax.Array:

@@ -82,6 +82,21 @@ def test_no_product_has_a_wide_operand(subscripts):
     assert met == {("bfloat16", "bfloat16")}
 
 
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_operand_costs_no_product_and_keeps_nothing(frozen):
+    x, y, g = map(jnp.asarray, drawn("md,df->mf"))
+    operands = [x, y]
+    moving = operands.pop(1 - frozen)
+
+    def run(moving):
+        return product("md,df->mf", *(operands + [moving] if frozen == 0 else [moving] + operands))
+
+    z, pull = jax.vjp(run, moving)
+    assert jax.make_jaxpr(lambda g: pull(g))(g).pretty_print().count("dot_general") == 1
+    kept = {leaf.shape for leaf in jax.tree.leaves(pull) if leaf.ndim}
+    assert kept == {operands[0].shape} and z.shape == g.shape
+
+
 @pytest.mark.parametrize("num_in", [1, 2])
 def test_linear_is_a_tensordot(num_in):
     rng = np.random.default_rng(1)
