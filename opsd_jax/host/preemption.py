@@ -19,24 +19,28 @@ class Preemption:
     Alone, a process listens to SIGTERM and SIGINT itself; the second signal kills as usual, and
     in a notebook raises KeyboardInterrupt, which leaves the kernel alive.
     After jax.distributed.initialize JAX owns SIGTERM: whichever process receives it, all agree
-    on one later step. Ctrl-C is then handed on as SIGTERM, for the same agreement.
+    on one later call of `requested`. Ctrl-C is then handed on as SIGTERM, for the same agreement.
 
         with Preemption() as preemption:
             for step in ...:
                 ...
-                if preemption.requested(step):
+                if preemption.requested():
                     break  # save, exit 0
     """
 
     def __init__(self) -> None:
         self._signalled = False
+        self._calls = 0
         self._distributed = jax.distributed.is_initialized()
         self._previous: dict[int, Any] = {}
 
-    def requested(self, step: int) -> bool:
-        """True once the run should stop; ask after every step, with consecutive numbers."""
+    def requested(self) -> bool:
+        """True once the run should stop; ask after every step, on every process."""
+        self._calls += 1
         if not self._signalled and self._distributed:
-            self._signalled = multihost_utils.reached_preemption_sync_point(step)
+            # Not the step's number: JAX waits for the one after the last that it was told, which
+            # is 1 if the signal comes before the first step, and a resumed run has no step 1.
+            self._signalled = multihost_utils.reached_preemption_sync_point(self._calls)
         return self._signalled
 
     def __enter__(self) -> "Preemption":

@@ -126,7 +126,7 @@ class Loop:
             )
             self.profile.after(number, taken.metrics)
             last = number == settings.num_steps
-            stop = preemption.requested(number) or self.guard.ends_the_run
+            stop = preemption.requested() or self.guard.ends_the_run
             evaluated: dict[str, float] = {}
             if settings.eval_every_steps and due(number, settings.eval_every_steps, last):
                 self.finish(taken, batch)
