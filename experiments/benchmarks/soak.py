@@ -138,13 +138,14 @@ def disturb(flags: Sequence[str], workdir: Path, args: argparse.Namespace) -> li
         number = draw.choice([signal.SIGTERM, signal.SIGKILL])
         targets = draw.choice([(0,), (1,), (0, 1)])
         start = time.monotonic()
+        to = "both" if len(targets) == 2 else f"process {targets[0]}"
+        print(f"{number.name} to {to} after step {last_step(workdir)}: ", end="", flush=True)
         for index in targets:
             pair.children[index].send_signal(number)
         statuses = pair.ended(args.patience)
-        to = "both" if len(targets) == 2 else f"process {targets[0]}"
         lost = last_step(workdir) - saved_step(workdir)
         blow = Blow(number.name, to, statuses, time.monotonic() - start, max(0, lost))
-        print(blow, flush=True)
+        print(f"{statuses} after {blow.stop_s:.1f} s, {blow.lost} steps lost", flush=True)
         if not set(statuses) <= MAY_END or (number == signal.SIGTERM and lost > 0):
             sys.exit(f"should have saved and ended with {AGAIN}: {pair.log}")
         blows.append(blow)
