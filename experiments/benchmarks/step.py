@@ -8,7 +8,7 @@ Qwen3's shape with 4 layers of 256 (8 heads, 4 of keys, MLP 768), random weights
 fine-tuning, generalised JSD, the teacher of the start, AdamW; prompts of 64 tokens, teacher's of
 128; no completion stops early. Each work runs in a process of its own. `floor` is the time of the
 update's products alone at the rate of one large product, measured in the same process in turns with
-the step, so that a busy machine slows both; the products that `needed` counts, recomputation not.
+the step, so that a busy machine slows both; recomputation is not counted (`opsd_jax/run/flops.py`).
 """
 
 import argparse
@@ -34,6 +34,7 @@ from opsd_jax.method.teacher import initial
 from opsd_jax.method.train_step import Method, init_state, sample_completion, update
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.decoder import Decoder, init_variables
+from opsd_jax.run.flops import Lengths, step_flops
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.prompts import Context
 
@@ -68,19 +69,12 @@ def method_of(work: Work, remat: str, implementation: str | None) -> Method:
     )
 
 
-def needed(work: Work, config: ModelConfig) -> float:
-    """Operations of an update's products: student forward and backward, teacher, three heads more
-    than one. Attention counts the half that is seen."""
-    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
-    layer = config.embed_dim * (heads + 3 * config.mlp_dim)
-
-    def forward(tokens: int) -> float:
-        attention = tokens * config.num_heads * config.head_dim  # q k and weights v, one half each
-        return 2 * config.num_layers * tokens * (layer + attention)
-
-    head = 2 * work.completion * work.vocabulary * config.embed_dim
-    student, teacher = forward(PROMPT + work.completion), forward(TEACHER + work.completion)
-    return work.batch * (3 * student + teacher + 4 * head)
+def needed(work: Work, method: Method) -> float:
+    """Model FLOPs of an update."""
+    lengths = (np.full(work.batch, n) for n in (PROMPT, TEACHER, work.completion))
+    flops = step_flops(method, Lengths(*lengths))
+    assert flops is not None
+    return flops[1]
 
 
 def inputs(work: Work) -> Batch:
@@ -119,7 +113,7 @@ def measure(work: Work, remat: str, implementation: str | None, turns: int) -> d
     return {
         "rollout_s": rollout,
         "update_s": learning,
-        "floor_s": needed(work, method.model.config) / rate,
+        "floor_s": needed(work, method) / rate,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000,
         "compile_s": sum(first[:2]) - rollout - learning,
     }
