@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
+from on_card.measuring import prompts
 
 from opsd_jax.divergence.config import DivergenceConfig
 from opsd_jax.method.batch import Batch
@@ -36,7 +37,6 @@ from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.decoder import Decoder, init_variables
 from opsd_jax.run.flops import Lengths, step_flops
 from opsd_jax.sampling.config import RolloutConfig
-from opsd_jax.sampling.prompts import Context
 
 PROMPT, TEACHER = 64, 128
 REMATS = {"none": False, "all": True, "keep_projections": "keep_projections"}
@@ -77,19 +77,10 @@ def needed(work: Work, method: Method) -> float:
     return flops[1]
 
 
-def inputs(work: Work) -> Batch:
-    rng = np.random.default_rng(0)
-
-    def prompts(width: int) -> Context:
-        ids = rng.integers(20, work.vocabulary, (work.batch, width))
-        return Context(jnp.asarray(ids, jnp.int32), jnp.full(work.batch, width, jnp.int32))
-
-    return Batch(prompts(PROMPT), prompts(TEACHER))
-
-
 def measure(work: Work, remat: str, implementation: str | None, turns: int) -> dict[str, float]:
     """Medians over `turns` of the halves of a step and of a large product, one after the other."""
-    method, batch = method_of(work, remat, implementation), inputs(work)
+    method = method_of(work, remat, implementation)
+    batch = Batch(*(prompts(work.batch, width, work.vocabulary) for width in (PROMPT, TEACHER)))
     variables = meta.unbox(init_variables(method.model, jax.random.key(0)))
     state = init_state(method, {"params": variables["params"]}, {}, jax.random.key(0))
     sample = jax.jit(functools.partial(sample_completion, method))

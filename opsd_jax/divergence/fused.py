@@ -46,9 +46,6 @@ class VocabularyMesh:
     batch_axis: Axis = None
     vocab_axis: str | None = None
 
-    def size(self, axis: str | None) -> int:
-        return 1 if axis is None else self.mesh.shape[axis]
-
 
 def vocabulary_mesh(mesh: Any, batch_size: int, vocab_axis: str = "model") -> VocabularyMesh:
     """The layout on `mesh`, or on the mesh of `jax.set_mesh` when `mesh` is None.
@@ -191,7 +188,7 @@ def _on_mesh(plan, function, *static):
     )
 
     def padded(operands, *rest):
-        pad = -plan.vocab_size % place.size(place.vocab_axis)
+        pad = -plan.vocab_size % axis_size(place.mesh, place.vocab_axis)
 
         def prepared(kernel, hidden):
             # Narrow on its way over the mesh, which the compiler would have it travel wide.

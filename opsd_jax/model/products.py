@@ -48,10 +48,8 @@ def product(subscripts: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> j
 def _forward(subscripts: str, x: Any, y: Any, dtype: Any) -> Any:
     # What nobody asks a gradient of (a frozen matrix) has none, and nothing is kept for it.
     kept = x.value if y.perturbed else None, y.value if x.perturbed else None
-    return product(subscripts, x.value, y.value, dtype), (
-        *kept,
-        _Dtypes(x.value.dtype, y.value.dtype),
-    )
+    dtypes = _Dtypes(x.value.dtype, y.value.dtype)
+    return product(subscripts, x.value, y.value, dtype), (*kept, dtypes)
 
 
 def _backward(subscripts: str, dtype: Any, kept: Any, gradient: Any) -> Any:

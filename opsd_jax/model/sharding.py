@@ -127,6 +127,12 @@ def rows_axis(mesh: Mesh | AbstractMesh) -> Axis:
     return ("replica", "data") if "replica" in mesh.shape else "data"
 
 
+def rows_axis_in_words(mesh: Mesh) -> tuple[str, str]:
+    """Names and numbers of what splits a batch: ("mesh.replica x mesh.data", "2 x 4")."""
+    sizes = {name: size for name, size in mesh.shape.items() if name != "model"}
+    return " x ".join(f"mesh.{name}" for name in sizes), " x ".join(map(str, sizes.values()))
+
+
 def variable_shardings(boxed: Any, mesh: Mesh | AbstractMesh, rules: Any) -> Any:
     """Shardings of a boxed abstract variable tree (from `jax.eval_shape` of an init).
 
@@ -192,10 +198,8 @@ def looked_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
 
 def check_batch(batch_size: int, num_micro_batches: int, mesh: Mesh) -> None:
     """Raises a UserError unless the batch splits evenly over micro-batches and devices."""
-    sizes = {name: size for name, size in mesh.shape.items() if name != "model"}
-    if batch_size % (num_micro_batches * math.prod(sizes.values())):
-        names = " x ".join(f"mesh.{name}" for name in sizes)
-        numbers = " x ".join(map(str, sizes.values()))
+    if batch_size % (num_micro_batches * axis_size(mesh, rows_axis(mesh))):
+        names, numbers = rows_axis_in_words(mesh)
         raise UserError(
             f"train.batch_size = {batch_size} must be a multiple of train.num_micro_batches x "
             f"{names} = {num_micro_batches} x {numbers}"

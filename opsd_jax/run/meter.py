@@ -13,6 +13,7 @@ import numpy as np
 
 from opsd_jax.host.chips import CompileClock, memory_peak_gib, peak_of
 from opsd_jax.host.goodput import Goodput
+from opsd_jax.model.sharding import axis_size, rows_axis
 from opsd_jax.run.assembly import Assembly
 from opsd_jax.run.flops import Lengths, decoding_bytes, step_flops
 
@@ -26,7 +27,7 @@ class Throughput:
 
     def __init__(self, parts: Assembly) -> None:
         self._method = parts.method
-        self._mesh = dict(parts.mesh.shape)
+        self._mesh = parts.mesh
         self._num_devices = parts.mesh.size
         self._peak = peak_of(parts.mesh.devices.flat[0])
         params = jax.tree.leaves(parts.abstract.student["params"])
@@ -72,7 +73,7 @@ class Throughput:
     def _bandwidth(self, lengths: Lengths, rollout_s: float) -> dict[str, float]:
         if self._peak is None:
             return {}
-        axes = (self._mesh["data"] * self._mesh.get("replica", 1), self._mesh["model"])
+        axes = (axis_size(self._mesh, rows_axis(self._mesh)), self._mesh.shape["model"])
         read = decoding_bytes(self._method, lengths, self._weight_bytes, *axes)
         if read is None:
             return {}

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from opsd_jax.errors import UserError
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.kv_cache import capacity, parts
-from opsd_jax.model.sharding import Rules, axis_size, rows_axis, shard_batch
+from opsd_jax.model.sharding import Rules, axis_size, rows_axis, rows_axis_in_words, shard_batch
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.prompts import pad
 from opsd_jax.sampling.rollout import Rows, Tokens
@@ -132,8 +132,9 @@ class Sampler:
     def __init__(self, model: Decoder, pad_id: int, mesh: Mesh, rules: Rules, batch_size: int):
         self.data = axis_size(mesh, rows_axis(mesh))
         if batch_size % self.data:
+            names, numbers = rows_axis_in_words(mesh)
             raise UserError(
-                f"evaluate.batch_size = {batch_size} must be a multiple of mesh.data = {self.data}"
+                f"evaluate.batch_size = {batch_size} must be a multiple of {names} = {numbers}"
             )
         self.model, self.pad_id, self.mesh, self.rules = model, pad_id, mesh, rules
         self.batch_size = batch_size

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """experiments/benchmarks/soak.py: one signal; and what it calls equal."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.experiments.test_divergence_benchmarks import FOLDER, script
+
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "experiments" / "benchmarks" / "soak.py"
 
 
 @pytest.mark.slow
@@ -20,16 +20,20 @@ SCRIPT = ROOT / "experiments" / "benchmarks" / "soak.py"
 )
 def test_a_run_with_one_signal_is_the_run_without(tmp_path):
     out = subprocess.run(
-        [sys.executable, SCRIPT, "--minutes=0.01", "--seconds=5", f"--workdir={tmp_path}"],
+        [
+            sys.executable,
+            FOLDER / "soak.py",
+            "--minutes=0.01",
+            "--seconds=5",
+            f"--workdir={tmp_path}",
+        ],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
     assert out.returncode == 0, out.stdout + out.stderr
     assert "with 1 signals" in out.stdout and out.stdout.endswith(": equal\n")
-    spec = importlib.util.spec_from_file_location("benchmark_soak", SCRIPT)
-    soak = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(soak)
+    soak = script("soak")
     folders = tmp_path / "soaked", tmp_path / "whole"
     metrics = folders[0] / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]

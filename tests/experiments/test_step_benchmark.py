@@ -12,7 +12,6 @@ STEP = Path(__file__).parents[2] / "experiments" / "benchmarks" / "step.py"
 
 @pytest.mark.slow
 def test_a_line_per_work():
-    """And one of a peer, for which a program stands in that prints what step_trl.py prints."""
     command = [sys.executable, STEP, "--works=small", "--turns=1", "--remat=keep_projections"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     header, _, line = done.stdout.splitlines()
@@ -26,7 +25,7 @@ def test_a_line_per_work():
     assert float(found["peak MB"].replace(",", "")) > 300
 
 
-def test_a_peer_is_asked_for_the_same_work(tmp_path, capsys, monkeypatch):
+def test_a_peer_is_asked_for_the_same_work(capsys, monkeypatch):
     monkeypatch.syspath_prepend(STEP.parent)
     import step
 

@@ -17,7 +17,7 @@ sys.exit(main([*json.loads(arguments[0]), "--distributed"]))
 
 
 def assert_same_run(found: list[dict], want: list[dict]) -> None:
-    """The same tokens; numbers to what another order of summing leaves after some steps."""
+    """The same metrics, to what another order of summing leaves after some steps."""
     assert len(found) == len(want)
     for line, other in zip(found, want, strict=True):
         assert line.keys() == other.keys()
