@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,18 @@ class Page:
             x, y = left + width * part + nudge, top + height / 2
             self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
-    def colours(self, selector: str) -> int:
-        """How many colours an element has on the screen, also one that scripts cannot look into."""
+    def colours(self, selector: str, least: int) -> int:
+        """How many colours an element has on the screen, also one that scripts cannot look into.
+
+        A frame is drawn by a process of its own, at any time after the page has loaded: looks until
+        there are `least`, for up to half a minute.
+        """
+        end = time.monotonic() + 30
+        while (found := self._colours(selector)) < least and time.monotonic() < end:
+            time.sleep(0.1)
+        return found
+
+    def _colours(self, selector: str) -> int:
         corners = self.evaluate(
             f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
             "e.scrollIntoView(); const r = e.getBoundingClientRect();"

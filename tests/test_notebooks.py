@@ -147,7 +147,8 @@ def test_in_a_browser(tmp_path):
         colours = page.evaluate(COLOURS)
         assert colours and all(found > 20 for found in colours), colours
         assert page.evaluate("document.querySelectorAll('span[title^=divergence]').length") == 2
-        assert page.colours("iframe") > 20 and page.colours("span[title^=divergence]") > 2
+        assert page.colours("iframe", 21) > 20
+        assert page.colours("span[title^=divergence]", 3) > 2
         assert page.evaluate("typeof window.broken") == "undefined"
         assert not [url for url in page.requests if url.startswith("http")]
     finally:
