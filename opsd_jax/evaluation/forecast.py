@@ -135,44 +135,83 @@ def table(found: Metrics) -> str:
     return "\n".join(lines)
 
 
-def advice(found: Metrics) -> str:
-    """One sentence: the first thing that speaks against training so, else what to expect."""
+def kind(found: Metrics) -> str:
+    """The advice in a word: what speaks first against training so, else what to expect."""
     if not found["num/tokens"]:
-        return "The student says nothing: see both prompts with opsd data."
+        return "silent"
     if found["gap/all"] < _NO_GAP:
-        return (
-            f"Nothing to learn: the teacher is {found['gap/all']:.1g} nats per token from the "
-            "student; show it something more in contexts.teacher (opsd data prints both prompts)."
-        )
-    student, teacher = (found.get(f"{role}/accuracy") for role in ROLES)
-    if student is not None and teacher is not None:
-        error = math.hypot(found["student/accuracy_se"], found["teacher/accuracy_se"])
-        if teacher - student <= 2 * error:
-            return (
-                "The teacher is no better than the student within two standard errors of "
-                f"{error:.2f}: what contexts.teacher shows does not help it by this grader; "
-                "train only if a manner is to be learned, and grade that."
-            )
-    told = found.get("teacher/right_answer", 0) - found.get("student/right_answer", 0)
-    if told > _LEAK:
-        return (
-            f"The teacher names the right answer behind wrong text ({told:.2f} more than the "
-            "student): it says what it was told, and the student can learn to guess but not to "
-            "know; word contexts.teacher so that it reasons for itself, or reward instead."
-        )
+        return "no gap"
+    ahead, error = difference(found, "accuracy")
+    if ahead <= 2 * error:
+        mends, mends_error = difference(found, "from_wrong")
+        if mends > 2 * mends_error:
+            return "mends"
+        return "worse" if ahead < -2 * error else "no better"
+    if difference(found, "right_answer")[0] > _LEAK:
+        return "leak"
     if found["first/8"] > 0.5 > 2 * found["first/8_of_tokens"]:
-        return (
-            f"{found['first/8']:.0%} of the gap is in the first 8 tokens: a manner of beginning, "
-            "learned within a few steps from short rollouts; rollout.max_new_tokens may be lower."
-        )
-    if teacher is None:
-        return (
-            "No answer is graded, so whether the teacher is better is not known; it disagrees all "
-            "along the student's own text."
-        )
-    return (
+        return "beginning"
+    return "ungraded" if math.isnan(ahead) else "ahead"
+
+
+def difference(found: Metrics, what: str) -> tuple[float, float]:
+    """(teacher − student, its standard error) of one of `MEASURED`; NaN where it is not known."""
+    student, teacher = (found.get(f"{role}/{what}", math.nan) for role in ROLES)
+    errors = (found.get(f"{role}/{what}_se", math.nan) for role in ROLES)
+    return teacher - student, math.hypot(*errors)
+
+
+ADVICE = {
+    "silent": "The student says nothing: see both prompts with opsd data.",
+    "no gap": (
+        "Nothing to learn: the teacher is {gap:.1g} nats per token from the student; show it "
+        "something more in contexts.teacher (opsd data prints both prompts)."
+    ),
+    "worse": (
+        "The teacher is worse than the student, by {less:.2f}, and no better from half a wrong "
+        "answer: training so unlearns what the student can; see whether the model can read what "
+        "contexts.teacher shows (opsd data prints both prompts)."
+    ),
+    "no better": (
+        "The teacher is no better than the student within two standard errors of {error:.2f}: what "
+        "contexts.teacher shows does not help it by this grader; train only if a manner is to be "
+        "learned, and grade that."
+    ),
+    "mends": (
+        "The teacher's own answers are no better than the student's, but from half a wrong answer "
+        "it is right more often, by {mends:.2f}: there is something to learn; a better reference "
+        "would teach more."
+    ),
+    "leak": (
+        "The teacher names the right answer behind wrong text ({told:.2f} more than the student): "
+        "it says what it was told, and the student can learn to guess but not to know; word "
+        "contexts.teacher so that it reasons for itself, or reward instead."
+    ),
+    "beginning": (
+        "{first:.0%} of the gap is in the first 8 tokens: a manner of beginning, learned within a "
+        "few steps from short rollouts; rollout.max_new_tokens may be lower."
+    ),
+    "ungraded": (
+        "No answer is graded, so whether the teacher is better is not known; it disagrees all "
+        "along the student's own text."
+    ),
+    "ahead": (
         "The teacher is ahead, keeps to the student's own text and disagrees all along it: what "
         "on-policy self-distillation needs."
+    ),
+}
+
+
+def advice(found: Metrics) -> str:
+    """One sentence, of `kind`."""
+    ahead, error = difference(found, "accuracy")
+    return ADVICE[kind(found)].format(
+        gap=found["gap/all"],
+        error=error,
+        less=-ahead,
+        mends=difference(found, "from_wrong")[0],
+        told=difference(found, "right_answer")[0],
+        first=found["first/8"],
     )
 
 

@@ -92,7 +92,9 @@ def test_the_table_has_every_number_beside_its_error():
     [
         ({}, "what on-policy self-distillation needs"),
         ({"gap/all": 9e-4}, "Nothing to learn"),
-        ({"teacher/accuracy": 0.4}, "no better than the student within two standard errors of"),
+        ({"teacher/accuracy": 0.0}, "worse than the student, by 0.25"),
+        ({"teacher/accuracy": 0.3}, "no better than the student within two standard errors of"),
+        ({"teacher/accuracy": 0.0, "teacher/from_wrong": 1.0}, "right more often, by 0.75"),
         ({"teacher/right_answer": 0.9}, "names the right answer behind wrong text (0.70 more"),
         ({"first/8": 0.9}, "90% of the gap is in the first 8 tokens"),
     ],

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does `opsd probe` foretell how a run ends? Cases that differ in the teacher, probed and trained.
+
+    python experiments/forecast.py --out=runs/forecast [--seeds=3] [--only=quickstart,leaky]
+
+Every case is trained by the quickstart's recipe, so that what differs is the teacher: what it is
+shown, or the base that both roles are. The last four differ in what the probe does not look at,
+which is asked 64 problems before the first step. Writes OUT/table.md and OUT/forecast.csv; what is
+finished is kept below --out, a folder per case. A probe or a run takes about 25 s of CPU time, and
+each of the nine bases 2 to 5 minutes more.
+"""
+
+import argparse
+import csv
+import math
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from compare import Method, Study, run
+from scipy.stats import rankdata
+
+from opsd_jax.errors import UserError
+from opsd_jax.evaluation import forecast
+from opsd_jax.evaluation.report import spread
+from opsd_jax.evaluation.runs import ACCURACY
+from opsd_jax.host.files import read_json
+from opsd_jax.run.probe import probe_command
+
+HERE = Path(__file__).parent
+NUM_STEPS, EVERY, RATE = 60, 6, 1e-3
+NUM_PROBED, NUM_DRAWS = 64, 2_000
+RECIPE = (
+    "divergence.clip = 'rescale'",
+    "TestbedBase.warm_start = @WarmStart()",
+    "evaluate.roles = ('student',)",
+    "evaluate.greedy = False",
+    "train.probes = ()",
+)
+UNGATED = "WarmStart.require_gate = False"
+READS_MORE = ("WarmStart.answer_rows = 24", "WarmStart.feedback_rows = 24")
+GROUPS = "train.group_size = 8"
+
+
+class Case(NamedTuple):
+    """What is special of a case.
+
+    about: for the table; gin_file: below experiments/; bindings: over the recipe; same_as: the case
+    that is the same one before the first step, which is all that the probe sees.
+    """
+
+    about: str
+    gin_file: str = "quickstart.gin"
+    bindings: tuple[str, ...] = ()
+    same_as: str = ""
+
+
+def _hint(about: str, *bindings: str) -> Case:
+    return Case(about, "ablations/hints.gin", bindings)
+
+
+def _corpus(about: str, *bindings: str) -> Case:
+    """A base that was never taught to go on from its own text when it has a reference."""
+    lines = (UNGATED, "WarmStart.corpus = @WarmStartCorpus()", *bindings)
+    return Case(about, bindings=lines)
+
+
+def _loss(name: str) -> tuple[str, tuple[str, ...]]:
+    """An ablation with the loss of its file, not of the recipe."""
+    clip = "entry" if name == "entry_clip" else "none"
+    return f"ablations/{name}.gin", (f"divergence.clip = '{clip}'",)
+
+
+CASES = {
+    "quickstart": Case("the reference"),
+    "warm_1": Case("the reference, another base", bindings=("WarmStart.seed = 1",)),
+    "warm_2": Case("the reference, a third base", bindings=("WarmStart.seed = 2",)),
+    "weak_600": Case("a base of 600 steps", bindings=(UNGATED, "WarmStart.num_steps = 600")),
+    "weak_400": Case("a base of 400 steps", bindings=(UNGATED, "WarmStart.num_steps = 400")),
+    "no_drop": _corpus("a base that never missed a lemma", "WarmStartCorpus.drop = 0.0"),
+    "no_wrong": _corpus(
+        "a base that never went on from an error", "WarmStartCorpus.wrong_prefix = 0.0"
+    ),
+    "leaky": Case("a leaky base", "ablations/leaky_teacher.gin"),
+    "irrelevant_1": _hint(
+        "1 of 3 lemmas irrelevant",
+        "contexts.teacher = @irrelevant_lemmas",
+        "irrelevant_lemmas.num = 1",
+    ),
+    "irrelevant_2": _hint(
+        "2 of 3 lemmas irrelevant",
+        "contexts.teacher = @irrelevant_lemmas",
+        "irrelevant_lemmas.num = 2",
+    ),
+    "wrong_25": _hint(
+        "a quarter of the lemmas wrong",
+        "contexts.teacher = @wrong_lemmas",
+        "wrong_lemmas.share = 0.25",
+    ),
+    "wrong_50": _hint(
+        "half of the lemmas wrong", "contexts.teacher = @wrong_lemmas", "wrong_lemmas.share = 0.5"
+    ),
+    "wrong_100": _hint(
+        "all lemmas wrong", "contexts.teacher = @wrong_lemmas", "wrong_lemmas.share = 1.0"
+    ),
+    "two_lemmas": _hint("the answer and 2 lemmas", "first_lemmas.num = 2"),
+    "one_lemma": _hint("the answer and 1 lemma", "first_lemmas.num = 1"),
+    "answer_alone": _hint("the answer alone"),
+    "other_reference": Case("another problem's reference", "ablations/other_reference.gin"),
+    "plain_context": Case("nothing", "ablations/plain_context.gin"),
+    "unread_sibling": Case(
+        "a sibling, which the base cannot read",
+        bindings=("contexts.teacher = '{question}|{sibling}?'", GROUPS),
+    ),
+    "reference_8": Case("the reference, 8 problems a step", bindings=(*READS_MORE, GROUPS)),
+    "sibling": Case(
+        "a sibling, 8 problems a step",
+        bindings=(*READS_MORE, GROUPS, "contexts.teacher = '{question}|{sibling}?'"),
+    ),
+    "feedback": Case(
+        "feedback on wrong answers",
+        bindings=(
+            *READS_MORE,
+            "contexts.teacher = '{question}|{feedback}?'",
+            "train/ChainArithmetic.feedback = True",
+        ),
+    ),
+    "live": Case("the reference, live weights", "ablations/teacher_live.gin", (), "quickstart"),
+    "entry_clip": Case("the reference, the official clip", *_loss("entry_clip"), "quickstart"),
+    "no_clip": Case("the reference, no clip", *_loss("forward_kl"), "quickstart"),
+    "leaky_no_clip": Case("a leaky base, no clip", *_loss("leaky_teacher"), "leaky"),
+}
+
+# number of the probe -> its column; the first three are the teacher's minus the student's
+NUMBERS = {
+    "accuracy": "accuracy",
+    "from_wrong": "from half a wrong answer",
+    "right_answer": "right answer behind wrong text",
+    "gap": "divergence",
+    "gap_right": "of right answers",
+    "gap_wrong": "of wrong ones",
+    "gap_wrong_more": "of wrong − of right",
+    "first_8": "in the first 8 tokens",
+}
+OUTCOMES = ("learned", "unchanged", "harmed")
+Row = Mapping[str, Any]
+
+
+def lines(case: Case, out: Path) -> list[str]:
+    return [*RECIPE, f"TestbedBase.cache_dir = '{out / 'bases'}'", *case.bindings]
+
+
+def probed(name: str, out: Path) -> dict[str, float]:
+    """What `opsd probe` finds, asked once and kept in the case's folder."""
+    name = CASES[name].same_as or name
+    path = out / name / "probe.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        gin_file = str(HERE / CASES[name].gin_file)
+        probe_command([gin_file], lines(CASES[name], out), NUM_PROBED, 0, str(path))
+        jax.clear_caches()
+    return {k: math.nan if v is None else v for k, v in read_json(str(path)).items()}
+
+
+def numbers(found: Mapping[str, float]) -> dict[str, float]:
+    """What of a probe may foretell an outcome, a number for each of `NUMBERS`; NaN is not known."""
+    role = {
+        (name, what): found.get(f"{name}/{what}", math.nan)
+        for name in forecast.ROLES
+        for what in forecast.MEASURED
+    }
+    told = {what: role["teacher", what] - role["student", what] for what in forecast.MEASURED}
+    right, wrong = found["gap/right"], found["gap/wrong"]
+    gaps = {"gap": found["gap/all"], "gap_right": right, "gap_wrong": wrong}
+    return told | gaps | {"gap_wrong_more": wrong - right, "first_8": found["first/8"]}
+
+
+def trained(name: str, seeds: Sequence[int], out: Path) -> Row:
+    """Held-out accuracy of each seed before, at its best and at the end.
+
+    "error" is the standard error of the difference of two evaluations.
+    """
+    study = Study({}, [RATE], [], [], lambda seed, _: lines(CASES[name], out))
+    method = Method(CASES[name].gin_file, NUM_STEPS, EVERY)
+    runs = [run(study, method, RATE, seed, out / name) for seed in seeds]
+    curves = [each.series(ACCURACY)[:, 1] for each in runs]
+    errors = [each.series(f"{ACCURACY}_se")[[0, -1], 1] for each in runs]
+    return {
+        "before": [float(curve[0]) for curve in curves],
+        "best": [float(curve.max()) for curve in curves],
+        "last": [float(curve[-1]) for curve in curves],
+        "error": float(np.mean(np.linalg.norm(errors, axis=1))),
+    }
+
+
+# ---- tables, of rows alone
+
+
+def gains(row: Row) -> np.ndarray:
+    return np.subtract(row["last"], row["before"])
+
+
+def outcome(row: Row) -> str:
+    """Of the mean gain: whether it is told apart from none by two errors of one seed."""
+    gain = gains(row).mean()
+    if abs(gain) <= 2 * row["error"]:
+        return "unchanged"
+    return "learned" if gain > 0 else "harmed"
+
+
+def case_table(rows: Sequence[Row]) -> list[str]:
+    """A line per case, the largest gain first."""
+    names = ["case", *NUMBERS.values(), "advice", "before", "gain", "end − best"]
+    table = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    for row in sorted(rows, key=lambda row: -gains(row).mean()):
+        cells = ["–" if math.isnan(row[name]) else _fixed(row[name]) for name in NUMBERS]
+        fall = np.subtract(row["last"], row["best"])
+        cells += [row["advice"], f"{np.mean(row['before']):.3f}", signed(gains(row))]
+        cells.append(f"{fall.mean():+.3f}")
+        table.append(f"| {row['about']} | " + " | ".join(cells) + " |")
+    return table
+
+
+def _fixed(value: float) -> str:
+    return f"{round(value, 3) + 0.0:.3f}"  # no minus before a zero
+
+
+def signed(values: np.ndarray) -> str:
+    text = spread(values.tolist(), ".3f")
+    return text if values.mean() < 0 else f"+{text}"
+
+
+def rank_correlation(x_N: np.ndarray, y_N: np.ndarray) -> tuple[float, float, float]:
+    """Spearman's, with its 95 % bootstrap interval over cases (draws with more than one)."""
+    draws = np.random.default_rng(0).integers(len(x_N), size=(NUM_DRAWS, len(x_N)))
+    all_of_them = np.arange(len(x_N))[None]
+    (value,), drawn = (_spearman(x_N[d], y_N[d]) for d in (all_of_them, draws))
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return float(value), float(low), float(high)
+
+
+def _spearman(x_DN: np.ndarray, y_DN: np.ndarray) -> np.ndarray:
+    """Pearson's correlation of the ranks of each row; NaN where one side is all tied."""
+    ranks = [rankdata(values, axis=1) for values in (x_DN, y_DN)]
+    x, y = (rank - rank.mean(1, keepdims=True) for rank in ranks)
+    with np.errstate(invalid="ignore"):
+        return (x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1))
+
+
+def rank_table(rows: Sequence[Row]) -> list[str]:
+    """A line per number, over the cases that have it and are not another one to the probe."""
+    table = ["| number | cases | rank correlation with the gain |", "|---" * 3 + "|"]
+    for name, words in NUMBERS.items():
+        known = [row for row in rows if not row["same_as"] and not math.isnan(row[name])]
+        x = np.array([row[name] for row in known])
+        y = np.array([gains(row).mean() for row in known])
+        cell = "–"
+        if len(set(x)) > 1:
+            value, low, high = rank_correlation(x, y)
+            cell = f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+        table.append(f"| {words} | {len(known)} | {cell} |")
+    return table
+
+
+def confusion(rows: Sequence[Row]) -> list[str]:
+    """What the advice said against what came of it, in numbers of cases."""
+    counts = Counter((row["advice"], outcome(row)) for row in rows)
+    table = ["| advice | " + " | ".join(OUTCOMES) + " |", "|---" * 4 + "|"]
+    for advice in sorted({row["advice"] for row in rows}):
+        cells = [str(counts[advice, found]) for found in OUTCOMES]
+        table.append(f"| {advice} | " + " | ".join(cells) + " |")
+    return table
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """A line per case; the accuracies of its seeds have a space between."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({name: _as_text(value) for name, value in row.items()} for row in rows)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_as_text, value))
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """The rows of `write_csv`."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            line
+            | {name: float(line[name]) for name in (*NUMBERS, "error")}
+            | {name: [float(x) for x in line[name].split()] for name in ("before", "best", "last")}
+            for line in csv.DictReader(file)
+        ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="names of cases, with commas")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    chosen = [name for name in arguments.only.split(",") if name] or list(CASES)
+    if unknown := set(chosen) - set(CASES):
+        raise UserError(f"--only: no case {', '.join(sorted(unknown))}; {', '.join(CASES)}")
+    jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
+    rows: list[Row] = []
+    for name in chosen:
+        case, found = CASES[name], probed(name, out)
+        special = {"case": name, "about": case.about, "same_as": case.same_as}
+        special["advice"] = forecast.kind(found)
+        seeds = range(1, 1 + arguments.seeds)
+        rows.append(special | numbers(found) | trained(name, seeds, out))
+    tables = [*case_table(rows), "", *rank_table(rows), "", *confusion(rows)]
+    print("", *tables, sep="\n")
+    (out / "table.md").write_text("\n".join(tables) + "\n", encoding="utf-8")
+    write_csv(rows, out / "forecast.csv")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))
