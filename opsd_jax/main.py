@@ -67,9 +67,9 @@ def parser() -> argparse.ArgumentParser:
     add_gin(train, required=True)
     train.add_argument(
         "--workdir",
-        type=flags.folder,
+        type=flags.workdir,
         required=True,
-        help="made if missing; resumed if it has a run",
+        help="made if missing; resumed if it has a run; gs://BUCKET/RUN and s3://BUCKET/RUN, too",
     )
     train.add_argument(
         "--stopped_status",
@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     train.set_defaults(run=run_train)
 
     export = commands.add_parser("export", help="write a model for transformers, vLLM or PEFT")
-    export.add_argument("--workdir", type=flags.folder, required=True)
+    export.add_argument("--workdir", type=flags.workdir, required=True)
     add_step(export)
     export.add_argument("--out", type=flags.folder, required=True, help="folder to write")
     export.add_argument("--format", choices=("hf", "peft"), default="hf")
@@ -150,7 +150,7 @@ def add_looking(commands: Any) -> None:
     tokens = commands.add_parser("tokens", help="where the teacher disagrees, token by token")
     tokens.add_argument(
         "--workdir",
-        type=flags.folder,
+        type=flags.workdir,
         required=True,
         help="a training run; `report` shows the file",
     )
@@ -221,7 +221,7 @@ def add_gin(command: argparse.ArgumentParser, required: bool) -> None:
 def add_model(command: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
     """Exactly one of --workdir [--step] and --model."""
     which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("--workdir", type=flags.folder, help="a training run")
+    which.add_argument("--workdir", type=flags.workdir, help="a training run")
     which.add_argument(
         "--model",
         type=flags.file_or_folder,

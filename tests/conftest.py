@@ -6,6 +6,7 @@ import collections
 import os
 import shutil
 import tempfile
+import uuid
 from importlib.metadata import version
 
 # Before jax is imported: the device count cannot change afterwards.
@@ -57,6 +58,28 @@ def smollm2_file() -> str:
         if os.environ.get("OPSD_REQUIRE_SMOLLM2") == "1":
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def bucket_run(monkeypatch):
+    """gs://memory/ANOTHER as a BucketPath: a bucket in this process's memory, by tensorstore's own
+    driver in the place of Google's. Nothing is there yet."""
+    from opsd_jax.host import bucket  # late: most tests need none
+
+    monkeypatch.setitem(bucket._SPECS, "gs", lambda name: {"driver": "memory"})
+    return bucket.BucketPath(f"gs://memory/{uuid.uuid4().hex}")
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def emulated(request):
+    """s3://some-bucket or gs://some-bucket, on a server of this machine."""
+    from tests.object_store import BUCKET, gs_store, s3_store  # late: most tests need none
+
+    store = {"s3": s3_store, "gs": gs_store}[request.param]
+    with store() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield f"{request.param}://{BUCKET}"
 
 
 @pytest.hookimpl(optionalhook=True)

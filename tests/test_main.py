@@ -28,7 +28,7 @@ COMMANDS = {
 NUMBERS = ["nan", "inf", "-inf", "1e400", "-1", "1.5", "", " ", "x", "0x10", "9" * 10, "9" * 5000]
 NUMBERS += ["½", "٣½", "1e5", "None", "-0.5", "1,000", "\udcff", "\0", "0.5", "1"]
 TEXTS = ["\udcff", "a\ud800b", "\0", "a\0b"]
-PATHS = ["", *TEXTS, "x" * 5000, "x" * 300, "a_pipe", "a_file/below", "gs://bucket/run", "s3://b"]
+PATHS = ["", *TEXTS, "x" * 5000, "x" * 300, "a_pipe", "a_file/below", "gs://b/r", "s3://b"]
 ADDRESSES = ["", "host", "host:", ":80", "a b:1", "host:0", "host:65536", "gs://b:1", *TEXTS]
 FLAGS = {
     "generate": {
@@ -168,8 +168,15 @@ def test_wild_values_together_and_flags_that_are_none(places, capsys):
             "--workdir must be a folder, not",
         ),
         (
-            ["train", "--gin_file=no.gin", "--workdir=gs://b/r"],
-            "--workdir must be a path on a file system that is mounted here, not 'gs://b/r': buck",
+            ["train", "--gin_file=no.gin", "--workdir=az://bucket/r"],
+            "--workdir must be a path on a file system that is mounted here, not 'az://bucket/r': "
+            "in buckets there are workdirs alone, named as gs://BUCKET/RUN or s3://BUCKET/RUN",
+        ),
+        (["eval", "--workdir=gs://b"], "--workdir must be gs://BUCKET/RUN, not 'gs://b'"),
+        (["report", "--workdir=L=s3://b", "--out=r"], "--workdir must be s3://BUCKET/RUN, not"),
+        (
+            ["export", "--workdir=gs://bucket/r", "--out=gs://bucket/m"],
+            "--out must be a path on a file system that is mounted here, not 'gs://bucket/m'",
         ),
         (["tokens", "--workdir=r", "--step=1.5"], "--step must be a number or 'best', not '1.5'"),
         (["tokens", "--workdir=r", "--num=0"], "--num must be an integer >= 1 and <= 1024, not 0"),

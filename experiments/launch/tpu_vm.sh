@@ -12,13 +12,16 @@
 #   v6e   v6e-16         v2-alpha-tpuv6e          4 x 4
 #
 # SHARE is a Filestore export (NFS): the workdir lies there, so that all hosts and the next slice see
-# it; buckets are refused. JAX finds the hosts of a slice by itself (--distributed).
+# it. Or WORKDIR=gs://BUCKET/RUN instead of SHARE: the slice's service account needs
+# roles/storage.objectUser on it, and nothing is mounted or installed; after a slice that was killed
+# the next start waits a minute for its lock. JAX finds the hosts of a slice by itself (--distributed).
 #
 # Preemption: a spot slice gets SIGTERM and 30 seconds; the run saves and ends with 75. Whatever the
 # slice died of, it is deleted, asked for again, and the same command goes on from the last
 # checkpoint; so set train.checkpoint_every_minutes, 30 seconds may be too short to save a large model.
 # Statuses 2 (input) and 1 (bug) of every host end it; nothing is deleted then.
-# Logs: /share/RUN/logs/HOST.log, appended; numbers: /share/RUN/metrics.jsonl.
+# Logs: /share/RUN/logs/HOST.log, appended (with WORKDIR in ~/logs of each host, which goes with it);
+# numbers: metrics.jsonl of the workdir.
 #
 # Flags of libtpu (LIBTPU_INIT_ARGS), with a reason each; from its public tuning guides, not measured:
 #   async_collective_fusion…            FSDP's all-gathers run beside the layer that does not need them
@@ -32,13 +35,19 @@ args="--xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_colle
 state() { gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format='value(state.state)' 2>/dev/null || echo NONE; }
 on_all() { gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all --command="$1"; }
 
-setup="sudo apt-get install -y -qq nfs-common && sudo mkdir -p /share && (mountpoint -q /share || sudo mount ${SHARE:?} /share) &&
+if [ -n "${WORKDIR:-}" ]; then
+  mount=true logs="\$HOME/logs"
+else
+  WORKDIR=/share/$RUN logs=/share/$RUN/logs
+  mount="sudo apt-get install -y -qq nfs-common && sudo mkdir -p /share && (mountpoint -q /share || sudo mount ${SHARE:?} /share)"
+fi
+setup="$mount &&
   (test -d opsd || git clone -q '${REPOSITORY:?}' opsd) && cd opsd &&
   (test -d .venv || python3 -m venv .venv) && . .venv/bin/activate && pip install -q '.[tpu]'"
 # PIPESTATUS: the status of the run, not of tee.
-train="cd opsd && . .venv/bin/activate && mkdir -p /share/$RUN/logs && export LIBTPU_INIT_ARGS='$args' &&
-  opsd train --gin_file='${GIN:?}' --workdir=/share/$RUN ${FLAGS:-} --distributed --stopped_status=75 2>&1 |
-  tee -a /share/$RUN/logs/\$(hostname).log; exit \${PIPESTATUS[0]}"
+train="cd opsd && . .venv/bin/activate && mkdir -p $logs && export LIBTPU_INIT_ARGS='$args' &&
+  opsd train --gin_file='${GIN:?}' --workdir='$WORKDIR' ${FLAGS:-} --distributed --stopped_status=75 2>&1 |
+  tee -a $logs/\$(hostname).log; exit \${PIPESTATUS[0]}"
 
 while :; do
   case $(state) in

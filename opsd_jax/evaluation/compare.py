@@ -18,6 +18,7 @@ from opsd_jax.errors import UserError
 from opsd_jax.evaluation.generations import BY_PROBLEM_FILE, GENERATIONS_FILE
 from opsd_jax.evaluation.statistics import pass_at_k, pass_ks
 from opsd_jax.host.files import is_count, is_number, parsed_lines
+from opsd_jax.host.stage import local
 
 NUM_RESAMPLES = 10_000
 LEVEL = 0.95
@@ -84,7 +85,7 @@ def compare(folder_a: str, folder_b: str) -> dict[str, Difference]:
 
 def evaluation_folder(folder: str) -> Path:
     """The folder itself, or the only evaluation of a workdir."""
-    path = Path(folder)
+    path = local(folder)
     if (path / GENERATIONS_FILE).exists():
         return path
     inside = sorted(file.parent for file in path.glob(f"eval/*/{GENERATIONS_FILE}"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from opsd_jax.errors import UserError
@@ -19,6 +18,7 @@ from opsd_jax.evaluation.runs import (
     group_runs,
     read_run,
 )
+from opsd_jax.host.stage import local
 
 Workdir = str | os.PathLike[str] | Run
 _WORDS = {TOKENS: "generated tokens", ACCURACY: "held-out accuracy", "step": "step"}
@@ -89,5 +89,5 @@ def _several(runs: Any) -> list[Any]:
 
 def _one(run: Workdir, label: str | None) -> Run:
     if not isinstance(run, Run):
-        return read_run(Path(run), label)
+        return read_run(local(run), label)
     return run if label is None else Run(run.workdir, label, run.config, run.history)

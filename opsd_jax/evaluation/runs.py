@@ -20,8 +20,16 @@ import numpy as np
 
 from opsd_jax.errors import UserError
 from opsd_jax.host.config_text import bindings, is_free
-from opsd_jax.host.files import is_count, is_number, read_json_lines, read_metrics, read_text
+from opsd_jax.host.files import (
+    is_bucket,
+    is_count,
+    is_number,
+    read_json_lines,
+    read_metrics,
+    read_text,
+)
 from opsd_jax.host.guard import GuardConfig, number
+from opsd_jax.host.stage import local, shown
 
 ACCURACY = "eval/student/accuracy"
 TOKENS = "rollout/tokens_total"
@@ -116,11 +124,11 @@ class Group(NamedTuple):
 def parse_workdir(text: str) -> tuple[str | None, Path]:
     """`DIR` or `LABEL=DIR` of a --workdir flag; an existing folder is never taken apart."""
     label, equals, folder = text.partition("=")
-    if Path(text).is_dir() or not equals:
-        return None, Path(text)
+    if is_bucket(text) or Path(text).is_dir() or not equals:
+        return None, local(text)
     if not label:
         raise UserError(f"--workdir={text}: the label before '=' is empty")
-    return label, Path(folder)
+    return label, local(folder)
 
 
 def read_run(workdir: Path, label: str | None = None) -> Run:
@@ -134,8 +142,8 @@ def read_run(workdir: Path, label: str | None = None) -> Run:
     config, metrics = workdir / "config.gin", workdir / "metrics.jsonl"
     if not config.exists() and not metrics.exists():
         raise UserError(
-            f"--workdir={workdir}: neither config.gin nor metrics.jsonl there; is it a workdir of "
-            "opsd train?"
+            f"--workdir={shown(workdir)}: neither config.gin nor metrics.jsonl there; is it a "
+            "workdir of opsd train?"
         )
     text = read_text(config) if config.exists() else ""
     return Run(workdir, label, text, read_metrics(metrics))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from opsd_jax.evaluation.runs import ACCURACY, TOKENS, Line, read_run
 from opsd_jax.host.guard import number
+from opsd_jax.host.stage import local
 
 _WIDTH = 16
 # Shown at every role that has them; the others only where they move.
@@ -27,7 +28,7 @@ def summary(workdir: str | Path) -> str:
     Accuracies of student and teacher, generated tokens; lengths and the like only where they
     move, and of the probes those that do.
     """
-    run = read_run(Path(workdir))
+    run = read_run(local(workdir))
     found = [line for line in run.history if ACCURACY in line]
     if not found:
         return "no evaluation was made (train.heldout or train.eval_every_steps is unset)"

@@ -7,6 +7,9 @@ In reading order:
   identity            digests of a run's inputs, by which a resumed run is refused others
   checkpoint_record   what a checkpoint says of itself, and the checksum of every array
   checkpoint          saving and restoring, falling back to the last whole step
+  bucket, stage       paths in gs:// and s3://; a workdir there, and the folder that mirrors it
+  array_objects       sharded arrays as objects in a bucket
+  bucket_checkpoint   checkpoints in a bucket
   metrics             metrics.jsonl, samples, TensorBoard, W&B
   progress            the line that a user watches
   chips               peaks of chips, their memory, the time spent compiling
@@ -16,5 +19,6 @@ In reading order:
   guard               alarms for collapse and leakage, and what ends a run
   pod                 how the processes of a pod wait for each other
   watchdog            how a process ends when another one dies or hangs
-  lock, preemption    one writer per workdir; SIGTERM and Ctrl-C
+  lock, lease         one writer per workdir, on disk and in a bucket
+  preemption          SIGTERM and Ctrl-C
 """

@@ -28,6 +28,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from opsd_jax.errors import UserError
+from opsd_jax.host.bucket import BucketPath
 from opsd_jax.host.checkpoint_record import (
     Damaged,
     finite_metric,
@@ -64,7 +65,7 @@ class Checkpoints:
             checkpoints.save(step, state, data_iterator, {"config": text}, metrics)
 
     Args:
-      directory: the folder of the run's checkpoints; any path etils.epath can open.
+      directory: the folder of the run's checkpoints (in a bucket: `bucket_checkpoint.py`).
       max_to_keep: how many of the latest steps survive; None keeps all.
       best_metric: name in the `metrics` given to `save`; the step with the highest finite value
         survives too (the later of two equals).
@@ -73,14 +74,15 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: epath.PathLike,
+        directory: epath.PathLike | BucketPath,
         max_to_keep: int | None = None,
         best_metric: str | None = None,
         warn: Callable[[str], None] = _log.warning,
     ):
         if max_to_keep is not None and max_to_keep < 1:
             raise UserError(f"max_to_keep must be at least 1 or None, not {max_to_keep}")
-        self._directory = epath.Path(directory).absolute()
+        in_bucket = isinstance(directory, BucketPath)
+        self._directory: Any = directory if in_bucket else epath.Path(directory).absolute()
         self._max_to_keep = max_to_keep
         self._best_metric = best_metric
         self._warn = warn
@@ -135,8 +137,7 @@ class Checkpoints:
         self.wait()
         if self._bad:
             self._set_aside_bad_steps()
-        manager = self._open_manager()
-        known = manager.all_steps()
+        known = self._known()
         if step in known:
             return False
         if known and max(known) > step:
@@ -146,13 +147,20 @@ class Checkpoints:
             )
         record = make_record(state, data_iterator, meta or {}, metrics or {})
         self._scores[step] = finite_metric(record, self._best_metric)
+        return self._write(step, state, record, data_iterator)
+
+    def _known(self) -> Sequence[int]:
+        return self._open_manager().all_steps()
+
+    def _write(self, step: int, state: Any, record: Mapping[str, Any], data_iterator: Any) -> bool:
+        """Begins to write a step; copies of the arrays are made before it returns."""
         items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(seal(record))}
         if data_iterator is not None:
             import grain  # late: who only reads weights needs no data pipeline
 
             items["data"] = grain.checkpoint.CheckpointSave(data_iterator)
         with self._disk_trouble_told():
-            return manager.save(step, args=ocp.args.Composite(**items), force=True)
+            return self._open_manager().save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(
         self, abstract_state: Any, data_iterator: Any = None, step: int | None = None
@@ -283,10 +291,19 @@ class _LatestAndBest:
         self._best_of = best_of
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = sorted(checkpoint.step for checkpoint in checkpoints)
-        kept = {*(steps if self._latest is None else steps[-self._latest :])}
-        kept.add(self._best_of(steps))
-        return [checkpoint.step in kept for checkpoint in checkpoints]
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = steps_to_keep(steps, self._latest, self._best_of)
+        return [step in kept for step in steps]
+
+
+def steps_to_keep(
+    steps: Sequence[int], latest: int | None, best_of: Callable[[Sequence[int]], int | None]
+) -> set[int]:
+    """The `latest` highest steps (None: all) and the best one."""
+    steps = sorted(steps)
+    kept = {*(steps if latest is None else steps[-latest:])}
+    best = best_of(steps)
+    return kept if best is None else kept | {best}
 
 
 def _disk_trouble(error: BaseException | None) -> str | None:

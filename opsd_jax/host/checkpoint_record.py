@@ -21,6 +21,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from opsd_jax.errors import UserError
+from opsd_jax.host import array_objects
+from opsd_jax.host.bucket import BucketError, BucketPath
 
 T = TypeVar("T")
 
@@ -115,19 +117,24 @@ def _digest(plain: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
+def position_text(data_iterator: Any) -> str:
+    """Where an iterator of this process stands, as it is written beside the arrays."""
+    position = data_iterator.get_state()
+    return (
+        position.decode() if isinstance(position, bytes) else json.dumps(position, sort_keys=True)
+    )
+
+
 def _position_checksums(data_iterator: Any) -> list[int]:
     """One CRC-32 of the iterator's position per process."""
-    position = data_iterator.get_state()
-    if not isinstance(position, bytes):
-        position = json.dumps(position, sort_keys=True).encode()
-    mine = np.asarray(zlib.crc32(position), np.uint32)
+    mine = np.asarray(zlib.crc32(position_text(data_iterator).encode()), np.uint32)
     return [int(crc) for crc in np.atleast_1d(multihost_utils.process_allgather(mine))]
 
 
 # ------------------------------------------------------------------------------- reading
 
 
-def read_record(folder: epath.Path) -> dict[str, Any]:
+def read_record(folder: epath.Path | BucketPath) -> dict[str, Any]:
     """The record of the step in `folder`; raises Damaged if it is not the one written."""
     try:
         path = folder / "meta" / "metadata"
@@ -135,6 +142,8 @@ def read_record(folder: epath.Path) -> dict[str, Any]:
             raise OSError("no file meta/metadata")
         sealed = json.loads(path.read_text())
         intact = sealed["sha256"] == _digest(sealed["record"])
+    except BucketError:
+        raise  # the store cannot be reached: nothing is said about the record
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"its record cannot be read: {one_line(error)}") from error
     if not intact:
@@ -143,7 +152,7 @@ def read_record(folder: epath.Path) -> dict[str, Any]:
 
 
 def read_step(
-    folder: epath.Path, abstract: Any, data_iterator: Any, partial: bool
+    folder: epath.Path | BucketPath, abstract: Any, data_iterator: Any, partial: bool
 ) -> tuple[Any, dict[str, Any]]:
     """The verified state and meta of one step; with `partial`, only what `abstract` names.
 
@@ -164,8 +173,8 @@ def read_step(
         if len(positions) != count:  # all equal, as `check_fit` has seen
             positions = positions[:1] * count
         writer = jax.process_index() if len(record["data"]) == count else 0
-        path = folder / "data" / f"process_{writer}-of-{len(record['data'])}.json"
-        _agreed(lambda: _set_position(data_iterator, path.read_text()))
+        file = folder / "data" / f"process_{writer}-of-{len(record['data'])}.json"
+        _agreed(lambda: _set_position(data_iterator, file.read_text()))
         if _position_checksums(data_iterator) != positions:
             raise Damaged("the data position differs from what was saved")
     return state, record["meta"]
@@ -178,7 +187,11 @@ def _set_position(data_iterator: Any, text: str) -> None:
 
 
 def check_fit(
-    folder: epath.Path, record: Mapping[str, Any], abstract: Any, data_iterator: Any, partial: bool
+    folder: epath.Path | BucketPath,
+    record: Mapping[str, Any],
+    abstract: Any,
+    data_iterator: Any,
+    partial: bool,
 ) -> None:
     """Raises a UserError that names the first leaf in which checkpoint and run differ."""
     saved = record["leaves"]
@@ -203,7 +216,7 @@ def check_fit(
         )
 
 
-def _read_arrays(folder: epath.Path, abstract: Any) -> Any:
+def _read_arrays(folder: epath.Path | BucketPath, abstract: Any) -> Any:
     """Orbax's handler without its manager: no barrier to hang in when one process fails."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -213,6 +226,9 @@ def _read_arrays(folder: epath.Path, abstract: Any) -> Any:
         return jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=sharding)
 
     target = jax.tree.map(placed, abstract)
+    if isinstance(folder, BucketPath):
+        found = array_objects.read(folder / "state", leaves(target))
+        return jax.tree.unflatten(jax.tree.structure(target), found)
     args = ocp.args.PyTreeRestore(
         item=target,
         restore_args=ocp.checkpoint_utils.construct_restore_args(target),
@@ -227,7 +243,7 @@ def _agreed(read: Callable[[], T]) -> T:
     failure: Exception | None = None
     try:
         result = read()
-    except (MemoryError, jax.errors.JaxRuntimeError):
+    except (MemoryError, jax.errors.JaxRuntimeError, BucketError):
         raise  # the machine failed, not the checkpoint
     except Exception as error:
         failure = error

@@ -21,13 +21,33 @@ MOST_BYTES = 2**31
 _MOST_JSON_BYTES = 100 * 2**20
 
 
+def is_bucket(path: str | os.PathLike[str]) -> bool:
+    """Whether a workdir is named as gs://BUCKET/RUN or s3://BUCKET/RUN."""
+    return isinstance(path, str) and re.match("(gs|s3)://", path) is not None
+
+
+def split_bucket(url: str) -> tuple[str, str, str]:
+    """(scheme, bucket, name in it) of gs://BUCKET/RUN or s3://BUCKET/RUN.
+
+    Raises:
+      UserError: no bucket or no name, or a name that is no path below the bucket.
+    """
+    scheme, _, rest = url.partition("://")
+    bucket, _, key = rest.rstrip("/").partition("/")
+    known = re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket)
+    if not known or any(part in ("", ".", "..") for part in key.split("/")):
+        raise UserError(f"must be {scheme}://BUCKET/RUN, not {url!r}")
+    return scheme, bucket, key
+
+
 def require_mounted(path: str | os.PathLike[str], name: str = "") -> None:
     """Raises a UserError for gs://bucket/run and its like, which would silently become a local
     folder "gs:" of each host. As a Path it has lost its second slash."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)):
         raise UserError(
             f"{name} must be a path on a file system that is mounted here, not "
-            f"{os.fspath(path)!r}: buckets are neither read nor written".lstrip()
+            f"{os.fspath(path)!r}: in buckets there are workdirs alone, named as gs://BUCKET/RUN "
+            "or s3://BUCKET/RUN".lstrip()
         )
 
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any, NamedTuple
 from opsd_jax.errors import UserError
 from opsd_jax.fields import Count, Positive, require
 from opsd_jax.host.files import is_count, is_number, read_text, write_whole
+from opsd_jax.host.stage import remove
 
 ACTIONS = ("none", "warn", "stop", "restore")
 VERDICT = "guard.json"
@@ -238,7 +239,7 @@ def write_verdict(workdir: Path, found: list[Alarm], restore_step: int | None) -
 
 def forget_verdict(workdir: Path) -> None:
     """Called when the run goes on after all."""
-    (workdir / VERDICT).unlink(missing_ok=True)
+    remove(workdir / VERDICT)
 
 
 def restored_step(workdir: Path) -> int | None:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A lock on a workdir, so that two runs cannot destroy what each other has written."""
+"""A lock on a folder, so that two runs cannot destroy what each other has written.
+
+On disk it is a flock; in a bucket, whose `Stage` the folder is, a `Lease`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import jax
 
 from opsd_jax.errors import UserError
 from opsd_jax.host.pod import refuse_together
+from opsd_jax.host.stage import Stage, stage_of
 
 
 @contextlib.contextmanager
@@ -19,7 +23,9 @@ def only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Keeps every other command from writing to a folder until the context ends.
 
     Process 0 holds the lock for its pod, and all processes must call. However a process ends,
-    kill -9 included, the system takes its lock back; the file stays, which means nothing.
+    kill -9 included, the system takes its lock back; the file stays, which means nothing. In a
+    bucket a killed process's lock is taken over a minute later, and once the lock is there the
+    folder is what the bucket has.
 
     Args:
       folder: made if missing.
@@ -28,15 +34,32 @@ def only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     Raises:
       UserError: another command is writing to it, or nobody can; on all processes of a pod.
     """
+    stage = stage_of(folder)
     with contextlib.ExitStack() as stack:
         refusal: UserError | None = None
         if jax.process_index() == 0:
             try:
-                stack.enter_context(_locked(folder, say))
+                lock = _locked(folder, say) if stage is None else _leased(stage, folder, say)
+                stack.enter_context(lock)
             except UserError as error:
                 refusal = error
         refuse_together(refusal, str(folder))
+        if stage is not None:
+            stage.fetch()
         yield
+
+
+@contextlib.contextmanager
+def _leased(stage: Stage, folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    from opsd_jax.host.lease import Lease, kept  # late: most need no tensorstore
+
+    stage.lease = Lease(stage.path_of(folder / ".lock"))
+    stage.lease.take(say)
+    try:
+        with kept(stage.lease, stage.upload, say):
+            yield
+    finally:
+        stage.lease = None
 
 
 @contextlib.contextmanager

@@ -68,6 +68,7 @@ import numpy as np
 
 from opsd_jax.errors import UserError
 from opsd_jax.host.files import read_metrics, read_text, write_json_lines, write_whole
+from opsd_jax.host.stage import remove
 
 Scalars = Mapping[str, Any]
 
@@ -158,7 +159,7 @@ class MetricWriters:
             for path in (self._workdir / folder).glob("step_*.jsonl"):
                 step = path.stem.removeprefix("step_")
                 if step.isdecimal() and int(step) > last_step:
-                    path.unlink(missing_ok=True)
+                    remove(path)
 
     def close(self) -> None:
         for sink in self._sinks:

@@ -31,11 +31,16 @@ _count = itertools.count()
 
 def wait_for_all() -> None:
     """Returns once every process has called this, as often as the others."""
+    # The key is counted and not named: names can hold paths, and processes that were given other
+    # paths would wait for each other for ever instead of being refused.
+    barrier(f"opsd_jax:{next(_count)}")
+
+
+def barrier(key: str) -> None:
+    """Returns once every process has called this with the same key; a key serves once."""
     from orbax.checkpoint import multihost  # half a second that `opsd generate` need not wait
 
-    # A barrier serves once. Its key is counted and not named: names can hold paths, and processes
-    # that were given other paths would wait for each other for ever instead of being refused.
-    multihost.get_barrier_sync_fn()(key=f"opsd_jax:{next(_count)}", timeout_ms=_ONE_DAY_MS)
+    multihost.get_barrier_sync_fn()(key=key, timeout_ms=_ONE_DAY_MS)
 
 
 def join(

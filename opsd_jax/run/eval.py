@@ -36,6 +36,7 @@ from opsd_jax.host.identity import (
 )
 from opsd_jax.host.lock import only_writer
 from opsd_jax.host.metrics import plain
+from opsd_jax.host.stage import local, shown
 from opsd_jax.run.assembly import load_models
 from opsd_jax.run.config import load_experiment, load_run
 from opsd_jax.run.finished_run import Restored, restore_run, say
@@ -84,23 +85,24 @@ def evaluate_held_out(
     Returns:
       "step" and the metrics of the evaluation.
     """
-    require_writable(Path(out or workdir or "."))
-    if workdir:
-        run = restore_run(workdir, step, lambda own: load_run(own, gin_files, bindings))
+    kept = local(workdir) if workdir else None
+    require_writable(Path(out or kept or "."))
+    if kept:
+        run = restore_run(kept, step, lambda own: load_run(own, gin_files, bindings))
     else:
         run = plain_model(str(model), gin_files, bindings)
     run = run._replace(experiment=pinned(run.experiment)[0])
     what = Path(gin_files[-1]).stem if gin_files else "heldout"
-    which = f"step_{run.step:06d}" if workdir else Path(str(model)).name
-    folder = Path(out) if out else Path(workdir or ".") / "eval" / f"{what}_{which}"
+    which = f"step_{run.step:06d}" if kept else Path(str(model)).name
+    folder = Path(out) if out else (kept or Path()) / "eval" / f"{what}_{which}"
     with ExitStack() as stack:
         keep_clock(run, folder)
         heldout = run.experiment.train.heldout
         if heldout is None:
             raise UserError("train.heldout is None: bind it to the problems to evaluate on")
-        problems = heldout.load(str((Path(workdir) if workdir else folder) / "problems"))
+        problems = heldout.load(str((kept or folder) / "problems"))
         evaluator = make_evaluator(run.experiment, run.parts, run.tokenizer, problems, stack)
-        if workdir and not gin_files and not bindings:
+        if kept and not gin_files and not bindings:
             run.identity.check("train.heldout", heldout_parts(evaluator))
         for notice in start_notices(run.experiment, run.parts, run.tokenizer, None, evaluator):
             say(notice)
@@ -109,7 +111,7 @@ def evaluate_held_out(
         log = stack.enter_context(GenerationLog(folder, record_of(run, evaluator), writes))
         check_same_folder(folder, log)
         if log.found:
-            say(f"{folder}: going on after {len(log.found):,} generations")
+            say(f"{shown(folder)}: going on after {len(log.found):,} generations")
         found = evaluator(run.student, run.teacher, log)
     metrics = {"step": run.step} | found.metrics
     if writes:

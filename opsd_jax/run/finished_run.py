@@ -15,11 +15,13 @@ from jax.sharding import Mesh
 from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.runs import ACCURACY
+from opsd_jax.host.bucket_checkpoint import checkpoints_of
 from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.host.config_text import first_difference
 from opsd_jax.host.files import read_text
 from opsd_jax.host.guard import restored_step
 from opsd_jax.host.identity import Identity, identity_of, own_code_parts
+from opsd_jax.host.stage import local, shown
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.projection import merge_lora
 from opsd_jax.model.sharding import Rules
@@ -67,10 +69,12 @@ def restore_run(
     Raises:
       UserError: it is no training workdir, or has no such checkpoint.
     """
-    workdir = Path(workdir)
+    workdir = local(workdir)
     own = workdir / "config.gin"
     if not own.exists():
-        raise UserError(f"--workdir={workdir}: no config.gin there; is it a training workdir?")
+        raise UserError(
+            f"--workdir={shown(workdir)}: no config.gin there; is it a training workdir?"
+        )
     experiment = read(str(own))
     identity = recorded_identity(workdir, say)
     identity.tell_code(own_code_parts(experiment.imports), say)
@@ -102,7 +106,7 @@ def recorded_identity(workdir: Path, say: Callable[[str], None]) -> Identity:
     meta = _checkpoints(workdir, say).meta()
     path = workdir / "config.gin"
     if meta and (difference := first_difference(meta.get("config", ""), read_text(path))):
-        raise UserError(f"{path} is not the run's own: {difference}; change it back")
+        raise UserError(f"{shown(path)} is not the run's own: {difference}; change it back")
     return identity_of(workdir, meta)
 
 
@@ -119,16 +123,16 @@ def read_state(
       say: told if the guard chose, or if a checkpoint is damaged.
     """
     if step is None and (step := restored_step(workdir)) is not None:
-        say(f"step {step} is taken: the guard ended the run (see {workdir}/guard.json)")
+        say(f"step {step} is taken: the guard ended the run (see {shown(workdir)}/guard.json)")
     with _checkpoints(workdir, say) as checkpoints:
         if isinstance(step, str) and (step := checkpoints.best_step()) is None:
-            raise UserError(f"--step=best: no checkpoint of {workdir} was evaluated")
+            raise UserError(f"--step=best: no checkpoint of {shown(workdir)} was evaluated")
         found = checkpoints.restore_only(wanted, step)
     return found.step, found.state
 
 
 def _checkpoints(workdir: Path, say: Callable[[str], None]) -> Checkpoints:
-    return Checkpoints(workdir / "checkpoints", None, ACCURACY, say)
+    return checkpoints_of(workdir, None, ACCURACY, say)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,13 +152,14 @@ class FinishedRun:
     step: int | None = None
 
     def load_tokenizer(self) -> Tokenizer:
-        return self.read(str(Path(self.workdir) / "config.gin")).train.model.load_tokenizer()  # type: ignore[attr-defined]
+        return self.read(str(local(self.workdir) / "config.gin")).train.model.load_tokenizer()  # type: ignore[attr-defined]
 
     def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Callable[[str], None]) -> Base:
-        workdir = Path(self.workdir)
-        for name in ("config.gin", "checkpoints"):
-            if not (workdir / name).exists():
-                raise UserError(f"FinishedRun.workdir = {self.workdir!r}: no {name} there")
+        workdir = local(self.workdir)
+        if not (workdir / "config.gin").exists():
+            raise UserError(f"FinishedRun.workdir = {self.workdir!r}: no config.gin there")
+        if not _checkpoints(workdir, say).steps():
+            raise UserError(f"FinishedRun.workdir = {self.workdir!r}: no checkpoints there")
         train = self.read(str(workdir / "config.gin")).train
         identity = recorded_identity(workdir, say)
         place = (mesh, rules, str(workdir / "base"))

@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from opsd_jax.errors import UserError
-from opsd_jax.host.files import require_mounted
+from opsd_jax.host.files import is_bucket, require_mounted, split_bucket
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,6 +93,17 @@ def folder(value: str) -> str:
     return value
 
 
+def workdir(value: str) -> str:
+    """A folder that is there or can be made, or one in a bucket."""
+    if not is_bucket(some_text(value)):
+        return folder(value)
+    try:
+        split_bucket(value)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value
+
+
 def file(value: str) -> str:
     """A file to read or to write; whether it is there is told by its reader."""
     if _exists(value) and not os.path.isfile(value):
@@ -110,7 +121,8 @@ def file_or_folder(value: str) -> str:
 def labelled_folder(value: str) -> str:
     """DIR or LABEL=DIR."""
     if not os.path.isdir(some_text(value)):
-        folder(value.rpartition("=")[2] if "=" in value else value)
+        labelled = "=" in value and not is_bucket(value)
+        workdir(value.partition("=")[2] if labelled else value)
     return value
 
 

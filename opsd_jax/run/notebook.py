@@ -19,8 +19,9 @@ from opsd_jax.errors import UserError
 from opsd_jax.evaluation.inline import TokenView, run_html, token_view
 from opsd_jax.evaluation.runs import ACCURACY, Columns, Run, columns, newest, read_run
 from opsd_jax.host.compilation_cache import process_programs
-from opsd_jax.host.files import read_json_lines
+from opsd_jax.host.files import is_bucket, read_json_lines
 from opsd_jax.host.progress import ProgressLine, in_notebook
+from opsd_jax.host.stage import local, shown
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.run.config import load_experiment
 from opsd_jax.run.config import load_run as load_config
@@ -88,7 +89,7 @@ class TrainingRun(Run):
         return self.restored.tokenizer
 
     def __repr__(self) -> str:
-        parts = [repr(str(self.workdir)), f"step {self.last_step}"]
+        parts = [repr(shown(self.workdir)), f"step {self.last_step}"]
         if total := self.settings.get("train.num_steps"):
             parts[1] += f" of {total}"
         if self.num_tokens:
@@ -106,10 +107,12 @@ class TrainingRun(Run):
 def load_run(workdir: str | os.PathLike[str]) -> TrainingRun:
     """Reads a workdir of `train`, finished or not: `load_run(workdir).metrics["loss/divergence"]`.
 
+    Of one in a bucket the files are fetched, anew at each call.
+
     Raises:
       UserError: no such folder, or one that no run has written to.
     """
-    return TrainingRun(**vars(read_run(Path(workdir))))
+    return TrainingRun(**vars(read_run(local(workdir))))
 
 
 def train(
@@ -123,7 +126,8 @@ def train(
 
     Args:
       experiment: a gin file or several, or an `Experiment` (of `load_experiment`, say).
-      workdir: made if missing; resumed if it holds the same experiment.
+      workdir: made if missing; resumed if it holds the same experiment. Also "gs://BUCKET/RUN" and
+        "s3://BUCKET/RUN".
       bindings: one gin binding or several, such as "train.num_steps = 3".
 
     Raises:
@@ -140,7 +144,8 @@ def train(
     else:
         found, text = load_experiment(_listed(experiment), lines)
     with process_programs():
-        train_in(found, text, Path(workdir), progress=_panel(found, Path(workdir)))
+        folder = local(workdir)
+        train_in(found, text, folder, progress=_panel(found, folder))
     return load_run(workdir)
 
 
@@ -176,7 +181,7 @@ def evaluate(
       UserError: what is wrong, in one sentence.
     """
     path = os.fspath(workdir_or_model)
-    is_run = (Path(path) / "config.gin").exists()
+    is_run = is_bucket(path) or (Path(path) / "config.gin").exists()
     if not is_run and step is not None:
         raise UserError(f"step = {step!r} does not apply to {path}, which is no training workdir")
     files = [] if gin_file is None else _listed(gin_file)

@@ -10,9 +10,15 @@ from jax.sharding import Mesh
 
 from opsd_jax.host.files import require_mounted
 from opsd_jax.host.pod import first_process_first
+from opsd_jax.host.stage import fetch, upload
 from opsd_jax.model.sharding import Rules
 from opsd_jax.run.experiment import Base
-from opsd_jax.testbed.warm_start import TESTBED_MODEL, WarmStartConfig, load_or_train
+from opsd_jax.testbed.warm_start import (
+    TESTBED_MODEL,
+    WarmStartConfig,
+    WarmStarted,
+    load_or_train,
+)
 from opsd_jax.testbed.world import ChainTokenizer
 
 
@@ -40,8 +46,12 @@ class TestbedBase:
         del mesh, rules
         require_mounted(self.cache_dir or "", "TestbedBase.cache_dir")
         folder = self.cache_dir or cache_dir
-        base = first_process_first(
-            lambda: load_or_train(self.warm_start, TESTBED_MODEL, folder, say),
-            f"the testbed's base below {folder}",
-        )
+
+        def load_or_upload() -> WarmStarted:
+            fetch(folder)
+            base = load_or_train(self.warm_start, TESTBED_MODEL, folder, say)
+            upload(folder)
+            return base
+
+        base = first_process_first(load_or_upload, f"the testbed's base below {folder}")
         return Base(TESTBED_MODEL, base.params, ChainTokenizer())

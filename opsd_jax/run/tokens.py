@@ -24,6 +24,7 @@ from opsd_jax.divergence.losses import DivergenceConfig, TokenDivergence, logit_
 from opsd_jax.errors import UserError
 from opsd_jax.host.files import require_writable, write_json_lines
 from opsd_jax.host.identity import problems_digest
+from opsd_jax.host.stage import local, shown, upload
 from opsd_jax.method.batch import Batch
 from opsd_jax.method.objective import teacher_contexts
 from opsd_jax.method.scoring import completion_hidden
@@ -186,7 +187,7 @@ def _number(value: Any) -> float | None:
 
 def tokens_command(workdir: str, step: int | str | None, num: int, seed: int) -> None:
     """`opsd tokens`: `write_tokens`, and the file's path on the terminal."""
-    print(write_tokens(workdir, step, num, seed))
+    print(shown(write_tokens(workdir, step, num, seed)))
 
 
 def write_tokens(workdir: str, step: int | str | None, num: int, seed: int) -> Path:
@@ -194,15 +195,16 @@ def write_tokens(workdir: str, step: int | str | None, num: int, seed: int) -> P
 
     Problems are the held-out ones, or the training problems where there are none.
     """
-    require_writable(Path(workdir))
-    run = restore_run(workdir, step, load_run)
+    kept = local(workdir)
+    require_writable(kept)
+    run = restore_run(kept, step, load_run)
     if run.teacher is None:
         raise UserError(
             f"--workdir={workdir}: its teacher.model is of another shape than the student, and "
             "`opsd tokens` compares weights of one shape"
         )
     train = run.experiment.train
-    problems = (train.heldout or train.problems).load(str(Path(workdir) / "problems"))
+    problems = (train.heldout or train.problems).load(str(kept / "problems"))
     field = "train.heldout" if train.heldout else "train.problems"
     run.identity.check(field, {"problems": problems_digest(problems)})
     with ExitStack() as stack:
@@ -211,7 +213,7 @@ def write_tokens(workdir: str, step: int | str | None, num: int, seed: int) -> P
     tokens = token_rows(run.tokenizer, shown.completion, compared(run, shown))
     analyses = analysis_texts(run, shown.completion)
     divergence = run.experiment.divergence.name  # or a function
-    path = Path(workdir) / "tokens" / f"step_{run.step:06d}.jsonl"
+    path = kept / "tokens" / f"step_{run.step:06d}.jsonl"
     lines = [
         {
             "step": run.step,
@@ -229,4 +231,5 @@ def write_tokens(workdir: str, step: int | str | None, num: int, seed: int) -> P
         for b, problem in enumerate(shown.problems)
     ]
     write_json_lines(path, lines)
+    upload(path)
     return path

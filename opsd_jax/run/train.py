@@ -15,11 +15,12 @@ from opsd_jax.data.grader_pool import GraderPool
 from opsd_jax.data.problems import ProblemSet
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.runs import Run, read_run
+from opsd_jax.host.bucket_checkpoint import checkpoints_of
 from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.host.chips import compile_clock
 from opsd_jax.host.compilation_cache import kept_programs
 from opsd_jax.host.config_text import first_difference
-from opsd_jax.host.files import read_metrics, read_text, require_mounted, write_whole
+from opsd_jax.host.files import read_metrics, read_text, write_whole
 from opsd_jax.host.goodput import Goodput
 from opsd_jax.host.guard import Guard
 from opsd_jax.host.identity import identity_of
@@ -29,6 +30,7 @@ from opsd_jax.host.pod import connected_mesh, wait_for_all
 from opsd_jax.host.preemption import Preemption
 from opsd_jax.host.profile_window import ProfileWindow
 from opsd_jax.host.progress import ProgressLine
+from opsd_jax.host.stage import local, shown
 from opsd_jax.host.watchdog import Watchdog
 from opsd_jax.method.train_step import TrainState
 from opsd_jax.model.sharding import check_batch, num_bytes
@@ -53,7 +55,8 @@ def train(
     Args:
       experiment: what to run.
       config_text: its operative config, kept as workdir/config.gin.
-      workdir: made if missing; if it holds a checkpoint of the same config, the run goes on.
+      workdir: made if missing; if it holds a checkpoint of the same config, the run goes on. A
+        folder, or "gs://BUCKET/RUN" or "s3://BUCKET/RUN".
       on_stop: called once a run that was asked to stop before its last step is saved.
       progress: what shows how far it is; None is a line on the terminal.
 
@@ -61,8 +64,7 @@ def train(
       UserError: another command or another config in the workdir, data or model that do not
         fit, a full disk, or a loss that is not finite.
     """
-    require_mounted(workdir, "the workdir")
-    workdir = Path(workdir)
+    workdir = local(workdir)
     with ExitStack() as stack:
         line = progress or ProgressLine(experiment.train.num_steps)
         progress = stack.enter_context(line)
@@ -97,8 +99,8 @@ def prepare(
     compiling = stack.enter_context(compile_clock())
     mesh = connected_mesh(experiment.mesh)
     check_batch(settings.batch_size, settings.num_micro_batches, mesh)
-    folder, kept = workdir / "checkpoints", settings.keep_checkpoints
-    checkpoints = stack.enter_context(Checkpoints(folder, kept, BEST_METRIC, say))
+    kept = settings.keep_checkpoints
+    checkpoints = stack.enter_context(checkpoints_of(workdir, kept, BEST_METRIC, say))
     identity = identity_of(workdir, checkpoints.meta())
     identity.tell_versions(say)
     read = load_inputs(experiment, workdir, say, identity, stack)
@@ -135,14 +137,14 @@ def prepare(
     return loop, state, read.batches, start
 
 
-def train_whole(experiment: Experiment, config_text: str, workdir: Path) -> Run:
+def train_whole(experiment: Experiment, config_text: str, workdir: str | Path) -> Run:
     """`train` for scripts of many runs: the finished run, read back.
 
     Raises:
       UserError: also when the run was stopped before its last step, so that no script goes on.
     """
     train(experiment, config_text, workdir)
-    run = read_run(workdir)
+    run = read_run(local(workdir))
     if run.last_step < experiment.train.num_steps:
         raise UserError(
             f"{workdir} was stopped after step {run.last_step}; the same command goes on from there"
@@ -153,13 +155,13 @@ def train_whole(experiment: Experiment, config_text: str, workdir: Path) -> Run:
 def check_config(workdir: Path, config_text: str) -> None:
     """Raises a UserError if the workdir holds checkpoints or metrics of another experiment."""
     path = workdir / "config.gin"
-    text = Checkpoints(workdir / "checkpoints").meta().get("config")
+    text = checkpoints_of(workdir).meta().get("config")
     if text is None and path.exists() and read_metrics(workdir / "metrics.jsonl"):
         text = read_text(path)
     difference = None if text is None else first_difference(text, config_text)
     if difference is not None:
         raise UserError(
-            f"{path} belongs to another experiment: {difference}; use another --workdir, or "
+            f"{shown(path)} belongs to another experiment: {difference}; use another --workdir, or "
             "the old setting"
         )
 

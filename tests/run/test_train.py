@@ -13,11 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 
+import opsd_jax
 from opsd_jax.data.problems import LoadedProblems, Problem
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.evaluate import Prompt
 from opsd_jax.host.checkpoint import Checkpoints
+from opsd_jax.host.checkpoint_record import read_record
 from opsd_jax.host.guard import GuardConfig
+from opsd_jax.host.stage import local
 from opsd_jax.main import main
 from opsd_jax.run import inputs as inputs_module
 from opsd_jax.run import train as train_module
@@ -99,6 +102,32 @@ def test_resume_equals_uninterrupted_bit_for_bit(whole, tmp_path):
     # The first half also evaluated at its own end.
     cut = {k: v for k, v in second[4].items() if not k.startswith("eval/")}
     assert second[:4] + [cut] + second[5:] == first
+
+
+def test_a_run_in_a_bucket_is_the_run_on_disk(whole, bucket_run, tmp_path, capsys):
+    """Trained in two halves, evaluated and looked at by every command that takes a workdir."""
+    for num_steps in (4, 6):
+        assert main(command(bucket_run, f"train.num_steps = {num_steps}")) == 0
+    lines = lines_of(local(str(bucket_run)))
+    lines[4] = {k: v for k, v in lines[4].items() if not k.startswith("eval/")}
+    assert lines == lines_of(whole)
+    ours, theirs = bucket_run / "checkpoints" / "6", whole / "checkpoints" / "6"
+    assert read_record(ours)["leaves"] == read_record(theirs)["leaves"]
+    capsys.readouterr()
+    assert main(["eval", f"--workdir={bucket_run}"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["eval/student/accuracy"] == lines[6]["eval/student/accuracy"]
+    assert main(["tokens", f"--workdir={bucket_run}", "--num=2"]) == 0
+    assert capsys.readouterr().out == f"{bucket_run}/tokens/step_000006.jsonl\n"
+    assert main(["export", f"--workdir={bucket_run}", f"--out={tmp_path / 'hf'}"]) == 0
+    page = tmp_path / "report.html"
+    assert main(["report", f"--workdir=there={bucket_run}", f"--out={page}"]) == 0
+    run = opsd_jax.load_run(str(bucket_run))
+    assert run.samples(6) == opsd_jax.load_run(whole).samples(6)
+    assert repr(run).startswith(f"TrainingRun('{bucket_run}', step 6 of 6, ")
+    written = {name.split("/")[0] for name in bucket_run.names()}
+    assert {path.name for path in whole.iterdir()} - {".lock"} <= written
+    assert {"eval", "tokens"} <= written and ".lock" not in bucket_run.names()
 
 
 GRPO = [
