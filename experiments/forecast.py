@@ -279,7 +279,7 @@ def confusion(rows: Sequence[Row]) -> list[str]:
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """A line per case; the accuracies of its seeds have a space between."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: _as_text(value) for name, value in row.items()} for row in rows)
 
