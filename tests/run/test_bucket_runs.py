@@ -80,6 +80,7 @@ def test_killed_and_stopped_in_a_bucket_it_is_the_run_on_disk(emulated, tmp_path
 
 BASE = [
     "train.model = @TestbedBase()",
+    "TestbedBase.warm_start = @WarmStart()",
     "WarmStart.num_steps = 2",
     "WarmStart.max_rounds = 1",
     "WarmStart.require_gate = False",

@@ -115,6 +115,7 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(whole, bucket_run, tmp_path, capsy
     assert read_record(ours)["leaves"] == read_record(theirs)["leaves"]
     capsys.readouterr()
     assert main(["eval", f"--workdir={bucket_run}"]) == 0
+    assert (bucket_run / "eval/heldout_step_000006/summary.json").is_file()
     found = json.loads(capsys.readouterr().out)
     assert found["eval/student/accuracy"] == lines[6]["eval/student/accuracy"]
     assert main(["tokens", f"--workdir={bucket_run}", "--num=2"]) == 0
@@ -127,7 +128,7 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(whole, bucket_run, tmp_path, capsy
     assert repr(run).startswith(f"TrainingRun('{bucket_run}', step 6 of 6, ")
     written = {name.split("/")[0] for name in bucket_run.names()}
     assert {path.name for path in whole.iterdir()} - {".lock"} <= written
-    assert {"eval", "tokens"} <= written and ".lock" not in bucket_run.names()
+    assert "tokens" in written and ".lock" not in bucket_run.names()
 
 
 GRPO = [
