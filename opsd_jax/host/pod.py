@@ -17,6 +17,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opsd_jax.errors import UserError
@@ -75,6 +76,11 @@ def join(
             "Kubernetes and on Cloud TPU; on plain hosts name them by --coordinator, "
             "--num_processes and --process_id; a single process needs none of these)"
         ) from None
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        # There each process has keys of its own and the first alone writes (jax 0.10), so that a
+        # later start runs a stored program beside freshly compiled ones: they wait without end.
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # JAX looks at the setting once
 
 
 def require_32_bits() -> None:
