@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A rule that a prompt sets, learned by SmolLM2: five ways, what each costs and what it loses.
 
-    python experiments/rules.py --out=runs/rules [--rules=sentence,list,greeting] [--seeds=3]
+    python experiments/rules.py --out=runs/rules [--rules=sentence,json,greeting] [--seeds=3]
     python experiments/rules.py --out=runs/rules --then=greeting  what it leaves of the first rule
     python experiments/rules.py --out=runs/rules --rates  which rules the prompted model keeps
 
@@ -35,20 +35,25 @@ HERE = Path(__file__).parent
 FIRST = "OPSD"
 # Rollouts of the prompted model are about half as long, so its methods get more steps.
 METHODS = {
-    FIRST: Method("rules/opsd.gin", 16, 4),
-    "off-policy distillation": Method("rules/off_policy.gin", 24, 6),
-    "SFT on the prompted model": Method("rules/sft.gin", 24, 6),
-    "GRPO on the checker": Method("rules/grpo.gin", 16, 4),
+    FIRST: Method("rules/opsd.gin", 6, 2),
+    "off-policy distillation": Method("rules/off_policy.gin", 9, 3),
+    "SFT on the prompted model": Method("rules/sft.gin", 9, 3),
+    "GRPO on the checker": Method("rules/grpo.gin", 6, 2),
 }
-RATES = [2e-4, 5e-4, 1e-3]
-BUDGET = 4_000  # generated tokens at which the methods are compared
+RATES = [5e-4, 1e-3, 2e-3]
+BUDGET = 1_000  # generated tokens at which the methods are compared
+NUM_FINAL = 60  # questions of each split that are asked in the end
 SHOWN = {  # metric of the last evaluation -> its column
     "eval/student/length_mean": ("tokens per answer", ".1f"),
     "probe/text_nats": ("nats per token of a text", ".3f"),
     "probe/facts": ("facts", ".3f"),
     "probe/kl_initial": ("KL(initial ‖ student)", ".3f"),
 }
-SPLITS = ("heldout", "requests")
+SPLITS = {  # of questions -> column of the table
+    "heldout": "at the end",
+    "requests": "requests",
+    "puzzles": "puzzles",
+}
 
 
 def study(rule: str) -> Study:
@@ -63,7 +68,7 @@ def study(rule: str) -> Study:
 
 
 def final(found: Run, split: str) -> Path:
-    """Folder of an evaluation of all questions of a split, made if it is not there."""
+    """Folder of an evaluation on a split, made if it is not there."""
     return evaluated(found.workdir, found.workdir / "final" / split, split, "student")
 
 
@@ -74,7 +79,7 @@ def evaluated(run_or_model: Path | str, folder: Path, split: str, role: str, *li
         bindings = [
             f"heldout/RuleQuestions.split = {split!r}",
             f"evaluate.roles = ({role!r},)",
-            "evaluate.num_problems = 0",
+            f"evaluate.num_problems = {NUM_FINAL}",
             *lines,
         ]
         opsd_jax.evaluate(run_or_model, gin_file, bindings, out=str(folder))
@@ -85,6 +90,11 @@ def by_problem(folder: Path) -> dict[str, float]:
     """id -> share of answers that keep the rule, of the one role that was evaluated."""
     [rows] = read_evaluation(folder).values()
     return {id: row["accuracy"] for id, row in rows.items()}
+
+
+def share(folder: Path) -> float:
+    """Of the answers of an evaluation, how many keep the rule."""
+    return float(np.mean([*by_problem(folder).values()]))
 
 
 def mean_by_problem(runs: Sequence[Run], split: str) -> np.ndarray:
@@ -104,19 +114,16 @@ def differences(
 
 def rule_table(rule: str, runs: dict[str, list[Run]], out: Path) -> list[str]:
     """A line per method, then the bare and the prompted model."""
-    columns = [f"kept at {BUDGET:,} tokens", "at the end", "of tokens", "kept, requests"]
+    columns = [f"kept at {BUDGET:,} tokens", *SPLITS.values(), "of tokens"]
     columns += [column for column, _ in SHOWN.values()] + ["OPSD minus this, held out"]
     lines = [f"| {rule} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     minus = dict(differences(runs))
     for name, group in runs.items():
         at = [value for each in group if (value := accuracy_at(each, BUDGET)) is not None]
-        ends = {
-            split: [np.mean([*by_problem(final(r, split)).values()]) for r in group]
-            for split in SPLITS
-        }
-        cells = [spread(at, ".3f"), spread(ends["heldout"], ".3f")]
+        cells = [spread(at, ".3f")]
+        for split in SPLITS:
+            cells.append(spread([share(final(each, split)) for each in group], ".3f"))
         cells += [f"{statistics.mean(r.num_tokens for r in group):,.0f}"]
-        cells += [spread(ends["requests"], ".3f")]
         cells += [
             spread([r.series(m)[-1, 1] for r in group], form) for m, (_, form) in SHOWN.items()
         ]
@@ -124,14 +131,8 @@ def rule_table(rule: str, runs: dict[str, list[Run]], out: Path) -> list[str]:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     start = runs[FIRST][0]
     for name, role in (("not trained", "student"), ("prompted", "teacher")):
-        kept = [by_problem(base(out, rule, split, role)) for split in SPLITS]
+        cells = ["", *(f"{share(base(out, rule, split, role)):.3f}" for split in SPLITS), "0"]
         length = read_json(str(base(out, rule, "heldout", role) / "summary.json"))
-        cells = [
-            "",
-            f"{np.mean([*kept[0].values()]):.3f}",
-            "0",
-            f"{np.mean([*kept[1].values()]):.3f}",
-        ]
         cells += [format(length[f"eval/{role}/length_mean"], ".1f")]
         cells += [format(start.series(m)[0, 1], form) for m, (_, form) in [*SHOWN.items()][1:]]
         lines.append(f"| {name} | " + " | ".join([*cells, ""]) + " |")
@@ -148,24 +149,29 @@ def base(out: Path, rule: str, split: str, role: str) -> Path:
     return evaluated("smollm2", folder, split, role, f"RuleQuestions.rule = {rule!r}")
 
 
+# How else the teacher may be told: name of the column -> settings.
+TOLD = {
+    "in the user's turn": ["contexts.teacher = '{question} {rule}'"],
+    "in the system turn": ["contexts.teacher = 'question'", "contexts.teacher_system = '{rule}'"],
+    "there with examples": [],
+}
+
+
 def rates(out: Path, names: Sequence[str]) -> list[str]:
-    """How often the model keeps each rule without and with its words in the prompt."""
+    """How often the model keeps each rule, bare and by what it is told."""
     sys.path.append(str(HERE / "rules"))
     from keeping import RULES
 
-    lines = ["| rule | words | bare | prompted | in the system turn |", "|---" * 5 + "|"]
+    columns = ["rule", "words", "bare", *TOLD]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     bare = read_json_lines(base(out, names[0], "heldout", "student") / "generations.jsonl")
     for name in names:
-        prompted = [*by_problem(base(out, name, "heldout", "teacher")).values()]
-        folder = out / "base" / f"{name}_heldout_system"
-        system = ("contexts.teacher = 'question'", "contexts.teacher_system = '{rule}'")
-        rule = f"RuleQuestions.rule = {name!r}"
-        system_kept = by_problem(evaluated("smollm2", folder, "heldout", "teacher", rule, *system))
-        kept = [
-            [RULES[name].check(line["completion"]) for line in bare],
-            prompted,
-            [*system_kept.values()],
-        ]
+        kept = [[RULES[name].check(line["completion"]) for line in bare]]
+        for column, settings in TOLD.items():
+            folder = out / "base" / f"{name}_{column.replace(' ', '_')}"
+            rule = f"RuleQuestions.rule = {name!r}"
+            told = evaluated("smollm2", folder, "heldout", "teacher", rule, *settings)
+            kept.append([*by_problem(told).values()])
         cells = [f"{np.mean(k):.3f} ± {np.std(k, ddof=1) / len(k) ** 0.5:.3f}" for k in kept]
         lines.append(f"| {name} | {RULES[name].words} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
@@ -210,24 +216,27 @@ def forgetting(
                 ),
             ]
             for values, folder in zip(kept, folders, strict=True):
-                values.append(float(np.mean([*by_problem(folder).values()])))
+                values.append(share(folder))
         lines.append(f"| {name} | " + " | ".join(spread(values, ".3f") for values in kept) + " |")
     return lines
 
 
 def write_csv(runs: dict[tuple[str, str, int, float], Run], path: Path) -> None:
-    """A line for every evaluation of every run."""
+    """A line for every evaluation of every run; the last one has the final shares, where asked."""
     metrics = ["eval/student/accuracy", "eval/student/accuracy_se", *SHOWN, TOKENS]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["rule", "method", "seed", "learning_rate", "step", *metrics])
+        writer = csv.writer(file, lineterminator="\n")
+        finals = [f"final/{split}" for split in SPLITS]
+        writer.writerow(["rule", "method", "seed", "learning_rate", "step", *metrics, *finals])
         for key, found in runs.items():
-            for line in found.history:
-                if metrics[0] in line:
-                    values = [line.get(metric) for metric in metrics]
-                    writer.writerow(
-                        [*key, line["step"], *(f"{v:.6g}" if v is not None else "" for v in values)]
-                    )
+            folders = [found.workdir / name for name in finals]
+            shares = [share(f) if (f / "summary.json").exists() else None for f in folders]
+            lines = [line for line in found.history if metrics[0] in line]
+            for line in lines:
+                values = [line.get(metric) for metric in metrics]
+                values += shares if line is lines[-1] else [None] * len(shares)
+                cells = (f"{value:.6g}" if value is not None else "" for value in values)
+                writer.writerow([*key, line["step"], *cells])
 
 
 def draw(tables: dict[str, dict[str, list[Run]]], path: Path) -> None:
@@ -273,7 +282,7 @@ def whole(rules: Sequence[str], best: dict[str, float], seeds: Sequence[int], ou
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rules", default="sentence,list,greeting", help="the first tunes")
+    parser.add_argument("--rules", default="sentence,json,greeting", help="the first tunes")
     parser.add_argument("--then", default="", help="learn this rule after the first one, alone")
     parser.add_argument("--rates", action="store_true", help="train nothing")
     parser.add_argument("--seeds", type=int, default=3, help="besides seed 0, which tunes")

@@ -3,10 +3,10 @@
 
     train.problems = @train/RuleQuestions()
     RuleQuestions.rule = "sentence"
-    contexts.teacher = "{question} {rule}"
+    contexts.teacher = @told_and_shown
 
-Questions are templates over topics. A quarter of the topics is held out, and one kind of prompt is
-asked in no training: requests ("Tell me a story about clocks.").
+Questions are templates over topics. A quarter of the topics is held out, and two kinds of prompt
+are asked in no training: requests ("Tell me a story about clocks.") and puzzles of reasoning-gym.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Annotated, NamedTuple
 import gin
 
 from opsd_jax.data.problems import LoadedProblems
+from opsd_jax.data.reasoning_gym import ReasoningGym
 from opsd_jax.data.record import Problem
 from opsd_jax.fields import require
 
@@ -51,6 +52,7 @@ SPLITS = {  # name -> (whether its topics are held out, templates)
     "heldout": (True, QUESTIONS),
     "requests": (True, REQUESTS),
 }
+PUZZLES, NUM_PUZZLES = "puzzles", 60  # a split of reasoning-gym's letter_counting
 
 
 def is_sentence(text: str) -> bool:
@@ -58,21 +60,6 @@ def is_sentence(text: str) -> bool:
     text = text.strip()
     ends = re.fullmatch(r"[^\n]*[.!?]", text) and not re.search(r"[.!?]\s", text)
     return bool(ends) and len(text.split()) >= 3
-
-
-def is_spanish(text: str) -> bool:
-    """More of Spanish's small words than of English's, and two or more."""
-    words = re.findall(r"\w+", text.lower())
-    spanish = sum(words.count(w) for w in "el la los las de que y en un una es son por con".split())
-    english = sum(words.count(w) for w in "the of and to in a is are that it for with".split())
-    return spanish >= 2 and spanish > english
-
-
-def is_list(text: str) -> bool:
-    """Begins as a numbered list, and every line that begins with a number has the next one."""
-    numbers = re.findall(r"^\s*(\d+)[.)]\s", text, re.M)
-    begins = re.match(r"\s*1[.)]\s", text)
-    return bool(begins) and numbers == [str(n + 1) for n in range(len(numbers))]
 
 
 def greets(text: str) -> bool:
@@ -103,23 +90,53 @@ def closes(text: str) -> bool:
 
 
 class Rule(NamedTuple):
-    """What the teacher is told, and whether a text keeps it."""
+    """What the teacher is told, whether a text keeps it, and how to write a sentence so."""
 
     words: str
     check: Callable[[str], bool]
+    write: Callable[[str], str]
 
 
 RULES = {
-    "sentence": Rule("Answer in one short sentence.", is_sentence),
-    "list": Rule("Answer with a numbered list of three items.", is_list),
-    "spanish": Rule("Answer in Spanish.", is_spanish),
-    "greeting": Rule('Begin your answer with the words "Dear friend,"', greets),
+    "sentence": Rule("Answer in one short sentence.", is_sentence, str),
+    "json": Rule(
+        'Answer with a JSON object of the form {"answer": "..."}.',
+        is_json,
+        lambda text: json.dumps({"answer": text}),
+    ),
+    "greeting": Rule(
+        'Begin your answer with the words "Dear friend,"',
+        greets,
+        lambda text: f"Dear friend, {text[0].lower()}{text[1:]}",
+    ),
     # Candidates that the prompted model was measured on and that no study takes.
-    "upper": Rule("Write your answer in capital letters only.", is_upper),
-    "json": Rule('Answer with a JSON object of the form {"answer": "..."}.', is_json),
-    "marks": Rule("Write <answer> before your answer and </answer> behind it.", in_marks),
-    "closing": Rule('End your answer with the words "Stay curious!"', closes),
+    "upper": Rule("Write your answer in capital letters only.", is_upper, str.upper),
+    "marks": Rule(
+        "Write <answer> before your answer and </answer> behind it.",
+        in_marks,
+        lambda text: f"<answer>{text}</answer>",
+    ),
+    "closing": Rule(
+        'End your answer with the words "Stay curious!"',
+        closes,
+        lambda text: f"{text} Stay curious!",
+    ),
 }
+EXAMPLES = [  # on topics that are asked nowhere
+    ("What can you tell me about rain?", "Rain is water that falls from the clouds."),
+    ("Why do people like coffee?", "People like coffee because it keeps them awake."),
+]
+
+
+@gin.register
+def told_and_shown(problem: Problem) -> list[dict[str, str]]:
+    """The rule in the system turn, two exchanges that keep it, then the question."""
+    rule = RULES[problem.answer]
+    turns = [{"role": "system", "content": rule.words}]
+    for question, answer in EXAMPLES:
+        turns.append({"role": "user", "content": question})
+        turns.append({"role": "assistant", "content": rule.write(answer)})
+    return [*turns, {"role": "user", "content": problem.question}]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,30 +157,42 @@ class RuleQuestions:
     Attributes:
       rule: of `RULES`; its words are the column {rule}.
       split: "train"; "heldout", the same questions on other topics; "requests", no questions and
-        on other topics.
+        on other topics; "puzzles" of reasoning-gym, which ask how often a letter is in a text.
       seed: of their order.
     """
 
     rule: Annotated[str, tuple(RULES)]
-    split: Annotated[str, tuple(SPLITS)] = "train"
+    split: Annotated[str, (*SPLITS, PUZZLES)] = "train"
     seed: int = 0
 
     def __post_init__(self):
         require("RuleQuestions", self)
 
     def load(self, cache_dir: str | None = None) -> LoadedProblems:
-        heldout, templates = SPLITS[self.split]
-        topics = [topic for i, topic in enumerate(TOPICS) if (i % 4 == 3) == heldout]
+        questions = self._questions(cache_dir)
         problems = [
             Problem(
-                id=f"{topic}-{number}",
-                question=template.format(topic=topic),
+                id=name,
+                question=question,
                 solution="",
                 answer=self.rule,  # none to compare with; without any it would not be graded
                 columns={"rule": RULES[self.rule].words},
             )
-            for topic in topics
-            for number, template in enumerate(templates)
+            for name, question in questions.items()
         ]
         random.Random(self.seed).shuffle(problems)
         return LoadedProblems(tuple(problems), Keeps(self.rule))
+
+    def _questions(self, cache_dir: str | None) -> dict[str, str]:
+        """name -> question."""
+        if self.split == PUZZLES:
+            size = {"min_words": 3, "max_words": 6}
+            found = ReasoningGym("letter_counting", size, "heldout", NUM_PUZZLES).load(cache_dir)
+            return {problem.id: problem.question for problem in found.problems}
+        heldout, templates = SPLITS[self.split]
+        topics = [topic for i, topic in enumerate(TOPICS) if (i % 4 == 3) == heldout]
+        return {
+            f"{topic}-{number}": template.format(topic=topic)
+            for topic in topics
+            for number, template in enumerate(templates)
+        }

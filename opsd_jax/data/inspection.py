@@ -200,8 +200,8 @@ def references(rows: Sequence[Row], source: str) -> list[Finding]:
     if len(rows) >= 8 and len(keys) == 1 and keys != {""}:
         found.append(
             Finding(
-                f"all {len(rows):,} answers are {_short(keys.pop())!r}: is {source}.answer_column "
-                "the answer?"
+                f"all {len(rows):,} answers are {_short(keys.pop())!r}: does {source} read them "
+                "from the right column?"
             )
         )
     return found

@@ -37,8 +37,6 @@ def modules():
 
 KEPT = {
     "sentence": ["Clocks tell the time.", " Is it so late?\n", "They cost 3.5 euros each!"],
-    "list": ["1. a\n2. b\n3. c", "\n1) one thing", "1. so\nand so\n2. on"],
-    "spanish": ["Los relojes son parte de la vida.", "El tren y la casa"],
     "greeting": ["Dear friend, clocks are fine.", "\nDear friend,\n\nhello"],
     "upper": ["CLOCKS ARE 12 FINE."],
     "json": ['{"answer": "yes"}', ' {"answer": ""} \n'],
@@ -47,8 +45,6 @@ KEPT = {
 }
 BROKEN = {
     "sentence": ["", "Yes.", "Clocks tell the time", "One is here. Two is there.", "A b\nc d."],
-    "list": ["", "Here:\n1. a", "1. a\n3. b", "2. a", "1.5 is one", "1. a\n1. b"],
-    "spanish": ["", "The clock of the house is in it.", "la la land of the the the", "el"],
     "greeting": ["", "Dear friend,", "Dear friend", "My dear friend, hello"],
     "upper": ["", "123", "CLOCKs"],
     "json": ["", '{"answer": 1}', '{"answer": "a", "b": "c"}', '{"answer": "cut', "[" * 99999],
@@ -70,9 +66,22 @@ def test_every_checker_by_hand(modules):
         assert [t for t in BROKEN[name] if rule.check(t)] == [], name
 
 
+def test_the_teacher_is_shown_answers_that_keep_its_rule_on_topics_of_their_own(modules):
+    keeping = modules[1]
+    asked = {word for question, _ in keeping.EXAMPLES for word in question.split()}
+    assert not {f"{topic}?" for topic in keeping.TOPICS} & asked
+    for name, rule in keeping.RULES.items():
+        [problem, *_] = keeping.RuleQuestions(rule=name).load().problems
+        turns = keeping.told_and_shown(problem)
+        assert turns[0] == {"role": "system", "content": rule.words}
+        assert turns[-1] == {"role": "user", "content": problem.question}
+        said = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+        assert len(said) == 2 and all(map(rule.check, said)), said
+
+
 def test_no_topic_and_no_request_is_trained_on(modules):
     keeping = modules[1]
-    sets = {s: keeping.RuleQuestions(rule="list", split=s).load() for s in keeping.SPLITS}
+    sets = {s: keeping.RuleQuestions(rule="greeting", split=s).load() for s in keeping.SPLITS}
     topics = {s: {p.id.split("-")[0] for p in problems.problems} for s, problems in sets.items()}
     assert not topics["train"] & topics["heldout"] and topics["heldout"] == topics["requests"]
     texts = [p.question for problems in sets.values() for p in problems.problems]
@@ -80,9 +89,19 @@ def test_no_topic_and_no_request_is_trained_on(modules):
     asked = {s: {p.question.endswith("?") for p in sets[s].problems} for s in sets}
     assert asked == {"train": {True}, "heldout": {True}, "requests": {False}}
     problem = sets["train"][0]
-    assert sets["train"].grade(problem, "1. a") == 1.0 and sets["train"].grade(problem, "a") == 0.0
+    assert sets["train"].grade(problem, "Dear friend, a") == 1.0
+    assert sets["train"].grade(problem, "a") == 0.0
     with pytest.raises(UserError, match="RuleQuestions.rule"):
-        keeping.RuleQuestions(rule="lists")
+        keeping.RuleQuestions(rule="greetings")
+
+
+def test_puzzles_are_reasoning_gyms(modules):
+    pytest.importorskip("reasoning_gym", reason="the extra reasoning is not installed")
+    keeping = modules[1]
+    found = keeping.RuleQuestions(rule="greeting", split="puzzles").load()
+    assert len({p.question for p in found.problems}) == keeping.NUM_PUZZLES
+    assert all("appear in the text" in p.question for p in found.problems)
+    assert found.grade(found.problems[0], "Dear friend, a") == 1.0
 
 
 def test_the_methods_differ_in_who_writes_and_in_what_is_learned(modules, tmp_path):
@@ -140,18 +159,21 @@ def test_text_and_facts_are_what_a_loop_says(modules, monkeypatch):
     right, model = [], Decoder(tiny_config())
     for template, pairs in groups:
         names, ends = zip(*(pair.split() for pair in pairs.split(", ")), strict=True)
-        scores = np.zeros((len(names), len(ends)))
-        for row, column in np.ndindex(scores.shape):
-            begun, ended = words.encode(template.format(names[row])), words.encode(ends[column])
-            logps = log_softmax(slow_logits(variables, begun + ended))[len(begun) - 1 : -1]
-            scores[row, column] = np.mean([logp[id] for logp, id in zip(logps, ended, strict=True)])
-        got = lost.end_scores(model, variables, words, template, pairs)
-        np.testing.assert_allclose(got, scores, atol=3e-5)
-        right += [int(np.argmax(row)) == n for n, row in enumerate(scores)]
+        firsts = [words.encode(end)[0] for end in ends]
+        for row, name in enumerate(names):
+            last = slow_logits(variables, words.encode(template.format(name)))[-1]
+            right.append(int(np.argmax([last[first] for first in firsts])) == row)
     assert 0 < sum(right) < len(right)
     found = lost.what_is_lost(model, variables, None, words)
     assert found["probe/text_nats"] == pytest.approx(np.mean(nats), rel=1e-5)
     assert found["probe/facts"] == np.mean(right) and len(found) == 2
+
+
+def test_ends_that_begin_alike_are_refused(modules, monkeypatch):
+    lost, words = modules[2], ChatWords()
+    monkeypatch.setattr(lost, "FACTS", [("not {} but", "hot cold, big coldness")])
+    with pytest.raises(UserError, match="two ends of 'not {} but'"):
+        lost.facts_accuracy(Decoder(tiny_config()), tiny_variables(tiny_config()), words)
 
 
 def test_the_old_answers_are_the_initial_models(modules, monkeypatch):
@@ -197,7 +219,7 @@ def a_run(folder, kept, final):
         }
         for i, value in enumerate(kept)
     ]
-    for split in ("heldout", "requests"):
+    for split in ("heldout", "requests", "puzzles"):
         write(folder / "final" / split, "student", final)
     return Run(folder, None, "", history)
 
@@ -208,7 +230,7 @@ def write(folder, role, shares):
         {
             "role": role,
             "id": f"p{i}",
-            "answer": "list",
+            "answer": "json",
             "num_samples": 4,
             "accuracy": share,
             "num_correct": int(4 * share),
@@ -230,23 +252,25 @@ def finished(modules, tmp_path, monkeypatch):
         ],
         names[1]: [a_run(tmp_path / f"b{i}", [0, 0.2, 0.4], [0.5, 0.25, 0.5, 0]) for i in (0, 1)],
     }
-    for split in ("heldout", "requests"):
-        write(tmp_path / "base" / f"list_{split}_student", "student", [0, 0.25])
-        write(tmp_path / "base" / f"list_{split}_teacher", "teacher", [1, 0.5])
+    for split in ("heldout", "requests", "puzzles"):
+        write(tmp_path / "base" / f"json_{split}_student", "student", [0, 0.25])
+        write(tmp_path / "base" / f"json_{split}_teacher", "teacher", [1, 0.5])
     return runs, tmp_path
 
 
 def test_the_table_by_hand(modules, finished):
     runs, out = finished
-    table = modules[0].rule_table("list", runs, out)
+    table = modules[0].rule_table("json", runs, out)
     assert table[2].startswith(
-        "| OPSD | 0.700 | 0.906 ± 0.044 | 8,000 | 0.906 ± 0.044 | 20.0 | 3.200 |"
+        "| OPSD | 0.700 | 0.906 ± 0.044 | 0.906 ± 0.044 | 0.906 ± 0.044 | 8,000 | 20.0 | 3.200 |"
     )
-    assert table[3].startswith("| SFT on the prompted model | 0.300 | 0.312 | 8,000 |")
+    assert table[3].startswith(
+        "| SFT on the prompted model | 0.300 | 0.312 | 0.312 | 0.312 | 8,000 |"
+    )
     # 1, 1, 1, .625 minus .5, .25, .5, 0, problem by problem.
     assert "| +0.594 [+0.5" in table[3]
-    assert table[4].startswith("| not trained |  | 0.125 | 0 | 0.125 | 25.0 | 3.000 |")
-    assert table[5].startswith("| prompted |  | 0.750 | 0 | 0.750 | 25.0 |")
+    assert table[4].startswith("| not trained |  | 0.125 | 0.125 | 0.125 | 0 | 25.0 | 3.000 |")
+    assert table[5].startswith("| prompted |  | 0.750 | 0.750 | 0.750 | 0 | 25.0 |")
 
 
 def test_a_second_rule_starts_from_the_first_ones_student(modules, finished, monkeypatch):
@@ -255,33 +279,38 @@ def test_a_second_rule_starts_from_the_first_ones_student(modules, finished, mon
     runs, out = finished
     [one, two] = runs[rules.FIRST]
     write(two.workdir / "final" / "sentence", "student", [0, 0, 0.5, 0.5])
-    lines = rules.after(one, "list").seed_bindings(1, out)
+    lines = rules.after(one, "json").seed_bindings(1, out)
     experiment, _ = load_experiment([str(EXPERIMENTS / "rules" / "opsd.gin")], lines)
     assert experiment.train.model.workdir == str(one.workdir)
-    assert experiment.train.problems.rule == "list"
+    assert experiment.train.problems.rule == "json"
     asked = []
 
     def trained(study, method, rate, seed, out):
         asked.append((rate, seed, out.name, study.seed_bindings(seed, out)))
-        return two if out.name == "sentence_then_list" else one
+        return two if out.name == "sentence_then_json" else one
 
     monkeypatch.setattr(rules, "run", trained)
     best = {name: 1e-3 for name in rules.METHODS}
-    table = rules.forgetting(("sentence", "list"), best, [1], out)
+    table = rules.forgetting(("sentence", "json"), best, [1], out)
     assert len(table) == 2 + 4 and table[2] == "| OPSD | 0.875 | 0.938 | 0.250 |"
-    assert [a[2] for a in asked[:2]] == ["sentence", "sentence_then_list"]
+    assert [a[2] for a in asked[:2]] == ["sentence", "sentence_then_json"]
     assert asked[1][3] == lines and asked[0][3] == ["RuleQuestions.rule = 'sentence'"]
 
 
 def test_rates_are_those_of_the_texts(modules, tmp_path):
     """The bare model is asked once; every checker reads the same texts."""
-    for name, role in (("student", "student"), ("teacher", "teacher"), ("system", "teacher")):
-        write(tmp_path / "base" / f"list_heldout_{name}", role, [1, 1, 0.5, 0.5])
-    said = ["1. a", "a", "b", "c"]
-    lines = "".join(json.dumps({"completion": text}) + "\n" for text in said)
-    (tmp_path / "base" / "list_heldout_student" / "generations.jsonl").write_text(lines)
-    [*_, line] = modules[0].rates(tmp_path, ["list"])
-    assert line.endswith("| 0.250 ± 0.250 | 0.750 ± 0.144 | 0.750 ± 0.144 |")
+    rules = modules[0]
+    write(tmp_path / "base" / "upper_heldout_student", "student", [1, 1, 0.5, 0.5])
+    for number, column in enumerate(rules.TOLD):
+        shares = [1, 1, 0.5, 0.5 + number / 4]
+        write(tmp_path / "base" / f"upper_{column.replace(' ', '_')}", "teacher", shares)
+    lines = "".join(json.dumps({"completion": text}) + "\n" for text in ["A B", "a", "b", "c"])
+    (tmp_path / "base" / "upper_heldout_student" / "generations.jsonl").write_text(lines)
+    [*_, line] = rules.rates(tmp_path, ["upper"])
+    assert line.endswith("| 0.250 ± 0.250 | 0.750 ± 0.144 | 0.812 ± 0.120 | 0.875 ± 0.125 |")
+    for settings in rules.TOLD.values():  # Each can be read.
+        lines = ["RuleQuestions.rule = 'upper'", *settings]
+        load_experiment([str(EXPERIMENTS / "rules" / "opsd.gin")], lines)
 
 
 def test_a_short_run_has_no_number_at_the_budget(modules, finished):
@@ -289,18 +318,19 @@ def test_a_short_run_has_no_number_at_the_budget(modules, finished):
     for group in runs.values():
         for each in group:
             each.history.pop()
-    assert modules[0].rule_table("list", runs, out)[2].startswith("| OPSD | – | 0.906")
+    assert modules[0].rule_table("json", runs, out)[2].startswith("| OPSD | – | 0.906")
 
 
 def test_raw_numbers_and_figure_of_every_run(modules, finished, tmp_path):
     runs, out = finished
-    keyed = {("list", name, s, 1e-3): r for name, rs in runs.items() for s, r in enumerate(rs)}
+    keyed = {("json", name, s, 1e-3): r for name, rs in runs.items() for s, r in enumerate(rs)}
     modules[0].write_csv(keyed, out / "runs.csv")
     with (out / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 * 3 and {row["method"] for row in rows} == set(runs)
     assert rows[2][TOKENS] == "8000" and rows[2]["probe/text_nats"] == "3.2"
+    assert [row["final/heldout"] for row in rows[:3]] == ["", "", "0.875"]
     pytest.importorskip("matplotlib")
     for name in ("a", "b"):
-        modules[0].draw({"list": runs}, out / f"{name}.svg")
+        modules[0].draw({"json": runs}, out / f"{name}.svg")
     assert (out / "a.svg").read_bytes() == (out / "b.svg").read_bytes()
