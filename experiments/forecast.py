@@ -168,12 +168,7 @@ def probed(name: str, out: Path) -> dict[str, float]:
 
 def numbers(found: Mapping[str, float]) -> dict[str, float]:
     """What of a probe may foretell an outcome, a number for each of `NUMBERS`; NaN is not known."""
-    role = {
-        (name, what): found.get(f"{name}/{what}", math.nan)
-        for name in forecast.ROLES
-        for what in forecast.MEASURED
-    }
-    told = {what: role["teacher", what] - role["student", what] for what in forecast.MEASURED}
+    told = {what: forecast.difference(found, what)[0] for what in forecast.MEASURED}
     right, wrong = found["gap/right"], found["gap/wrong"]
     gaps = {"gap": found["gap/all"], "gap_right": right, "gap_wrong": wrong}
     return told | gaps | {"gap_wrong_more": wrong - right, "first_8": found["first/8"]}

@@ -153,7 +153,6 @@ def base(out: Path, rule: str, split: str, role: str) -> Path:
 TOLD = {
     "in the user's turn": ["contexts.teacher = '{question} {rule}'"],
     "in the system turn": ["contexts.teacher = 'question'", "contexts.teacher_system = '{rule}'"],
-    "there with examples": [],
 }
 
 
@@ -162,7 +161,7 @@ def rates(out: Path, names: Sequence[str]) -> list[str]:
     sys.path.append(str(HERE / "rules"))
     from keeping import RULES
 
-    columns = ["rule", "words", "bare", *TOLD]
+    columns = ["rule", "words", "bare", *TOLD, "there with examples"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     bare = read_json_lines(base(out, names[0], "heldout", "student") / "generations.jsonl")
     for name in names:
@@ -172,6 +171,7 @@ def rates(out: Path, names: Sequence[str]) -> list[str]:
             rule = f"RuleQuestions.rule = {name!r}"
             told = evaluated("smollm2", folder, "heldout", "teacher", rule, *settings)
             kept.append([*by_problem(told).values()])
+        kept.append([*by_problem(base(out, name, "heldout", "teacher")).values()])
         cells = [f"{np.mean(k):.3f} ± {np.std(k, ddof=1) / len(k) ** 0.5:.3f}" for k in kept]
         lines.append(f"| {name} | {RULES[name].words} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)

@@ -21,7 +21,6 @@ from typing import Annotated, NamedTuple
 import gin
 
 from opsd_jax.data.problems import LoadedProblems
-from opsd_jax.data.reasoning_gym import ReasoningGym
 from opsd_jax.data.record import Problem
 from opsd_jax.fields import require
 
@@ -186,6 +185,8 @@ class RuleQuestions:
     def _questions(self, cache_dir: str | None) -> dict[str, str]:
         """name -> question."""
         if self.split == PUZZLES:
+            from opsd_jax.data.reasoning_gym import ReasoningGym  # late: no run trains on them
+
             size = {"min_words": 3, "max_words": 6}
             found = ReasoningGym("letter_counting", size, "heldout", NUM_PUZZLES).load(cache_dir)
             return {problem.id: problem.question for problem in found.problems}

@@ -94,6 +94,12 @@ def process_programs() -> Iterator[None]:
         jax.config.update(_LEAST, least)
 
 
+def keep_no_programs() -> None:
+    """No cache in this process, whatever names a folder."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+
+
 @functools.cache
 def _process_folder() -> str:
     """A folder that this process alone uses and leaves nothing of."""

@@ -17,10 +17,10 @@ from typing import TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opsd_jax.errors import UserError
+from opsd_jax.host.compilation_cache import keep_no_programs
 from opsd_jax.model.sharding import MeshConfig, make_mesh
 
 Made = TypeVar("Made")
@@ -79,8 +79,7 @@ def join(
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
         # There each process has keys of its own and the first alone writes (jax 0.10), so that a
         # later start runs a stored program beside freshly compiled ones: they wait without end.
-        jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()  # JAX looks at the setting once
+        keep_no_programs()
 
 
 def require_32_bits() -> None:

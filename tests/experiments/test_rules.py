@@ -301,9 +301,9 @@ def test_rates_are_those_of_the_texts(modules, tmp_path):
     """The bare model is asked once; every checker reads the same texts."""
     rules = modules[0]
     write(tmp_path / "base" / "upper_heldout_student", "student", [1, 1, 0.5, 0.5])
-    for number, column in enumerate(rules.TOLD):
-        shares = [1, 1, 0.5, 0.5 + number / 4]
-        write(tmp_path / "base" / f"upper_{column.replace(' ', '_')}", "teacher", shares)
+    folders = [f"upper_{column.replace(' ', '_')}" for column in rules.TOLD]
+    for number, folder in enumerate([*folders, "upper_heldout_teacher"]):
+        write(tmp_path / "base" / folder, "teacher", [1, 1, 0.5, 0.5 + number / 4])
     lines = "".join(json.dumps({"completion": text}) + "\n" for text in ["A B", "a", "b", "c"])
     (tmp_path / "base" / "upper_heldout_student" / "generations.jsonl").write_text(lines)
     [*_, line] = rules.rates(tmp_path, ["upper"])
