@@ -7,69 +7,91 @@
 
 Every method is tuned alike: one run at each of three learning rates on seed 0 of the first rule, of
 which the largest mean share of kept answers over its tokens wins. The table is of other seeds.
-Finished runs are kept below --out and not repeated, and an interrupted one goes on. In the end
-OUT/table.md, OUT/rules.svg (which needs `pip install '.[plot]'`) and OUT/runs.csv, a line for every
-evaluation of every run. One cell: `opsd train` with a file of experiments/rules/.
+Runs go side by side, --processes at a time. Finished ones are kept below --out and not repeated,
+and an interrupted one goes on. In the end OUT/table.md, OUT/rules.svg (which needs
+`pip install '.[plot]'`) and OUT/runs.csv, a line for every evaluation of every run, of which table
+and figure are made; of --then OUT/forgetting.md and OUT/then.csv. One cell: `opsd train` with a
+file of experiments/rules/.
 """
 
 import argparse
-import csv
 import importlib.util
-import statistics
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from compare import Method, Study, accuracy_at, panels, run, tune
+from compare import Method, Study, run, tune
+from processes import Job, in_processes
 
 import opsd_jax
 from opsd_jax.errors import UserError
-from opsd_jax.evaluation.compare import Difference, paired_bootstrap, read_evaluation
-from opsd_jax.evaluation.report import spread
-from opsd_jax.evaluation.runs import TOKENS, Run
+from opsd_jax.evaluation.compare import read_evaluation
+from opsd_jax.evaluation.runs import Run
 from opsd_jax.host.files import read_json, read_json_lines
 
 HERE = Path(__file__).parent
-FIRST = "OPSD"
+sys.path.append(str(HERE / "rules"))
+import results  # noqa: E402  (of experiments/rules/, as the gin files find their modules)
+from results import BARE, BEFORE, BUDGET, METRICS, PROMPTED, SHOWN, SPLITS, Result  # noqa: E402
+
 # Rollouts of the prompted model are about half as long, so its methods get more steps.
 METHODS = {
-    FIRST: Method("rules/opsd.gin", 6, 2),
+    "OPSD": Method("rules/opsd.gin", 6, 2),
     "off-policy distillation": Method("rules/off_policy.gin", 9, 3),
     "SFT on the prompted model": Method("rules/sft.gin", 9, 3),
     "GRPO on the checker": Method("rules/grpo.gin", 6, 2),
 }
 RATES = [5e-4, 1e-3, 2e-3]
-BUDGET = 1_000  # generated tokens at which the methods are compared
 NUM_FINAL = 60  # questions of each split that are asked in the end
-SHOWN = {  # metric of the last evaluation -> its column
-    "eval/student/length_mean": ("tokens per answer", ".1f"),
-    "probe/text_nats": ("nats per token of a text", ".3f"),
-    "probe/facts": ("facts", ".3f"),
-    "probe/kl_initial": ("KL(initial ‖ student)", ".3f"),
-}
-SPLITS = {  # of questions -> column of the table
-    "heldout": "at the end",
-    "requests": "requests",
-    "puzzles": "puzzles",
-}
 
 
-def study(rule: str) -> Study:
-    """All methods on one rule, in the form of compare.py; a seed changes no base."""
+def study(rule: str, first: Run | None = None) -> Study:
+    """All methods on one rule, in the form of compare.py; a seed changes no base.
+
+    Args:
+      rule: of keeping.py.
+      first: where a student starts that has learned another rule; the model as it is if None.
+    """
+    lines = [f"RuleQuestions.rule = {rule!r}"]
+    if first is not None:
+        lines += ["train.model = @FinishedRun()", f"FinishedRun.workdir = '{first.workdir}'"]
     return Study(
         methods=METHODS,
         rates=RATES,
         levels=[],
         budgets=[BUDGET],
-        seed_bindings=lambda seed, out: [f"RuleQuestions.rule = {rule!r}"],
+        seed_bindings=lambda seed, out: lines,
     )
 
 
-def final(found: Run, split: str) -> Path:
-    """Folder of an evaluation on a split, made if it is not there."""
-    return evaluated(found.workdir, found.workdir / "final" / split, split, "student")
+def learned(out: Path, rule: str, name: str, rate: float, seed: int, first: str = "") -> Run:
+    """One run, trained if it is not there; by a student that has learned `first` before."""
+    before = learned(out, first, name, rate, seed) if first else None
+    folder = out / (f"{first}_then_{rule}" if first else rule)
+    return run(study(rule, before), METHODS[name], rate, seed, folder)
+
+
+def asked(out: Path, rule: str, name: str, rate: float, seed: int, first: str = "") -> Result:
+    """One run with the questions that its student is asked in the end, of both rules if two."""
+    found = learned(out, rule, name, rate, seed, first)
+    folders = {}
+    for split in ["heldout"] if first else SPLITS:
+        folder = found.workdir / "final" / split
+        folders[split] = evaluated(found.workdir, folder, split, "student")
+    if first:
+        line = f"RuleQuestions.rule = {first!r}"
+        folder = found.workdir / "final" / first
+        folders[BEFORE] = evaluated(found.workdir, folder, "heldout", "student", line)
+    shares = {split: [*by_problem(folder).values()] for split, folder in folders.items()}
+    return Result(rule, name, seed, rate, evaluations(found), shares, first)
+
+
+def evaluations(found: Run) -> list[dict[str, float]]:
+    lines = [line for line in found.history if results.KEPT in line]
+    return [{m: line[m] for m in METRICS if line.get(m) is not None} for line in lines]
 
 
 def evaluated(run_or_model: Path | str, folder: Path, split: str, role: str, *lines: str) -> Path:
@@ -89,64 +111,26 @@ def evaluated(run_or_model: Path | str, folder: Path, split: str, role: str, *li
 def by_problem(folder: Path) -> dict[str, float]:
     """id -> share of answers that keep the rule, of the one role that was evaluated."""
     [rows] = read_evaluation(folder).values()
-    return {id: row["accuracy"] for id, row in rows.items()}
-
-
-def share(folder: Path) -> float:
-    """Of the answers of an evaluation, how many keep the rule."""
-    return float(np.mean([*by_problem(folder).values()]))
-
-
-def mean_by_problem(runs: Sequence[Run], split: str) -> np.ndarray:
-    """[N] shares over the runs of a method, in the order of the problems' names."""
-    found = [by_problem(final(each, split)) for each in runs]
-    return np.array([np.mean([f[id] for f in found]) for id in sorted(found[0])])
-
-
-def differences(
-    runs: dict[str, list[Run]], split: str = "heldout"
-) -> Iterator[tuple[str, Difference]]:
-    """The first method minus each other: paired over problems, each a mean over seeds."""
-    first = mean_by_problem(runs[FIRST], split)
-    for name in list(runs)[1:]:
-        yield name, paired_bootstrap(mean_by_problem(runs[name], split), first)
-
-
-def rule_table(rule: str, runs: dict[str, list[Run]], out: Path) -> list[str]:
-    """A line per method, then the bare and the prompted model."""
-    columns = [f"kept at {BUDGET:,} tokens", *SPLITS.values(), "of tokens"]
-    columns += [column for column, _ in SHOWN.values()] + ["OPSD minus this, held out"]
-    lines = [f"| {rule} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    minus = dict(differences(runs))
-    for name, group in runs.items():
-        at = [value for each in group if (value := accuracy_at(each, BUDGET)) is not None]
-        cells = [spread(at, ".3f")]
-        for split in SPLITS:
-            cells.append(spread([share(final(each, split)) for each in group], ".3f"))
-        cells += [f"{statistics.mean(r.num_tokens for r in group):,.0f}"]
-        cells += [
-            spread([r.series(m)[-1, 1] for r in group], form) for m, (_, form) in SHOWN.items()
-        ]
-        cells += [interval(minus[name]) if name in minus else ""]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    start = runs[FIRST][0]
-    for name, role in (("not trained", "student"), ("prompted", "teacher")):
-        cells = ["", *(f"{share(base(out, rule, split, role)):.3f}" for split in SPLITS), "0"]
-        length = read_json(str(base(out, rule, "heldout", role) / "summary.json"))
-        cells += [format(length[f"eval/{role}/length_mean"], ".1f")]
-        cells += [format(start.series(m)[0, 1], form) for m, (_, form) in [*SHOWN.items()][1:]]
-        lines.append(f"| {name} | " + " | ".join([*cells, ""]) + " |")
-    return lines
-
-
-def interval(found: Difference) -> str:
-    return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    return {id: rows[id]["accuracy"] for id in sorted(rows)}
 
 
 def base(out: Path, rule: str, split: str, role: str) -> Path:
     """The evaluation of the model as it is, bare (role "student") or prompted ("teacher")."""
     folder = out / "base" / f"{rule}_{split}_{role}"
     return evaluated("smollm2", folder, split, role, f"RuleQuestions.rule = {rule!r}")
+
+
+def bases(out: Path, rule: str) -> list[Result]:
+    """The model as it is on a rule; it has lost nothing, which `start` fills in."""
+    found = []
+    for name, role in ((BARE, "student"), (PROMPTED, "teacher")):
+        folders = {split: base(out, rule, split, role) for split in SPLITS}
+        shares = {split: [*by_problem(folder).values()] for split, folder in folders.items()}
+        length = read_json(str(folders["heldout"] / "summary.json"))[f"eval/{role}/length_mean"]
+        line = {"step": 0, results.KEPT: np.mean(shares["heldout"]), results.TOKENS: 0}
+        line |= {next(iter(SHOWN)): length}
+        found.append(Result(rule, name, 0, 0.0, [line], shares))
+    return found
 
 
 # How else the teacher may be told: name of the column -> settings.
@@ -158,11 +142,10 @@ TOLD = {
 
 def rates(out: Path, names: Sequence[str]) -> list[str]:
     """How often the model keeps each rule, bare and by what it is told."""
-    sys.path.append(str(HERE / "rules"))
     from keeping import RULES
 
     columns = ["rule", "words", "bare", *TOLD, "there with examples"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines = results.heading(columns)
     bare = read_json_lines(base(out, names[0], "heldout", "student") / "generations.jsonl")
     for name in names:
         kept = [[RULES[name].check(line["completion"]) for line in bare]]
@@ -178,106 +161,50 @@ def rates(out: Path, names: Sequence[str]) -> list[str]:
     return lines
 
 
-def after(first: Run, rule: str) -> Study:
-    """All methods on a rule, starting from a student that has learned another."""
-    lines = [
-        f"RuleQuestions.rule = {rule!r}",
-        "train.model = @FinishedRun()",
-        f"FinishedRun.workdir = '{first.workdir}'",
+def jobs(
+    out: Path, rules: Sequence[str], best: dict[str, float], seeds: Sequence[int], then: str
+) -> list[Job]:
+    """What a table needs besides tuning; a seed of all methods before the next."""
+    if then:
+        first = rules[0]
+        return [(asked, (out, then, n, best[n], s, first)) for s in seeds for n in METHODS]
+    found: list[Job] = [(bases, (out, rule)) for rule in rules]
+    return found + [
+        (asked, (out, rule, n, best[n], s)) for s in seeds for n in METHODS for rule in rules
     ]
-    return study(rule)._replace(seed_bindings=lambda seed, out: lines)
+
+
+def whole(out: Path, rules: Sequence[str], best: dict[str, float], seeds: Sequence[int]) -> None:
+    """Writes OUT/table.md, OUT/rules.svg and OUT/runs.csv."""
+    found = [asked(out, r, n, best[n], s) for r in rules for n in METHODS for s in seeds]
+    for name in METHODS:
+        for rate in RATES if seeds[0] else [r for r in RATES if r != best[name]]:
+            lines = evaluations(learned(out, rules[0], name, rate, 0))
+            found.append(Result(rules[0], name, 0, rate, lines, {}))
+    lost = {metric: found[0].evaluations[0][metric] for metric in [*SHOWN][1:]}
+    for each in [result for rule in rules for result in bases(out, rule)]:
+        found.append(each._replace(evaluations=[each.evaluations[0] | lost]))
+    write(found, [results.rule_table(found, rule) for rule in rules], out, "runs", "table")
+    results.draw(found, out / "rules.svg")
 
 
 def forgetting(
-    rules: tuple[str, str], best: dict[str, float], seeds: Sequence[int], out: Path
-) -> list[str]:
-    """Two rules one after the other: a line per method, what is kept of each (arXiv 2601.19897).
-
-    Args:
-      rules: the first and the second.
-      best: learning rate of each method.
-      seeds: of the runs.
-      out: where the runs are kept.
-    """
+    out: Path, rules: tuple[str, str], best: dict[str, float], seeds: Sequence[int]
+) -> None:
+    """Two rules one after the other (arXiv 2601.19897): OUT/forgetting.md and OUT/then.csv."""
     first, second = rules
-    columns = [f"{first}, learned", f"{second}, then learned", f"{first}, then left"]
-    lines = ["| method | " + " | ".join(columns) + " |", "|---" * 4 + "|"]
-    for name, method in METHODS.items():
-        kept: list[list[float]] = [[], [], []]
-        for seed in seeds:
-            one = run(study(first), method, best[name], seed, out / first)
-            two = run(after(one, second), method, best[name], seed, out / f"{first}_then_{second}")
-            old = two.workdir / "final" / first
-            folders = [
-                final(one, "heldout"),
-                final(two, "heldout"),
-                evaluated(
-                    two.workdir, old, "heldout", "student", f"RuleQuestions.rule = {first!r}"
-                ),
-            ]
-            for values, folder in zip(kept, folders, strict=True):
-                values.append(share(folder))
-        lines.append(f"| {name} | " + " | ".join(spread(values, ".3f") for values in kept) + " |")
-    return lines
+    found = [asked(out, first, n, best[n], s) for n in METHODS for s in seeds]
+    found += [asked(out, second, n, best[n], s, first) for n in METHODS for s in seeds]
+    write(found, [results.forgetting_table(found, *rules)], out, "then", "forgetting")
 
 
-def write_csv(runs: dict[tuple[str, str, int, float], Run], path: Path) -> None:
-    """A line for every evaluation of every run; the last one has the final shares, where asked."""
-    metrics = ["eval/student/accuracy", "eval/student/accuracy_se", *SHOWN, TOKENS]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        finals = [f"final/{split}" for split in SPLITS]
-        writer.writerow(["rule", "method", "seed", "learning_rate", "step", *metrics, *finals])
-        for key, found in runs.items():
-            folders = [found.workdir / name for name in finals]
-            shares = [share(f) if (f / "summary.json").exists() else None for f in folders]
-            lines = [line for line in found.history if metrics[0] in line]
-            for line in lines:
-                values = [line.get(metric) for metric in metrics]
-                values += shares if line is lines[-1] else [None] * len(shares)
-                cells = (f"{value:.6g}" if value is not None else "" for value in values)
-                writer.writerow([*key, line["step"], *cells])
-
-
-def draw(tables: dict[str, dict[str, list[Run]]], path: Path) -> None:
-    """A row per rule: kept against tokens, and what a text costs more against kept."""
-    size = (8.4, 3.0 * len(tables))
-    figure, axes = panels(len(tables), 2, font_size=9, figsize=size, squeeze=False)
-    for (rule, runs), (left, right) in zip(tables.items(), axes, strict=True):
-        for number, (name, group) in enumerate(runs.items()):
-            for seed, each in enumerate(group):
-                tokens, kept = each.series("eval/student/accuracy", TOKENS).T
-                nats = each.series("probe/text_nats")[:, 1]
-                label = name if seed == 0 else None
-                left.plot(tokens, kept, color=f"C{number}", label=label, lw=1)
-                right.plot(kept, nats - nats[0], "o-", color=f"C{number}", lw=0.7, ms=3)
-        left.set(xlabel="generated tokens", ylabel=f"{rule}: rule kept", ylim=(-0.02, 1.02))
-        right.set(xlabel="rule kept", ylabel="nats per token of a text, more", xlim=(-0.02, 1.02))
-        left.grid(alpha=0.3)
-        right.grid(alpha=0.3)
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
-
-
-def whole(rules: Sequence[str], best: dict[str, float], seeds: Sequence[int], out: Path) -> None:
-    """Runs what is missing; writes OUT/table.md, OUT/rules.svg and OUT/runs.csv."""
-    tables: dict[str, dict[str, list[Run]]] = {}
-    raw: dict[tuple[str, str, int, float], Run] = {}
-    for rule in rules:
-        tables[rule] = {
-            name: [run(study(rule), method, best[name], seed, out / rule) for seed in seeds]
-            for name, method in METHODS.items()
-        }
-        for name, group in tables[rule].items():
-            raw |= {(rule, name, s, best[name]): r for s, r in zip(seeds, group, strict=True)}
-    for name, method in METHODS.items():
-        for rate in RATES:
-            raw[rules[0], name, 0, rate] = run(study(rules[0]), method, rate, 0, out / rules[0])
-    lines = [line for rule, runs in tables.items() for line in [*rule_table(rule, runs, out), ""]]
-    print("", *lines, sep="\n")
-    (out / "table.md").write_text("\n".join(lines), encoding="utf-8")
-    write_csv(raw, out / "runs.csv")
-    draw(tables, out / "rules.svg")
+def write(
+    found: list[Result], tables: Sequence[list[str]], out: Path, name: str, table_name: str
+) -> None:
+    text = "\n".join(line for table in tables for line in [*table, ""])
+    print("", text, sep="\n")
+    results.write(found, out / f"{name}.csv")
+    (out / f"{table_name}.md").write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -286,10 +213,14 @@ def main() -> None:
     parser.add_argument("--then", default="", help="learn this rule after the first one, alone")
     parser.add_argument("--rates", action="store_true", help="train nothing")
     parser.add_argument("--seeds", type=int, default=3, help="besides seed 0, which tunes")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     out = arguments.out.resolve()
+    # Here and in every process: each run needs the same programs.
     jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(out / "compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     rules = arguments.rules.split(",")
     if arguments.rates:
         out.mkdir(parents=True, exist_ok=True)
@@ -298,13 +229,15 @@ def main() -> None:
     if importlib.util.find_spec("matplotlib") is None:  # Told before the hours of training.
         parser.exit(2, "the figure needs matplotlib: pip install '.[plot]'\n")
     seeds = range(1, 1 + arguments.seeds) if arguments.seeds else [0]
+    tuning = [(learned, (out, rules[0], n, rate, 0)) for n in METHODS for rate in RATES]
+    in_processes(tuning, arguments.processes, out / "processes.log")
     best = tune(study(rules[0]), out / rules[0])
+    todo = jobs(out, rules, best, seeds, arguments.then)
+    in_processes(todo, arguments.processes, out / "processes.log")
     if arguments.then:
-        lines = forgetting((rules[0], arguments.then), best, seeds, out)
-        print("", *lines, sep="\n")
-        (out / "forgetting.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        forgetting(out, (rules[0], arguments.then), best, seeds)
     else:
-        whole(rules, best, seeds, out)
+        whole(out, rules, best, seeds)
 
 
 if __name__ == "__main__":
