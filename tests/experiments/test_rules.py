@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """experiments/rules.py: checkers and splits by hand, losses by slow loops, tables by hand."""
 
-import csv
 import importlib
 import json
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from opsd_jax.errors import UserError
-from opsd_jax.evaluation.runs import TOKENS, Run
+from opsd_jax.evaluation.runs import Run
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.head import output_head
 from opsd_jax.run.config import load_experiment
@@ -26,12 +25,12 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 @pytest.fixture(scope="module")
 def modules():
-    """(rules, keeping, lost), found as a user's commands find them."""
+    """(rules, keeping, lost, results), found as a user's commands find them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXPERIMENTS))
         patch.syspath_prepend(str(EXPERIMENTS / "rules"))
         with gin.unlock_config():  # Another file of this worker may have read a config.
-            found = tuple(map(importlib.import_module, ("rules", "keeping", "lost")))
+            found = tuple(map(importlib.import_module, ("rules", "keeping", "lost", "results")))
         yield found
 
 
@@ -201,17 +200,17 @@ def test_the_old_answers_are_the_initial_models(modules, monkeypatch):
     assert lost.old_answers_kl(model, initial, initial, words) == pytest.approx(0, abs=1e-6)
 
 
-# ---- tables
+# ---- runs, and the tables of what is kept of them
 
 
-def a_run(folder, kept, final):
-    """Evaluations at 0, 4,000 and 8,000 tokens, and the share of each problem in the end."""
-    history = [
+def result(results, method, kept, asked, seed=1, rate=1e-3, rule="json", before=""):
+    """Evaluations at 0, 4,000 and 8,000 tokens, and the share of each question in the end."""
+    lines = [
         {
             "step": i,
-            TOKENS: 4000 * i,
-            "eval/student/accuracy": value,
-            "eval/student/accuracy_se": 0.05,
+            results.TOKENS: 4000 * i,
+            results.KEPT: value,
+            results.SE: 0.05,
             "eval/student/length_mean": 40.0 - 10 * i,
             "probe/text_nats": 3 + 0.1 * i,
             "probe/facts": 0.5,
@@ -219,9 +218,154 @@ def a_run(folder, kept, final):
         }
         for i, value in enumerate(kept)
     ]
-    for split in ("heldout", "requests", "puzzles"):
-        write(folder / "final" / split, "student", final)
-    return Run(folder, None, "", history)
+    return results.Result(rule, method, seed, rate, lines, asked, before)
+
+
+@pytest.fixture
+def finished(modules, monkeypatch):
+    """(results, found): two methods of two seeds, a tuning run, and the model as it is."""
+    results = modules[3]
+    monkeypatch.setattr(results, "BUDGET", 6_000)
+
+    def everywhere(shares):
+        return dict.fromkeys(results.SPLITS, shares)
+
+    found = [result(results, "SFT", [0, 0.1, 0.1], {}, seed=0, rate=1e-4)]
+    for i in (0, 1):
+        found.append(
+            result(results, "OPSD", [0, 0.5, 0.9], everywhere([1, 1, 1, 0.5 + i / 4]), seed=1 + i)
+        )
+    for i in (1, 2):
+        found.append(result(results, "SFT", [0, 0.2, 0.4], everywhere([0.5, 0.25, 0.5, 0]), seed=i))
+    for name, shares in ((results.BARE, [0, 0.25]), (results.PROMPTED, [1, 0.5])):
+        found.append(result(results, name, [0.125], everywhere(shares), seed=0, rate=0.0))
+    return results, found
+
+
+def test_the_table_by_hand(finished):
+    results, found = finished
+    table = results.rule_table(found, "json")
+    assert table[2].startswith(
+        "| OPSD | 0.700 | 0.906 ± 0.044 | 0.906 ± 0.044 | 0.906 ± 0.044 | 8,000 | 20.0 | 3.200 |"
+    )
+    assert table[3].startswith("| SFT | 0.300 | 0.312 | 0.312 | 0.312 | 8,000 |")
+    # 1, 1, 1, .625 minus .5, .25, .5, 0, question by question.
+    assert "| +0.594 [+0.5" in table[3] and table[2].endswith("|  |")
+    assert table[4].startswith("| not trained |  | 0.125 | 0.125 | 0.125 | 0 | 40.0 | 3.000 |")
+    assert table[5].startswith("| prompted |  | 0.750 | 0.750 | 0.750 | 0 | 40.0 |")
+    assert len(table) == 6
+
+
+def test_a_short_run_has_no_number_at_the_budget(finished):
+    results, found = finished
+    for each in found:
+        each.evaluations.pop()
+    found = [each for each in found if each.evaluations]
+    assert results.rule_table(found, "json")[2].startswith("| OPSD | – | 0.906")
+
+
+def test_tuning_runs_are_the_table_where_there_is_no_other(finished):
+    results, found = finished
+    alone = [each._replace(seed=0) for each in found if each.asked and each.seed < 2]
+    assert results.rule_table(alone, "json")[2].startswith("| OPSD | 0.700 | 0.875 | 0.875 |")
+
+
+def test_what_is_written_is_read(finished, tmp_path):
+    results, found = finished
+    found.append(
+        result(results, "OPSD", [0.5, 0.25], {"heldout": [1, 0], "before": [0.5]}, before="upper")
+    )
+    for each in found:
+        if each.method == results.PROMPTED:
+            del each.evaluations[0][results.SE]
+    results.write(found, tmp_path / "a.csv")
+    assert results.read(tmp_path / "a.csv") == found
+    results.write(results.read(tmp_path / "a.csv"), tmp_path / "b.csv")
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+
+
+def test_what_is_left_by_hand(finished):
+    results, found = finished
+    for method, left in (("OPSD", [0, 0, 0.5, 0.5]), ("SFT", [0.5, 0.5, 0.5, 1])):
+        asked = {"heldout": [1, 1, 1, 0], "before": left}
+        found.append(result(results, method, [0, 1], asked, seed=1, rule="upper", before="json"))
+    table = results.forgetting_table(found, "json", "upper")
+    assert table[2] == "| OPSD | 0.875 | 0.750 | 0.250 |  |"  # of the same seed before
+    assert table[3].startswith("| SFT | 0.312 | 0.750 | 0.625 | -0.375 [-0.5")
+
+
+def test_the_figure_is_the_same_twice(finished, tmp_path):
+    pytest.importorskip("matplotlib")
+    results, found = finished
+    for name in ("a", "b"):
+        results.draw(found, tmp_path / f"{name}.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_tables_and_figure_of_the_page_are_those_of_the_kept_runs(modules, tmp_path):
+    """experiments/README.md against experiments/rules/*.csv."""
+    results, page = modules[3], (EXPERIMENTS / "README.md").read_text()
+    found = results.read(EXPERIMENTS / "rules" / "runs.csv")
+    lines = [line for rule in RULES for line in results.rule_table(found, rule)]
+    then = results.read(EXPERIMENTS / "rules" / "then.csv")
+    lines += results.forgetting_table(then, *(RULES[0], RULES[2]))
+    assert len(lines) == 3 * 8 + 6
+    assert [line for line in lines if line not in page] == []
+    pytest.importorskip("matplotlib")
+    results.draw(found, tmp_path / "rules.svg")
+    drawn = (tmp_path / "rules.svg").read_text()
+    kept = (EXPERIMENTS / "rules.svg").read_text()
+    assert drawn.count("<path") == kept.count("<path")  # another matplotlib draws other digits
+
+
+RULES = ["sentence", "json", "greeting"]
+
+
+def test_a_second_rule_starts_from_the_first_ones_student(modules, tmp_path, monkeypatch):
+    """The lines of its experiment, where it is kept, and what is asked of both rules."""
+    rules, results = modules[0], modules[3]
+    started, questions = [], []
+
+    def trained(study, method, rate, seed, out):
+        lines = study.seed_bindings(seed, out)
+        started.append((out.name, rate, seed, lines))
+        return Run(out / "run", None, "", [{"step": 0, results.KEPT: 0.5, results.TOKENS: 0}])
+
+    def evaluated(workdir, folder, split, role, *lines):
+        questions.append((str(folder.relative_to(tmp_path)), split, role, lines))
+        write(folder, role, [0, 0.5])
+        return folder
+
+    monkeypatch.setattr(rules, "run", trained)
+    monkeypatch.setattr(rules, "evaluated", evaluated)
+    best = {name: 1e-3 for name in rules.METHODS}
+    [(function, given), *others] = rules.jobs(tmp_path, ["sentence"], best, [1], "json")
+    assert len(others) == 3
+    found = function(*given)
+    workdir = tmp_path / "sentence" / "run"
+    assert [entry[0] for entry in started] == ["sentence", "sentence_then_json"]
+    assert started[0][3] == ["RuleQuestions.rule = 'sentence'"]
+    experiment, _ = load_experiment([str(EXPERIMENTS / "rules" / "opsd.gin")], started[1][3])
+    assert experiment.train.model.workdir == str(workdir)
+    assert experiment.train.problems.rule == "json"
+    assert questions == [
+        ("sentence_then_json/run/final/heldout", "heldout", "student", ()),
+        (
+            "sentence_then_json/run/final/sentence",
+            "heldout",
+            "student",
+            ("RuleQuestions.rule = 'sentence'",),
+        ),
+    ]
+    assert (found.rule, found.before, found.asked["before"]) == ("json", "sentence", [0, 0.5])
+
+
+def test_every_cell_is_a_job_of_its_own(modules, tmp_path):
+    rules = modules[0]
+    best = {name: 1e-3 for name in rules.METHODS}
+    todo = rules.jobs(tmp_path, RULES, best, [1, 2], "")
+    assert len(todo) == len(set(todo)) == 3 + 3 * 4 * 2
+    assert [given[-1] for _, given in todo[3:]] == [1] * 12 + [2] * 12
 
 
 def write(folder, role, shares):
@@ -241,60 +385,18 @@ def write(folder, role, shares):
     (folder / "summary.json").write_text(json.dumps({f"eval/{role}/length_mean": 25.0}))
 
 
-@pytest.fixture
-def finished(modules, tmp_path, monkeypatch):
-    """Two methods of two seeds, and the model as it is."""
-    monkeypatch.setattr(modules[0], "BUDGET", 6_000)
-    names = [modules[0].FIRST, "SFT on the prompted model"]
-    runs = {
-        names[0]: [
-            a_run(tmp_path / f"a{i}", [0, 0.5, 0.9], [1, 1, 1, 0.5 + i / 4]) for i in (0, 1)
-        ],
-        names[1]: [a_run(tmp_path / f"b{i}", [0, 0.2, 0.4], [0.5, 0.25, 0.5, 0]) for i in (0, 1)],
-    }
-    for split in ("heldout", "requests", "puzzles"):
+def test_the_model_as_it_is(modules, tmp_path):
+    rules = modules[0]
+    for split in rules.SPLITS:
         write(tmp_path / "base" / f"json_{split}_student", "student", [0, 0.25])
         write(tmp_path / "base" / f"json_{split}_teacher", "teacher", [1, 0.5])
-    return runs, tmp_path
-
-
-def test_the_table_by_hand(modules, finished):
-    runs, out = finished
-    table = modules[0].rule_table("json", runs, out)
-    assert table[2].startswith(
-        "| OPSD | 0.700 | 0.906 ± 0.044 | 0.906 ± 0.044 | 0.906 ± 0.044 | 8,000 | 20.0 | 3.200 |"
+    bare, prompted = rules.bases(tmp_path, "json")
+    assert (bare.method, bare.share("puzzles"), prompted.share("heldout")) == (
+        modules[3].BARE,
+        0.125,
+        0.75,
     )
-    assert table[3].startswith(
-        "| SFT on the prompted model | 0.300 | 0.312 | 0.312 | 0.312 | 8,000 |"
-    )
-    # 1, 1, 1, .625 minus .5, .25, .5, 0, problem by problem.
-    assert "| +0.594 [+0.5" in table[3]
-    assert table[4].startswith("| not trained |  | 0.125 | 0.125 | 0.125 | 0 | 25.0 | 3.000 |")
-    assert table[5].startswith("| prompted |  | 0.750 | 0.750 | 0.750 | 0 | 25.0 |")
-
-
-def test_a_second_rule_starts_from_the_first_ones_student(modules, finished, monkeypatch):
-    """The lines of its experiment, and what is told of both rules."""
-    rules = modules[0]
-    runs, out = finished
-    [one, two] = runs[rules.FIRST]
-    write(two.workdir / "final" / "sentence", "student", [0, 0, 0.5, 0.5])
-    lines = rules.after(one, "json").seed_bindings(1, out)
-    experiment, _ = load_experiment([str(EXPERIMENTS / "rules" / "opsd.gin")], lines)
-    assert experiment.train.model.workdir == str(one.workdir)
-    assert experiment.train.problems.rule == "json"
-    asked = []
-
-    def trained(study, method, rate, seed, out):
-        asked.append((rate, seed, out.name, study.seed_bindings(seed, out)))
-        return two if out.name == "sentence_then_json" else one
-
-    monkeypatch.setattr(rules, "run", trained)
-    best = {name: 1e-3 for name in rules.METHODS}
-    table = rules.forgetting(("sentence", "json"), best, [1], out)
-    assert len(table) == 2 + 4 and table[2] == "| OPSD | 0.875 | 0.938 | 0.250 |"
-    assert [a[2] for a in asked[:2]] == ["sentence", "sentence_then_json"]
-    assert asked[1][3] == lines and asked[0][3] == ["RuleQuestions.rule = 'sentence'"]
+    assert bare.last("eval/student/length_mean") == 25.0
 
 
 def test_rates_are_those_of_the_texts(modules, tmp_path):
@@ -311,26 +413,3 @@ def test_rates_are_those_of_the_texts(modules, tmp_path):
     for settings in rules.TOLD.values():  # Each can be read.
         lines = ["RuleQuestions.rule = 'upper'", *settings]
         load_experiment([str(EXPERIMENTS / "rules" / "opsd.gin")], lines)
-
-
-def test_a_short_run_has_no_number_at_the_budget(modules, finished):
-    runs, out = finished
-    for group in runs.values():
-        for each in group:
-            each.history.pop()
-    assert modules[0].rule_table("json", runs, out)[2].startswith("| OPSD | – | 0.906")
-
-
-def test_raw_numbers_and_figure_of_every_run(modules, finished, tmp_path):
-    runs, out = finished
-    keyed = {("json", name, s, 1e-3): r for name, rs in runs.items() for s, r in enumerate(rs)}
-    modules[0].write_csv(keyed, out / "runs.csv")
-    with (out / "runs.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 4 * 3 and {row["method"] for row in rows} == set(runs)
-    assert rows[2][TOKENS] == "8000" and rows[2]["probe/text_nats"] == "3.2"
-    assert [row["final/heldout"] for row in rows[:3]] == ["", "", "0.875"]
-    pytest.importorskip("matplotlib")
-    for name in ("a", "b"):
-        modules[0].draw({"json": runs}, out / f"{name}.svg")
-    assert (out / "a.svg").read_bytes() == (out / "b.svg").read_bytes()
