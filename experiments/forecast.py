@@ -5,136 +5,40 @@
 
 Every case is trained by the quickstart's recipe, so that what differs is the teacher: what it is
 shown, or the base that both roles are. The last four differ in what the probe does not look at,
-which is asked 64 problems before the first step. Writes OUT/table.md and OUT/forecast.csv; what is
-finished is kept below --out, a folder per case. A probe or a run takes about 25 s of CPU time, and
-each of the nine bases 2 to 5 minutes more.
+which is asked 64 problems before the first step. Then the studies of a pretrained model, probed
+alone: how they ended is known (experiments/README.md). Writes OUT/table.md and OUT/forecast.csv;
+what is finished is kept below --out, a folder per case, and jobs go side by side, --processes at a
+time. A probe or a run takes about 25 s of CPU time, and each of the nine bases 2 to 5 minutes more.
 """
 
 import argparse
 import csv
 import math
+import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from compare import Method, Study, run
+from forecast_cases import CASES, Row, lines
+from processes import in_processes, keep_programs
 from scipy.stats import rankdata
 
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation import forecast
 from opsd_jax.evaluation.report import spread
-from opsd_jax.evaluation.runs import ACCURACY
+from opsd_jax.evaluation.runs import ACCURACY, Run
 from opsd_jax.host.files import read_json
+from opsd_jax.run.config import load_experiment
 from opsd_jax.run.probe import probe_command
 
 HERE = Path(__file__).parent
 NUM_STEPS, EVERY, RATE = 60, 6, 1e-3
 NUM_PROBED, NUM_DRAWS = 64, 2_000
-RECIPE = (
-    "divergence.clip = 'rescale'",
-    "TestbedBase.warm_start = @WarmStart()",
-    "evaluate.roles = ('student',)",
-    "evaluate.greedy = False",
-    "train.probes = ()",
-)
-UNGATED = "WarmStart.require_gate = False"
-READS_MORE = ("WarmStart.answer_rows = 24", "WarmStart.feedback_rows = 24")
-GROUPS = "train.group_size = 8"
-
-
-class Case(NamedTuple):
-    """What is special of a case.
-
-    about: for the table; gin_file: below experiments/; bindings: over the recipe; same_as: the case
-    that is the same one before the first step, which is all that the probe sees.
-    """
-
-    about: str
-    gin_file: str = "quickstart.gin"
-    bindings: tuple[str, ...] = ()
-    same_as: str = ""
-
-
-def _hint(about: str, *bindings: str) -> Case:
-    return Case(about, "ablations/hints.gin", bindings)
-
-
-def _corpus(about: str, *bindings: str) -> Case:
-    """A base that was never taught to go on from its own text when it has a reference."""
-    lines = (UNGATED, "WarmStart.corpus = @WarmStartCorpus()", *bindings)
-    return Case(about, bindings=lines)
-
-
-def _loss(name: str) -> tuple[str, tuple[str, ...]]:
-    """An ablation with the loss of its file, not of the recipe."""
-    clip = "entry" if name == "entry_clip" else "none"
-    return f"ablations/{name}.gin", (f"divergence.clip = '{clip}'",)
-
-
-CASES = {
-    "quickstart": Case("the reference"),
-    "warm_1": Case("the reference, another base", bindings=("WarmStart.seed = 1",)),
-    "warm_2": Case("the reference, a third base", bindings=("WarmStart.seed = 2",)),
-    "weak_600": Case("a base of 600 steps", bindings=(UNGATED, "WarmStart.num_steps = 600")),
-    "weak_400": Case("a base of 400 steps", bindings=(UNGATED, "WarmStart.num_steps = 400")),
-    "no_drop": _corpus("a base that never missed a lemma", "WarmStartCorpus.drop = 0.0"),
-    "no_wrong": _corpus(
-        "a base that never went on from an error", "WarmStartCorpus.wrong_prefix = 0.0"
-    ),
-    "leaky": Case("a leaky base", "ablations/leaky_teacher.gin"),
-    "irrelevant_1": _hint(
-        "1 of 3 lemmas irrelevant",
-        "contexts.teacher = @irrelevant_lemmas",
-        "irrelevant_lemmas.num = 1",
-    ),
-    "irrelevant_2": _hint(
-        "2 of 3 lemmas irrelevant",
-        "contexts.teacher = @irrelevant_lemmas",
-        "irrelevant_lemmas.num = 2",
-    ),
-    "wrong_25": _hint(
-        "a quarter of the lemmas wrong",
-        "contexts.teacher = @wrong_lemmas",
-        "wrong_lemmas.share = 0.25",
-    ),
-    "wrong_50": _hint(
-        "half of the lemmas wrong", "contexts.teacher = @wrong_lemmas", "wrong_lemmas.share = 0.5"
-    ),
-    "wrong_100": _hint(
-        "all lemmas wrong", "contexts.teacher = @wrong_lemmas", "wrong_lemmas.share = 1.0"
-    ),
-    "two_lemmas": _hint("the answer and 2 lemmas", "first_lemmas.num = 2"),
-    "one_lemma": _hint("the answer and 1 lemma", "first_lemmas.num = 1"),
-    "answer_alone": _hint("the answer alone"),
-    "other_reference": Case("another problem's reference", "ablations/other_reference.gin"),
-    "plain_context": Case("nothing", "ablations/plain_context.gin"),
-    "unread_sibling": Case(
-        "a sibling, which the base cannot read",
-        bindings=("contexts.teacher = '{question}|{sibling}?'", GROUPS),
-    ),
-    "reference_8": Case("the reference, 8 problems a step", bindings=(*READS_MORE, GROUPS)),
-    "sibling": Case(
-        "a sibling, 8 problems a step",
-        bindings=(*READS_MORE, GROUPS, "contexts.teacher = '{question}|{sibling}?'"),
-    ),
-    "feedback": Case(
-        "feedback on wrong answers",
-        bindings=(
-            *READS_MORE,
-            "contexts.teacher = '{question}|{feedback}?'",
-            "train/ChainArithmetic.feedback = True",
-        ),
-    ),
-    "live": Case("the reference, live weights", "ablations/teacher_live.gin", (), "quickstart"),
-    "entry_clip": Case("the reference, the official clip", *_loss("entry_clip"), "quickstart"),
-    "no_clip": Case("the reference, no clip", *_loss("forward_kl"), "quickstart"),
-    "leaky_no_clip": Case("a leaky base, no clip", *_loss("leaky_teacher"), "leaky"),
-}
-
 # number of the probe -> its column; the first three are the teacher's minus the student's
 NUMBERS = {
     "accuracy": "accuracy",
@@ -147,11 +51,6 @@ NUMBERS = {
     "first_8": "in the first 8 tokens",
 }
 OUTCOMES = ("learned", "unchanged", "harmed")
-Row = Mapping[str, Any]
-
-
-def lines(case: Case, out: Path) -> list[str]:
-    return [*RECIPE, f"TestbedBase.cache_dir = '{out / 'bases'}'", *case.bindings]
 
 
 def probed(name: str, out: Path) -> dict[str, float]:
@@ -174,14 +73,18 @@ def numbers(found: Mapping[str, float]) -> dict[str, float]:
     return told | gaps | {"gap_wrong_more": wrong - right, "first_8": found["first/8"]}
 
 
-def trained(name: str, seeds: Sequence[int], out: Path) -> Row:
+def trained(name: str, seed: int, out: Path) -> Run:
+    """One seed of a case, trained if it is not there."""
+    study = Study({}, [RATE], [], [], lambda seed, _: lines(CASES[name], out))
+    method = Method(CASES[name].gin_file, NUM_STEPS, EVERY)
+    return run(study, method, RATE, seed, out / name)
+
+
+def ends(runs: Sequence[Run]) -> Row:
     """Held-out accuracy of each seed before, at its best and at the end.
 
     "error" is the standard error of the difference of two evaluations.
     """
-    study = Study({}, [RATE], [], [], lambda seed, _: lines(CASES[name], out))
-    method = Method(CASES[name].gin_file, NUM_STEPS, EVERY)
-    runs = [run(study, method, RATE, seed, out / name) for seed in seeds]
     curves = [each.series(ACCURACY)[:, 1] for each in runs]
     errors = [each.series(f"{ACCURACY}_se")[[0, -1], 1] for each in runs]
     return {
@@ -190,6 +93,28 @@ def trained(name: str, seeds: Sequence[int], out: Path) -> Row:
         "last": [float(curve[-1]) for curve in curves],
         "error": float(np.mean(np.linalg.norm(errors, axis=1))),
     }
+
+
+def of_each_base(names: Iterable[str], out: Path) -> list[str]:
+    """The first case of each model that the cases start from."""
+    found: dict[Any, str] = {}
+    for name in names:
+        case = CASES[name]
+        experiment, _ = load_experiment([str(HERE / case.gin_file)], lines(case, out))
+        found.setdefault(experiment.train.model, name)
+    return list(found.values())
+
+
+def finish(names: Sequence[str], seeds: Sequence[int], out: Path, num: int) -> None:
+    """Probes and trains what is not there yet, `num` jobs at a time."""
+    log = out / "processes.log"
+    names_probed = list(dict.fromkeys(CASES[name].same_as or name for name in names))
+    firsts = of_each_base(names_probed, out)  # two would train one base at the same time
+    in_processes([(probed, (name, out)) for name in firsts], num, log)
+    jobs = [(probed, (name, out)) for name in names_probed if name not in firsts]
+    mine = [name for name in names if CASES[name].ended is None]
+    jobs += [(trained, (name, seed, out)) for seed in seeds for name in mine]
+    in_processes(jobs, num, log)
 
 
 # ---- tables, of rows alone
@@ -300,20 +225,23 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="names of cases, with commas")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     chosen = [name for name in arguments.only.split(",") if name] or list(CASES)
     if unknown := set(chosen) - set(CASES):
         raise UserError(f"--only: no case {', '.join(sorted(unknown))}; {', '.join(CASES)}")
-    jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
+    keep_programs(out)
+    seeds = range(1, 1 + arguments.seeds)
+    finish(chosen, seeds, out, arguments.processes)
     rows: list[Row] = []
     for name in chosen:
         case, found = CASES[name], probed(name, out)
         special = {"case": name, "about": case.about, "same_as": case.same_as}
         special["advice"] = forecast.kind(found)
-        seeds = range(1, 1 + arguments.seeds)
-        rows.append(special | numbers(found) | trained(name, seeds, out))
+        end = case.ended() if case.ended else ends([trained(name, s, out) for s in seeds])
+        rows.append(special | numbers(found) | end)
     tables = [*case_table(rows), "", *rank_table(rows), "", *confusion(rows)]
     print("", *tables, sep="\n")
     (out / "table.md").write_text("\n".join(tables) + "\n", encoding="utf-8")

@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from opsd_jax.errors import UserError
 
 Job = tuple[Callable[..., Any], tuple[Any, ...]]  # a function of a module, and what it is given
@@ -28,6 +30,13 @@ def shares(num: int) -> list[set[int]]:
         return [set()] * num
     cores = sorted(os.sched_getaffinity(0))
     return [set(cores[i::num]) or set(cores) for i in range(num)]
+
+
+def keep_programs(out: Path) -> None:
+    """Compiled programs are kept in OUT/compiled, by this process and by those that it starts."""
+    jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(out / "compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 def in_processes(jobs: Sequence[Job], num: int, log: Path) -> None:

@@ -21,10 +21,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from compare import Method, Study, run, tune
-from processes import Job, in_processes
+from processes import Job, in_processes, keep_programs
 
 import opsd_jax
 from opsd_jax.errors import UserError
@@ -217,10 +216,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     out = arguments.out.resolve()
-    # Here and in every process: each run needs the same programs.
-    jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(out / "compiled")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    keep_programs(out)
     rules = arguments.rules.split(",")
     if arguments.rates:
         out.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,8 @@ def test_cases_differ_in_the_teacher_alone(script, tmp_path):
     whole = loaded(script.CASES["quickstart"])
     for name, case in script.CASES.items():
         found = loaded(case)
+        if case.ended is not None:  # A study with a recipe of its own.
+            continue
         assert (recipe(found) == recipe(whole)) == (not case.same_as), name
         same = found.contexts == whole.contexts and found.train.model == whole.train.model
         same &= found.train.problems == whole.train.problems
