@@ -29,7 +29,7 @@ from opsd_jax.divergence.config import DivergenceConfig
 from opsd_jax.divergence.rows import TokenDivergence, logit_gradient, prepare_rows, row_divergence
 from opsd_jax.divergence.vocabulary import Vocabulary
 from opsd_jax.model.head import Head, head_logits
-from opsd_jax.model.sharding import Axis, axis_size
+from opsd_jax.model.sharding import Axis, axis_size, length_axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +40,17 @@ class VocabularyMesh:
       mesh: a concrete or abstract mesh with Auto axes, or None for one device.
       batch_axis: axis or axes that split the rows, or None.
       vocab_axis: axis that splits the head's vocabulary, or None.
+      length_axis: axis that splits the tokens of a row, or None.
     """
 
     mesh: Any = None
-    batch_axis: Axis = None
+    batch_axis: tuple[str, ...] | None = None
     vocab_axis: str | None = None
+    length_axis: Axis = None
 
 
-def vocabulary_mesh(mesh: Any, batch_size: int, vocab_axis: str = "model") -> VocabularyMesh:
-    """The layout on `mesh`, or on the mesh of `jax.set_mesh` when `mesh` is None.
+def vocabulary_mesh(mesh: Any, shape: tuple[int, int], vocab_axis: str = "model") -> VocabularyMesh:
+    """The layout of [B, C] tokens on `mesh`, or on that of `jax.set_mesh` when `mesh` is None.
 
     Axes that are absent, or that some outer `shard_map` already took, are left alone; rows that
     do not divide over the batch axis are computed on every device of it.
@@ -59,13 +61,14 @@ def vocabulary_mesh(mesh: Any, batch_size: int, vocab_axis: str = "model") -> Vo
         for name, kind in zip(mesh.axis_names, mesh.axis_types or (), strict=True)
         if kind == jax.sharding.AxisType.Auto and mesh.shape[name] > 1
     }
-    batch_axis = tuple(name for name in mesh.axis_names if name in auto - {vocab_axis}) or None
     if not auto:
         return VocabularyMesh()
-    rows_divide = batch_size % axis_size(mesh, batch_axis) == 0
-    return VocabularyMesh(
-        mesh, batch_axis if rows_divide else None, vocab_axis if vocab_axis in auto else None
-    )
+    length = length_axis(mesh, shape[1]) if "sequence" in auto else None
+    others = auto - {vocab_axis, length}
+    batch_axis = tuple(name for name in mesh.axis_names if name in others) or None
+    rows_divide = shape[0] % axis_size(mesh, batch_axis) == 0
+    vocab = vocab_axis if vocab_axis in auto else None
+    return VocabularyMesh(mesh, batch_axis if rows_divide else None, vocab, length)
 
 
 class Operands(NamedTuple):
@@ -171,9 +174,10 @@ def _on_mesh(plan, function, *static):
     local = functools.partial(function, plan, *static)
     if place.mesh is None:
         return local
-    rows = PartitionSpec(place.batch_axis)
+    rows = PartitionSpec(place.batch_axis, place.length_axis)
     kernel = PartitionSpec(place.vocab_axis)
-    partial = PartitionSpec(place.batch_axis, place.vocab_axis)
+    tokens = (*(place.batch_axis or ()), *([place.length_axis] if place.length_axis else []))
+    partial = PartitionSpec(tokens or None, place.vocab_axis)
     teachers = ((rows, kernel),) * (len(plan.softcaps) - 1)
     operands = Operands(rows, kernel, teachers, rows, rows)
     forward = function is _forward

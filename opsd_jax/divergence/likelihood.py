@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from opsd_jax.divergence.vocabulary import Vocabulary
 from opsd_jax.model.head import Head, head_logits
+from opsd_jax.model.sharding import axis_size, length_axis
 
 
 def token_logps(
@@ -46,17 +48,31 @@ def token_logps(
     if token_block is None:
         logps, entropy = read(hidden, ids)
     else:
-        # Blocks run over positions and never over rows, which may be sharded.
-        width = max(1, min(C, token_block // B))
-        num_blocks = -(-C // width)
+        # Blocks run over positions and never over rows or parts of a text, which may be sharded.
+        mesh = jax.sharding.get_abstract_mesh()
+        axis = length_axis(mesh, C)
+        num_parts = axis_size(mesh, axis)
+        part = C // num_parts
+        width = max(1, min(part, token_block // (B * num_parts)))
+        num_blocks = -(-part // width)
 
         def blocks(x):
-            filled = jnp.pad(x, [(0, 0), (0, num_blocks * width - C)] + [(0, 0)] * (x.ndim - 2))
-            return filled.reshape(B, num_blocks, width, *x.shape[2:]).swapaxes(0, 1)
+            x = x.reshape(B, num_parts, part, *x.shape[2:])
+            rest = (0, num_blocks * width - part)
+            filled = jnp.pad(x, [(0, 0), (0, 0), rest] + [(0, 0)] * (x.ndim - 3))
+            filled = filled.reshape(B, num_parts, num_blocks, width, *x.shape[3:])
+            return jnp.moveaxis(filled, 2, 0)
 
         def whole(x):
-            return x.swapaxes(0, 1).reshape(B, -1)[:, :C]
+            return jnp.moveaxis(x, 0, 2).reshape(B, num_parts, -1)[:, :, :part].reshape(B, C)
 
-        found = jax.lax.map(lambda x: jax.checkpoint(read)(*x), (blocks(hidden), blocks(ids)))
+        def own(x):  # left alone, the compiler gathers the parts of every block
+            anyhow = PartitionSpec.UNCONSTRAINED
+            places = PartitionSpec(anyhow, axis, anyhow)
+            return jax.lax.with_sharding_constraint(x, places) if axis else x
+
+        found = jax.lax.map(
+            lambda x: jax.tree.map(own, jax.checkpoint(read)(*x)), (blocks(hidden), blocks(ids))
+        )
         logps, entropy = jax.tree.map(whole, found)
     return jnp.where(mask, logps, 0.0), jnp.where(mask, entropy, 0.0)

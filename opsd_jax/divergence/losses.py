@@ -73,7 +73,7 @@ def token_divergence(
     hiddens, heads = _as_tuple(teacher_hidden), _as_tuple(teacher_head)
     _check(config, student_head.kernel.shape[0], [head.kernel.shape[0] for head in heads])
     if config.implementation == "fused":
-        place = vocabulary_mesh(mesh, completion_ids.shape[0])
+        place = vocabulary_mesh(mesh, completion_ids.shape)
         tokens = fused_divergence(
             config,
             student_hidden,

@@ -214,7 +214,15 @@ def attend_text(
       [B, K, G, T, H] in the dtype of the queries.
     """
     if config.attention == "xla":
-        return attend_in_blocks(q_BKGTH, kv, positions_BT, window, config.attention_softcap)
+        softcap = config.attention_softcap
+        if "sequence" not in jax.sharding.get_abstract_mesh().shape:
+            return attend_in_blocks(q_BKGTH, kv, positions_BT, window, softcap)
+        return on_each_device(
+            lambda q, keys, values, *rest: attend_in_blocks(q, KV(keys, values), *rest, softcap),
+            *[("bk", x) for x in (q_BKGTH, kv.keys, kv.values)],
+            ("b", positions_BT),
+            ("", window),
+        )
     kernel: Callable[..., jax.Array] = splash if config.attention == "splash" else flash
 
     def run(width: int | None) -> Callable[..., jax.Array]:
@@ -340,7 +348,7 @@ def on_each_device(
     place = {
         "l": None,
         "b": batch if batch and B % axis_size(mesh, batch) == 0 else None,
-        "k": heads if heads and K % mesh.shape[heads] == 0 else None,
+        "k": heads if heads and K % axis_size(mesh, heads) == 0 else None,
     }
 
     def spec(axes: str) -> PartitionSpec:

@@ -34,7 +34,7 @@ from opsd_jax.model.joined import joined_product
 from opsd_jax.model.kv_cache import KV, KVCache, LayersKV, Recent, put
 from opsd_jax.model.projection import PRODUCT, logical, project
 from opsd_jax.model.quantized import scaled
-from opsd_jax.model.sharding import looked_up, platform
+from opsd_jax.model.sharding import in_parts, looked_up, platform
 from opsd_jax.model.token_attention import Settings, attend_new
 
 
@@ -125,6 +125,7 @@ class Attention(nn.Module):
             q, k = self._norm(q, "q_norm"), self._norm(k, "k_norm")
         q = rotate(q, positions_BT, numbers.rope, numbers.query_scale)
         k = rotate(k, positions_BT, numbers.rope)
+        q, k, v = map(in_parts, (q, k, v))
         q_BKGTH = q.reshape(B, T, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
         kv = KV(keys=k.transpose(0, 2, 3, 1), values=v.transpose(0, 2, 1, 3))
         if cache is None and recent is None:
@@ -136,7 +137,8 @@ class Attention(nn.Module):
                 kv, positions_BS = put(recent, kv), recent.cache.positions
             new = KVCache(kv, positions_BS)
             out = attend_cached(c, q_BKGTH, cache, new, numbers.layer, positions_BT, numbers.window)
-        return out.transpose(0, 3, 1, 2, 4).reshape(B, T, c.num_heads, c.head_dim), kv
+        out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, c.num_heads, c.head_dim)
+        return in_parts(out), kv
 
     def _attend_at_once(self, x_BTD, positions_BT, numbers, cache, recent) -> tuple[jax.Array, KV]:
         """`_attend` of one token per row by one kernel (`token_attention.py`)."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax.model.config import ModelConfig
-from opsd_jax.model.products import product
+from opsd_jax.model.products import of_rows
 from opsd_jax.model.quantized import scaled
 
 
@@ -39,8 +39,7 @@ def soft_cap(logits: jax.Array, softcap: float | None) -> jax.Array:
 
 def hidden_first(hidden: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
     """hidden @ kernelᵀ: [..., D] x [V, D] -> [..., V] in a dtype."""
-    logits = product("md,vd->mv", hidden.reshape(-1, hidden.shape[-1]), kernel, dtype)
-    return logits.reshape(*hidden.shape[:-1], -1)
+    return of_rows("d,vd->v", hidden, kernel, dtype)
 
 
 def head_logits(

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where every array lives: a `[replica x] data x model` mesh, one table from logical to mesh axes.
+"""Where every array lives: a mesh of up to four axes, one table from logical to mesh axes.
 
 Parameters carry logical axis names (`model.py`); the table sends them to mesh axes. With the
 default table the batch and the parameters are split over `data` (fully sharded) and heads, MLP
 and vocabulary over `model` (tensor parallel). `replica`, outside of both, splits the batch alone:
-parameters are whole in each replica, and gradients are summed over them. Arrays whose dimension
-does not divide stay whole in that dimension. What used to be `pjit` is `jax.jit` with these
-shardings.
+parameters are whole in each replica, and gradients are summed over them. `sequence` is more `data`
+until texts are scored, whose tokens it then splits (`texts_split`). Arrays whose dimension does not
+divide stay whole in that dimension. What used to be `pjit` is `jax.jit` with these shardings.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import jax
@@ -57,39 +58,46 @@ class MeshConfig:
       fully_sharded: also split the parameters and the optimiser over `data`.
       replica: devices along `replica`; as many as there are slices or hosts, it keeps all exchange
         but that of gradients within each.
+      sequence: devices along `sequence`, for texts that are too long for one: where they are
+        scored, each has a part of every text, and of the heads while these attend
+        (arXiv 2309.14509), so the model's key heads must divide by `model` times `sequence`.
     """
 
     data: Annotated[int, (-1,)] | Count = -1
     model: Count = 1
     fully_sharded: bool = True
     replica: Count = 1
+    sequence: Count = 1
 
     def __post_init__(self):
         require("mesh", self)
 
     @property
     def rules(self) -> Rules:
-        rules = FULLY_SHARDED if self.fully_sharded else REPLICATED_OVER_DATA
-        if self.replica == 1:
-            return rules
-        return (("batch", ("replica", "data")), *(rule for rule in rules if rule[0] != "batch"))
+        rules = dict(FULLY_SHARDED if self.fully_sharded else REPLICATED_OVER_DATA)
+        more = ("sequence",) * (self.sequence > 1)
+        outer = ("replica",) * (self.replica > 1)
+        if outer or more:
+            rules["batch"] = (*outer, "data", *more)
+        if more and self.fully_sharded:
+            rules["embed"] = (*more, "data")  # in this order `looked_up` can exchange parts
+        return tuple(rules.items())
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """Devices along each axis of the mesh, outermost first; no `replica` where there is one.
+        """Devices along each axis, outermost first; no `replica` or `sequence` where there is one.
 
         Raises:
           UserError: so many devices do not fill it.
         """
-        others = self.replica * self.model
+        others = self.replica * self.sequence * self.model
         data = self.data if self.data > 0 else max(1, num_devices // others)
-        if data * others != num_devices:
-            replica = f"mesh.replica = {self.replica} times " if self.replica > 1 else ""
-            raise UserError(
-                f"{replica}mesh.data = {data} times mesh.model = {self.model} must equal the "
-                f"number of devices, {num_devices}"
-            )
-        sizes = {"replica": self.replica, "data": data, "model": self.model}
-        return sizes if self.replica > 1 else {"data": data, "model": self.model}
+        sizes = {"replica": self.replica, "data": data, "sequence": self.sequence}
+        sizes = {name: n for name, n in sizes.items() if n > 1 or name == "data"}
+        sizes["model"] = self.model
+        if math.prod(sizes.values()) != num_devices:
+            names = " times ".join(f"mesh.{name} = {n}" for name, n in sizes.items())
+            raise UserError(f"{names} must equal the number of devices, {num_devices}")
+        return sizes
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
@@ -123,8 +131,9 @@ def axis_size(mesh: Mesh | AbstractMesh, axis: Axis) -> int:
 
 
 def rows_axis(mesh: Mesh | AbstractMesh) -> Axis:
-    """What splits a batch."""
-    return ("replica", "data") if "replica" in mesh.shape else "data"
+    """What splits a batch, but where texts are split."""
+    names = tuple(name for name in ("replica", "data", "sequence") if name in mesh.shape)
+    return names if len(names) > 1 else "data"
 
 
 def rows_axis_in_words(mesh: Mesh) -> tuple[str, str]:
@@ -160,7 +169,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis over `data`, and `replica`."""
+    """The leading axis over `data`, `replica` and `sequence`."""
     return NamedSharding(mesh, PartitionSpec(rows_axis(mesh)))
 
 
@@ -174,6 +183,42 @@ def on_mesh(compiled: Callable, mesh: Mesh, rules: Rules) -> Callable:
     return call
 
 
+@contextmanager
+def texts_split() -> Iterator[int]:
+    """In its scope the rules split texts over `sequence`, and rows over the other axes alone.
+
+    Heads, of activations, are split over both `sequence` and `model`. Gives the number of parts, 1
+    where the mesh that is set has no such axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if "sequence" not in mesh.shape:
+        yield 1
+        return
+    axes = rows_axis(mesh)
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    rules = dict(nn.get_logical_axis_rules())
+    rules["batch"] = tuple(name for name in names if name != "sequence")
+    rules |= {"length": "sequence", "kv_heads": ("sequence", "model")}
+    with nn.logical_axis_rules(tuple(rules.items())):
+        yield mesh.shape["sequence"]
+
+
+def in_parts(x_BTNH: jax.Array) -> jax.Array:
+    """Of texts that are split, each device's part for all heads that `model` gives it.
+
+    Attention wants whole texts for some heads; left alone, the compiler also projects these whole.
+    """
+    if dict(nn.get_logical_axis_rules()).get("length") is None:
+        return x_BTNH
+    return nn.with_logical_constraint(x_BTNH, ("batch", "length", "heads", "head_dim"))
+
+
+def length_axis(mesh: Mesh | AbstractMesh, length: int) -> Axis:
+    """What splits so many tokens of a text that was read under `texts_split`."""
+    size = dict(mesh.shape).get("sequence", 1)
+    return "sequence" if size > 1 and length % size == 0 else None
+
+
 def platform() -> str:
     """cpu, gpu or tpu: of the mesh that is set, which need not be here, or of this process."""
     device = jax.sharding.get_abstract_mesh().abstract_device
@@ -181,25 +226,38 @@ def platform() -> str:
 
 
 def looked_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """table[ids], where the table may be split over `data`; no row visits another replica.
+    """table[ids], where the table may be split along D; no row visits another replica.
 
-    A device looks up its part of D for the rows of all that hold the other parts, and these then
-    exchange. Left alone, the compiler takes that to be the rows of all devices.
+    A device looks up its part of D for the texts of all that hold the other parts, and these then
+    exchange. Left alone, the compiler takes that to be the texts of all devices.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if "replica" not in mesh.shape or len(ids_BT) % axis_size(mesh, rows_axis(mesh)):
+    mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
+    axes, length = rules.get("batch", rows_axis(mesh)), rules.get("length")
+    replica = "replica" if "replica" in mesh.shape else None
+    if not (replica or length) or len(ids_BT) % axis_size(mesh, axes):
         return table_VD[ids_BT]
     place = jax.lax.with_sharding_constraint
     anyhow = PartitionSpec.UNCONSTRAINED
-    x_BTD = table_VD[place(ids_BT, PartitionSpec("replica"))]
-    x_BTD = place(x_BTD, PartitionSpec("replica", None, anyhow))
-    return place(x_BTD, PartitionSpec(rows_axis(mesh)))
+    x_BTD = table_VD[place(ids_BT, PartitionSpec(replica))]
+    x_BTD = place(x_BTD, PartitionSpec(replica, None, anyhow))
+    if length:
+        x_BTD = place(x_BTD, PartitionSpec(axes, None, length))
+    return place(x_BTD, PartitionSpec(axes, length))
 
 
 def check_batch(batch_size: int, num_micro_batches: int, mesh: Mesh) -> None:
-    """Raises a UserError unless the batch splits evenly over micro-batches and devices."""
-    if batch_size % (num_micro_batches * axis_size(mesh, rows_axis(mesh))):
-        names, numbers = rows_axis_in_words(mesh)
+    """Raises a UserError unless the batch splits evenly over devices, and micro-batches do over
+    those that do not share the texts of one."""
+    rows = axis_size(mesh, rows_axis(mesh))
+    sequence = dict(mesh.shape).get("sequence", 1)
+    names, numbers = rows_axis_in_words(mesh)
+    if sequence > 1 and batch_size % rows:
+        raise UserError(
+            f"train.batch_size = {batch_size} must be a multiple of {names} = {numbers}"
+        )
+    if batch_size % (num_micro_batches * rows // sequence):
+        if sequence > 1:
+            names, numbers = names.rsplit(" x ", 1)[0], numbers.rsplit(" x ", 1)[0]
         raise UserError(
             f"train.batch_size = {batch_size} must be a multiple of train.num_micro_batches x "
             f"{names} = {num_micro_batches} x {numbers}"

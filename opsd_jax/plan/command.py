@@ -276,14 +276,14 @@ def row(plan: Plan, target: Target) -> str:
 
 def variants(experiment: Experiment, config: ModelConfig, target: Target) -> Iterator[Experiment]:
     """mesh.replica (1, or the hosts) x mesh.model x micro-batches x remat, as far as they divide
-    batch, heads and chips."""
-    train, chips = experiment.train, len(target.devices)
+    batch, heads and chips; mesh.sequence as it is."""
+    train, chips, sequence = experiment.train, len(target.devices), experiment.mesh.sequence
     meshes = itertools.product(sorted({1, networks(target)}), (1, 2, 4, 8), (1, 2, 4, 8))
     for replica, model, number in meshes:
-        rows = chips // model  # devices that a batch is split over
-        if chips % (replica * model) or config.num_kv_heads % model:
+        rows = chips // model // sequence  # parts of a micro-batch
+        if chips % (replica * model * sequence) or config.num_kv_heads % (model * sequence):
             continue
-        if train.batch_size % (number * rows):
+        if train.batch_size % (number * rows) or train.batch_size % (rows * sequence):
             continue
         mesh = dataclasses.replace(
             experiment.mesh, data=rows // replica, model=model, replica=replica

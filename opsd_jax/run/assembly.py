@@ -58,7 +58,13 @@ def model_of(train: TrainConfig, config: ModelConfig) -> Decoder:
 
 def check_devices(model: ModelConfig, rollout: RolloutConfig, mesh: Mesh) -> None:
     """Raises a UserError where a setting names a kernel or a memory that is not there."""
-    here = mesh.devices.flat[0].platform
+    here, sequence = mesh.devices.flat[0].platform, dict(mesh.shape).get("sequence", 1)
+    if model.num_kv_heads % (sequence * mesh.shape["model"]) and sequence > 1:
+        raise UserError(
+            f"mesh.sequence = {sequence} times mesh.model = {mesh.shape['model']} must divide the "
+            f"{model.num_kv_heads} key heads of the model: of a text that is split each device "
+            "attends with some heads"
+        )
     if model.remat == "offload_projections" and here == "cpu":
         raise UserError(
             "train.remat = 'offload_projections' needs an accelerator: a CPU has no other memory "

@@ -72,7 +72,7 @@ def changes_weights(model: Decoder, config: RolloutConfig) -> bool:
 
 
 def gathers(config: RolloutConfig) -> bool:
-    return config.gather_weights and num_devices("data") > 1
+    return config.gather_weights and num_shards() > 1
 
 
 def unrolls(model: Decoder, config: RolloutConfig) -> bool:
@@ -85,13 +85,18 @@ def unrolls(model: Decoder, config: RolloutConfig) -> bool:
 
 def joins(config: RolloutConfig) -> bool:
     """Whether launches are what a token waits for, and every device has whole matrices."""
-    whole = num_devices("model") == 1 and (gathers(config) or num_devices("data") == 1)
+    whole = num_devices("model") == 1 and (gathers(config) or num_shards() == 1)
     return platform() == "gpu" and whole and config.weights is None
 
 
 def num_devices(axis: str) -> int:
     """Along an axis of the mesh that is set."""
     return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
+
+
+def num_shards() -> int:
+    """Over which the parameters of a fully sharded model are split, besides `model`."""
+    return num_devices("data") * num_devices("sequence")
 
 
 def cast(variables: dict, dtype: str) -> dict:
@@ -116,7 +121,7 @@ def gathered(model: Decoder, variables: dict, config: RolloutConfig) -> dict:
     if config.weights is not None:
         boxed = jax.eval_shape(quantized, boxed)
     split = nn.get_logical_axis_rules()
-    whole = tuple((name, None if axis == "data" else axis) for name, axis in split)
+    whole = tuple((name, None if name == "embed" else axis) for name, axis in split)
     # Split first: XLA would else gather the rounded floats, and make them int8 afterwards.
     for rules in (split, whole):
         wanted = variable_shardings(boxed, jax.sharding.get_abstract_mesh(), rules)

@@ -163,6 +163,8 @@ MESHES = {
     "data 2 x model 4": MeshConfig(model=4),
     "replicated": MeshConfig(data=4, model=2, fully_sharded=False),
     "replica 2 x data 2 x model 2": MeshConfig(model=2, replica=2),
+    "data 4 x sequence 2": MeshConfig(sequence=2),
+    "replica 2 x sequence 2 x model 2": MeshConfig(replica=2, sequence=2, model=2),
 }
 
 
