@@ -17,6 +17,7 @@ Alphabet: N tokens of a device, n tokens of a block, U vocabulary rows of a devi
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +50,7 @@ class VocabularyMesh:
     length_axis: Axis = None
 
 
-def vocabulary_mesh(mesh: Any, shape: tuple[int, int], vocab_axis: str = "model") -> VocabularyMesh:
+def vocabulary_mesh(mesh: Any, shape: Sequence[int], vocab_axis: str = "model") -> VocabularyMesh:
     """The layout of [B, C] tokens on `mesh`, or on that of `jax.set_mesh` when `mesh` is None.
 
     Axes that are absent, or that some outer `shard_map` already took, are left alone; rows that

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from opsd_jax.divergence.vocabulary import Vocabulary
 from opsd_jax.model.head import Head, head_logits
@@ -50,8 +49,7 @@ def token_logps(
     else:
         # Blocks run over positions and never over rows or parts of a text, which may be sharded.
         mesh = jax.sharding.get_abstract_mesh()
-        axis = length_axis(mesh, C)
-        num_parts = axis_size(mesh, axis)
+        num_parts = axis_size(mesh, length_axis(mesh, C))
         part = C // num_parts
         width = max(1, min(part, token_block // (B * num_parts)))
         num_blocks = -(-part // width)
@@ -66,13 +64,6 @@ def token_logps(
         def whole(x):
             return jnp.moveaxis(x, 0, 2).reshape(B, num_parts, -1)[:, :, :part].reshape(B, C)
 
-        def own(x):  # left alone, the compiler gathers the parts of every block
-            anyhow = PartitionSpec.UNCONSTRAINED
-            places = PartitionSpec(anyhow, axis, anyhow)
-            return jax.lax.with_sharding_constraint(x, places) if axis else x
-
-        found = jax.lax.map(
-            lambda x: jax.tree.map(own, jax.checkpoint(read)(*x)), (blocks(hidden), blocks(ids))
-        )
+        found = jax.lax.map(lambda x: jax.checkpoint(read)(*x), (blocks(hidden), blocks(ids)))
         logps, entropy = jax.tree.map(whole, found)
     return jnp.where(mask, logps, 0.0), jnp.where(mask, entropy, 0.0)

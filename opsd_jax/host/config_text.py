@@ -13,7 +13,7 @@ FREE_TO_CHANGE = (
     "train.num_steps train.log_every_steps train.eval_every_steps train.checkpoint_every_steps "
     "train.checkpoint_every_minutes train.profile_steps train.compilation_cache train.hang_minutes "
     "train.keep_checkpoints train.num_samples_logged train.tensorboard train.wandb "
-    "mesh.data mesh.model mesh.fully_sharded mesh.replica"
+    "mesh.data mesh.model mesh.fully_sharded mesh.replica mesh.sequence"
 ).split()
 FREE_AREAS = ("guard.",)
 # Where an input lies may change too: what it is stands in the checkpoints (host/identity.py).

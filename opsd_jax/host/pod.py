@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Barriers and broadcasts of a pod's processes (multi-host), while they work on the host.
+"""Barriers, broadcasts and rows of a pod's processes (multi-host), while they work on the host.
 
 On CPU the first collective of a group of devices fails when one process comes to it 30 seconds
 after another, which compiling on a busy machine is enough for; later ones wait half an hour. So
@@ -195,3 +195,25 @@ def first_process_first(make: Callable[[], Made], what: str) -> Made:
     wait_for_all()
     assert made is not None
     return made
+
+
+def local_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(numbers, values) of the rows of a batch that this process's devices hold, ascending."""
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    starts = sorted(shards)
+    numbers = [np.arange(start, start + len(shards[start])) for start in starts]
+    return np.concatenate(numbers), np.concatenate([np.asarray(shards[s]) for s in starts])
+
+
+def gathered_rows(numbers: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
+    """[size] float32 on every process of what each knows of some rows; NaN where none does.
+
+    Where two processes hold a row, the value of the first stands on both.
+    """
+    rows = np.full(size, np.nan, np.float32)
+    rows[numbers] = values
+    if jax.process_count() == 1:
+        return rows
+    found = multihost_utils.process_allgather(rows)
+    first = np.argmin(np.isnan(found), axis=0)
+    return found[first, np.arange(size)]

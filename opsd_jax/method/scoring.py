@@ -32,9 +32,7 @@ def join(context: Context, completion_ids: jax.Array) -> jax.Array:
     return jnp.take_along_axis(both, source, axis=1)
 
 
-def scored_ids(
-    context: Context, completion: Completion, vocab_size: int, multiple_of: int = 1
-) -> jax.Array:
+def scored_ids(context: Context, completion: Completion, vocab_size: int) -> jax.Array:
     """Rows `[prompt | completion | filling]`, [B, P + C], filled with ids that all differ.
 
     No token sees what follows it, so the filling changes nothing. With one id there, most updates
@@ -45,10 +43,8 @@ def scored_ids(
       context: prompts [B, P].
       completion: [B, C]; its mask is True on a prefix of each row.
       vocab_size: V; the filling repeats after V positions.
-      multiple_of: what P + C is made a multiple of.
     """
     ids = join(context, completion.ids)
-    ids = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % multiple_of)))
     ends = context.lengths + jnp.sum(completion.mask, axis=1)
     filling = jnp.arange(ids.size, dtype=jnp.int32).reshape(ids.shape) % vocab_size
     return jnp.where(jnp.arange(ids.shape[1]) < ends[:, None], ids, filling)
@@ -100,13 +96,11 @@ def completion_hidden(
     Returns:
       [B, C, D] in the compute dtype.
     """
-    C, rngs = completion.ids.shape[1], None if dropout_key is None else {"dropout": dropout_key}
-    with texts_split() as num_parts:
-        ids = scored_ids(context, completion, model.config.vocab_size, num_parts)
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    with texts_split() as split:
+        ids = scored_ids(context, completion, model.config.vocab_size)
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         hidden, _ = model.apply(variables, ids, positions, rngs=rngs)
-        rows = context.lengths[:, None] - 1 + jnp.arange(C)
+        rows = context.lengths[:, None] - 1 + jnp.arange(completion.ids.shape[1])
         hidden = jnp.take_along_axis(hidden, rows[:, :, None], axis=1)
-        if num_parts == 1 or C % num_parts:
-            return hidden
-        return nn.with_logical_constraint(hidden, ("batch", "length", None))
+        return nn.with_logical_constraint(hidden, ("batch", "length", None)) if split else hidden

@@ -15,6 +15,7 @@ Alphabet: B batch, T queries, S keys, N query heads, K key/value heads, G = N / 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -213,12 +214,37 @@ def attend_text(
     Returns:
       [B, K, G, T, H] in the dtype of the queries.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    if "sequence" in mesh.shape:
+        shape = q_BKGTH.shape
+        q_BKGTH, kv = more_key_heads(q_BKGTH, kv, axis_size(mesh, ("sequence", "model")))
+        return attend_heads(config, q_BKGTH, kv, positions_BT, window).reshape(shape)
+    if config.attention == "xla":  # which the compiler can split
+        return attend_in_blocks(q_BKGTH, kv, positions_BT, window, config.attention_softcap)
+    return attend_heads(config, q_BKGTH, kv, positions_BT, window)
+
+
+def more_key_heads(q_BKGTH: jax.Array, kv: KV, multiple_of: int) -> tuple[jax.Array, KV]:
+    """The same attention with each key head as often as makes their number a multiple.
+
+    As it is where the query heads of a key head do not divide so.
+    """
+    B, K, G, T, H = q_BKGTH.shape
+    times = multiple_of // math.gcd(K, multiple_of)
+    if times == 1 or G % times:
+        return q_BKGTH, kv
+    q = q_BKGTH.reshape(B, K * times, G // times, T, H)
+    return q, jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), kv)
+
+
+def attend_heads(
+    config: ModelConfig, q_BKGTH: jax.Array, kv: KV, positions_BT: jax.Array, window: jax.Array
+) -> jax.Array:
+    """`attend_text`, every device on its own rows and heads."""
     if config.attention == "xla":
         softcap = config.attention_softcap
-        if "sequence" not in jax.sharding.get_abstract_mesh().shape:
-            return attend_in_blocks(q_BKGTH, kv, positions_BT, window, softcap)
         return on_each_device(
-            lambda q, keys, values, *rest: attend_in_blocks(q, KV(keys, values), *rest, softcap),
+            lambda q, k, v, at, window: attend_in_blocks(q, KV(k, v), at, window, softcap),
             *[("bk", x) for x in (q_BKGTH, kv.keys, kv.values)],
             ("b", positions_BT),
             ("", window),

@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.experimental import multihost_utils
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -60,7 +59,7 @@ class MeshConfig:
         but that of gradients within each.
       sequence: devices along `sequence`, for texts that are too long for one: where they are
         scored, each has a part of every text, and of the heads while these attend
-        (arXiv 2309.14509), so the model's key heads must divide by `model` times `sequence`.
+        (arXiv 2309.14509), so `model` times `sequence` must divide their number.
     """
 
     data: Annotated[int, (-1,)] | Count = -1
@@ -184,23 +183,21 @@ def on_mesh(compiled: Callable, mesh: Mesh, rules: Rules) -> Callable:
 
 
 @contextmanager
-def texts_split() -> Iterator[int]:
+def texts_split() -> Iterator[bool]:
     """In its scope the rules split texts over `sequence`, and rows over the other axes alone.
 
-    Heads, of activations, are split over both `sequence` and `model`. Gives the number of parts, 1
-    where the mesh that is set has no such axis.
+    Heads that attend are split over both `sequence` and `model`. Gives whether the mesh that is set
+    has such an axis; nothing is changed without.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if "sequence" not in mesh.shape:
-        yield 1
+        yield False
         return
-    axes = rows_axis(mesh)
-    names = (axes,) if isinstance(axes, str) else axes or ()
     rules = dict(nn.get_logical_axis_rules())
-    rules["batch"] = tuple(name for name in names if name != "sequence")
+    rules["batch"] = tuple(name for name in ("replica", "data") if name in mesh.shape)
     rules |= {"length": "sequence", "kv_heads": ("sequence", "model")}
     with nn.logical_axis_rules(tuple(rules.items())):
-        yield mesh.shape["sequence"]
+        yield True
 
 
 def in_parts(x_BTNH: jax.Array) -> jax.Array:
@@ -245,25 +242,6 @@ def looked_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     return place(x_BTD, PartitionSpec(axes, length))
 
 
-def check_batch(batch_size: int, num_micro_batches: int, mesh: Mesh) -> None:
-    """Raises a UserError unless the batch splits evenly over devices, and micro-batches do over
-    those that do not share the texts of one."""
-    rows = axis_size(mesh, rows_axis(mesh))
-    sequence = dict(mesh.shape).get("sequence", 1)
-    names, numbers = rows_axis_in_words(mesh)
-    if sequence > 1 and batch_size % rows:
-        raise UserError(
-            f"train.batch_size = {batch_size} must be a multiple of {names} = {numbers}"
-        )
-    if batch_size % (num_micro_batches * rows // sequence):
-        if sequence > 1:
-            names, numbers = names.rsplit(" x ", 1)[0], numbers.rsplit(" x ", 1)[0]
-        raise UserError(
-            f"train.batch_size = {batch_size} must be a multiple of train.num_micro_batches x "
-            f"{names} = {num_micro_batches} x {numbers}"
-        )
-
-
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Global arrays of a batch that every process holds whole (NumPy leaves, the batch leading).
 
@@ -277,28 +255,6 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_callback(x.shape, sharding, lambda rows: x[rows])
 
     return jax.tree.map(place, batch)
-
-
-def local_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """(numbers, values) of the rows of a batch that this process's devices hold, ascending."""
-    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
-    starts = sorted(shards)
-    numbers = [np.arange(start, start + len(shards[start])) for start in starts]
-    return np.concatenate(numbers), np.concatenate([np.asarray(shards[s]) for s in starts])
-
-
-def gathered_rows(numbers: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
-    """[size] float32 on every process of what each knows of some rows; NaN where none does.
-
-    Where two processes hold a row, the value of the first stands on both.
-    """
-    rows = np.full(size, np.nan, np.float32)
-    rows[numbers] = values
-    if jax.process_count() == 1:
-        return rows
-    found = multihost_utils.process_allgather(rows)
-    first = np.argmin(np.isnan(found), axis=0)
-    return found[first, np.arange(size)]
 
 
 def num_bytes(tree: Any) -> int:

@@ -281,7 +281,7 @@ def variants(experiment: Experiment, config: ModelConfig, target: Target) -> Ite
     meshes = itertools.product(sorted({1, networks(target)}), (1, 2, 4, 8), (1, 2, 4, 8))
     for replica, model, number in meshes:
         rows = chips // model // sequence  # parts of a micro-batch
-        if chips % (replica * model * sequence) or config.num_kv_heads % (model * sequence):
+        if chips % (replica * model * sequence) or config.num_kv_heads % model:
             continue
         if train.batch_size % (number * rows) or train.batch_size % (rows * sequence):
             continue

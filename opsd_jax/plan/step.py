@@ -26,9 +26,9 @@ from opsd_jax.method.train_step import (
     update,
 )
 from opsd_jax.model.config import ModelConfig
-from opsd_jax.model.sharding import batch_sharding, check_batch, on_mesh
+from opsd_jax.model.sharding import batch_sharding, on_mesh
 from opsd_jax.pretrained.config import config_from_hf
-from opsd_jax.run.assembly import Assembly, assemble
+from opsd_jax.run.assembly import Assembly, assemble, check_batch
 from opsd_jax.run.base_model import PretrainedModel
 from opsd_jax.run.experiment import Experiment
 from opsd_jax.sampling.prompts import Context

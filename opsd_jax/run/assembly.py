@@ -25,7 +25,13 @@ from opsd_jax.method.optimizer import make_optimizer
 from opsd_jax.method.train_step import Method, TrainState, init_state, policies, state_shardings
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.decoder import Decoder, init_variables
-from opsd_jax.model.sharding import Rules, variable_shardings
+from opsd_jax.model.sharding import (
+    Rules,
+    axis_size,
+    rows_axis,
+    rows_axis_in_words,
+    variable_shardings,
+)
 from opsd_jax.run.experiment import Base, BaseSource, Experiment, TrainConfig
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.random_keys import Use, key_for
@@ -59,11 +65,11 @@ def model_of(train: TrainConfig, config: ModelConfig) -> Decoder:
 def check_devices(model: ModelConfig, rollout: RolloutConfig, mesh: Mesh) -> None:
     """Raises a UserError where a setting names a kernel or a memory that is not there."""
     here, sequence = mesh.devices.flat[0].platform, dict(mesh.shape).get("sequence", 1)
-    if model.num_kv_heads % (sequence * mesh.shape["model"]) and sequence > 1:
+    if sequence > 1 and model.num_heads % (sequence * mesh.shape["model"]):
         raise UserError(
             f"mesh.sequence = {sequence} times mesh.model = {mesh.shape['model']} must divide the "
-            f"{model.num_kv_heads} key heads of the model: of a text that is split each device "
-            "attends with some heads"
+            f"{model.num_heads} heads of the model: of a text that is split each device attends "
+            "with some heads"
         )
     if model.remat == "offload_projections" and here == "cpu":
         raise UserError(
@@ -87,6 +93,25 @@ def check_devices(model: ModelConfig, rollout: RolloutConfig, mesh: Mesh) -> Non
             refusal = "cannot cap attention scores, as this model does"
         if refusal:
             raise UserError(f"{key} = {value!r} {refusal}; 'xla' runs anywhere")
+
+
+def check_batch(batch_size: int, num_micro_batches: int, mesh: Mesh) -> None:
+    """Raises a UserError unless the batch splits evenly over devices, and micro-batches do over
+    those that do not share the texts of one."""
+    rows = axis_size(mesh, rows_axis(mesh))
+    sequence = dict(mesh.shape).get("sequence", 1)
+    names, numbers = rows_axis_in_words(mesh)
+    if sequence > 1 and batch_size % rows:
+        raise UserError(
+            f"train.batch_size = {batch_size} must be a multiple of {names} = {numbers}"
+        )
+    if batch_size % (num_micro_batches * rows // sequence):
+        if sequence > 1:
+            names, numbers = names.rsplit(" x ", 1)[0], numbers.rsplit(" x ", 1)[0]
+        raise UserError(
+            f"train.batch_size = {batch_size} must be a multiple of train.num_micro_batches x "
+            f"{names} = {num_micro_batches} x {numbers}"
+        )
 
 
 def load_model(

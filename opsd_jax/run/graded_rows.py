@@ -13,7 +13,7 @@ from opsd_jax.data.grader_pool import Grade
 from opsd_jax.data.problems import Problem, ProblemSet
 from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.errors import UserError
-from opsd_jax.model.sharding import gathered_rows, local_rows
+from opsd_jax.host.pod import gathered_rows, local_rows
 from opsd_jax.sampling.prompts import Completion
 
 GradeAll = Callable[[list[Problem], list[str]], list[Grade]]

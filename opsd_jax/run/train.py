@@ -33,8 +33,14 @@ from opsd_jax.host.progress import ProgressLine
 from opsd_jax.host.stage import local, shown
 from opsd_jax.host.watchdog import Watchdog
 from opsd_jax.method.train_step import TrainState
-from opsd_jax.model.sharding import check_batch, num_bytes
-from opsd_jax.run.assembly import Assembly, external_variables, frozen_variables, initial_state
+from opsd_jax.model.sharding import num_bytes
+from opsd_jax.run.assembly import (
+    Assembly,
+    check_batch,
+    external_variables,
+    frozen_variables,
+    initial_state,
+)
 from opsd_jax.run.experiment import Base, Experiment
 from opsd_jax.run.graded_rows import GradeAll
 from opsd_jax.run.inputs import load_inputs

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -72,7 +73,7 @@ def changes_weights(model: Decoder, config: RolloutConfig) -> bool:
 
 
 def gathers(config: RolloutConfig) -> bool:
-    return config.gather_weights and num_shards() > 1
+    return config.gather_weights and num_devices("data", "sequence") > 1
 
 
 def unrolls(model: Decoder, config: RolloutConfig) -> bool:
@@ -85,18 +86,15 @@ def unrolls(model: Decoder, config: RolloutConfig) -> bool:
 
 def joins(config: RolloutConfig) -> bool:
     """Whether launches are what a token waits for, and every device has whole matrices."""
-    whole = num_devices("model") == 1 and (gathers(config) or num_shards() == 1)
+    one = num_devices("data", "sequence") == 1
+    whole = num_devices("model") == 1 and (gathers(config) or one)
     return platform() == "gpu" and whole and config.weights is None
 
 
-def num_devices(axis: str) -> int:
-    """Along an axis of the mesh that is set."""
-    return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
-
-
-def num_shards() -> int:
-    """Over which the parameters of a fully sharded model are split, besides `model`."""
-    return num_devices("data") * num_devices("sequence")
+def num_devices(*axes: str) -> int:
+    """Along axes of the mesh that is set."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return math.prod(sizes.get(axis, 1) for axis in axes)
 
 
 def cast(variables: dict, dtype: str) -> dict:

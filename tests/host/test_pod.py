@@ -41,6 +41,7 @@ from types import SimpleNamespace
 from opsd_jax.data.grader_pool import Grade
 from opsd_jax.sampling.prompts import Completion
 from opsd_jax.run.graded_rows import row_grader
+from opsd_jax.host.pod import local_rows
 jax.distributed.initialize()
 mesh = sharding.make_mesh(sharding.MeshConfig(-1, int(arguments[0])))
 ids = 10 * np.arange(8)[:, None] + np.arange(3)
@@ -53,7 +54,7 @@ grade = lambda asked, texts: [
 ]
 completion = Completion(*rows[:2], logps=None, stopped=rows[2])
 graded = row_grader(problems, tokenizer, grade)(completion, np.arange(8)[::-1])
-mine, held = sharding.local_rows(rows[0])
+mine, held = local_rows(rows[0])
 assert (held == ids[mine]).all()
 print("found", json.dumps([mine.tolist(), [row.tolist() for row in graded[:2]]]))
 """

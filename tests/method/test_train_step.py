@@ -186,7 +186,7 @@ def assert_same_run(one, other):
     assert norm(jax.tree.map(jnp.subtract, moved_2, moved_1)) < 1e-3 * norm(moved_1)
 
 
-@pytest.mark.parametrize("mesh", representatives(MESHES, "data 2 x model 4"))
+@pytest.mark.parametrize("mesh", representatives(MESHES, "data 2 x model 4", "data 4 x sequence 2"))
 def test_the_run_is_the_same_on_eight_devices(alone, mesh, caplog):
     """Invariant 7, devices: same tokens, same metrics; and 8: three steps, one compilation."""
     method, found = alone

@@ -33,11 +33,14 @@ def steps(workdir, number: int, *bindings: str) -> list[str]:
 
 @pytest.mark.slow
 def test_one_process_two_and_one_again_make_one_run(tmp_path):
-    """Eight devices, then two processes of two, then eight of which two share a matrix."""
-    assert main(steps(tmp_path / "whole", 6)) == 0
+    """Eight devices, then two processes of two, then eight of which two share a matrix, then
+    processes that share texts, then eight devices of which two do."""
+    assert main(steps(tmp_path / "whole", 10)) == 0
     changing = tmp_path / "changing"
     assert main(steps(changing, 2)) == 0
     run_pod(TRAIN, json.dumps(steps(changing, 4, "mesh.replica = 2")), num_devices=2)
     assert main(steps(changing, 6, "mesh.model = 2")) == 0
+    run_pod(TRAIN, json.dumps(steps(changing, 8, "mesh.sequence = 2")), num_devices=1)
+    assert main(steps(changing, 10, "mesh.sequence = 2")) == 0
     whole, found = lines_of(tmp_path / "whole"), lines_of(changing)
     assert_same_run(found, whole)
