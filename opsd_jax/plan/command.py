@@ -113,8 +113,8 @@ def make_plan(experiment: Experiment, config: ModelConfig, target: Target, width
 def padded_lengths(experiment: Experiment, widths: Widths) -> Lengths:
     """Every row as long as it can be."""
     size = experiment.train.batch_size
-    longest = (*widths, experiment.rollout.max_new_tokens)
-    return Lengths(*(np.full(size, n) for n in longest))
+    student, teacher = (np.full(size, n) for n in widths)
+    return Lengths(student, teacher, np.full(size, experiment.rollout.max_new_tokens))
 
 
 def floor_of(plan: Plan, target: Target, widths: Widths) -> Seconds | None:

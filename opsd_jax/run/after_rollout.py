@@ -29,13 +29,13 @@ from opsd_jax.sampling.prompts import Context, pad
 class Rebuilt(NamedTuple):
     """A batch with its teacher contexts.
 
-    metrics: what became of the rows; teacher_lengths: [B] of the teacher's prompts, None where
-    they were known before.
+    metrics: what became of the rows; lengths: [B] of the prompts that were not known before, by
+    the context's name.
     """
 
     batch: Batch
     metrics: dict[str, float]
-    teacher_lengths: np.ndarray | None
+    lengths: dict[str, np.ndarray]
 
 
 class AfterRollout:
@@ -98,8 +98,7 @@ class AfterRollout:
         whole = dataclasses.replace(
             batch, teacher=teacher, views=tuple(views), has_context=has_context
         )
-        own = lengths[names.index("teacher")] if "teacher" in names else None
-        return Rebuilt(whole, metrics, own)
+        return Rebuilt(whole, metrics, dict(zip(names, lengths, strict=True)))
 
     def rows(self, graded: Graded, numbers: np.ndarray) -> dict[int, Rendered]:
         """What each row of this process is shown, by its number in the batch."""

@@ -21,11 +21,12 @@ from opsd_jax.model.config import ModelConfig
 
 
 class Lengths(NamedTuple):
-    """Tokens of each row of a global batch, [B] int."""
+    """Tokens of each row of a global batch, [B] int; views: of the teacher's further prompts."""
 
     student: np.ndarray  # prompt
     teacher: np.ndarray  # prompt
     completion: np.ndarray
+    views: tuple[np.ndarray, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +107,8 @@ def step_flops(method: Method, lengths: Lengths) -> tuple[float, float] | None:
     """Model FLOPs of (rollout, update) of a global batch; None where other texts are read, too: a
     teacher's analyses (teacher.reasons), references beside completions (Likelihood.of).
 
-    The student learns from every completion once a pass; the teacher reads it once where a term
-    looks at the teacher, and the initial policy for an `Anchor`.
+    The student learns from every completion once a pass; the teacher reads it once in each of its
+    contexts where a term looks at the teacher, and the initial policy for an `Anchor`.
     """
     terms = terms_of(method.objective)
     others = any(isinstance(term, Likelihood) and term.of for term in terms)
@@ -122,9 +123,11 @@ def step_flops(method: Method, lengths: Lengths) -> tuple[float, float] | None:
     if any(isinstance(term, Anchor) for term in terms):
         update += forward_flops(config, lengths.student, n, adapters=False)
     if any(getattr(term, "reads_teacher", True) for term in terms):
-        update += forward_flops(teacher, lengths.teacher, n, adapters=False)
-        if method.divergence.target is not None:  # of the teacher without privilege, too
-            update += forward_flops(teacher, lengths.student, n, adapters=False)
+        views = lengths.views
+        if method.divergence.target is not None and not views:  # the teacher without privilege
+            views = (lengths.student,)
+        for prompts in (lengths.teacher, *views):
+            update += forward_flops(teacher, prompts, n, adapters=False)
     return rollout, method.num_updates * update
 
 

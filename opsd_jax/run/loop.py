@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,13 +48,13 @@ BEST_METRIC = "eval/student/accuracy"
 class Step(NamedTuple):
     """A dispatched step whose numbers nobody has read yet.
 
-    prompts: [B] lengths of the student's and of the teacher's prompts.
+    prompts: [B] lengths of the prompts of student, teacher and views.
     """
 
     number: int
     taken: Taken
     problems: np.ndarray
-    prompts: tuple[np.ndarray, np.ndarray]
+    prompts: Sequence[np.ndarray]
 
 
 @dataclasses.dataclass
@@ -122,7 +122,7 @@ class Loop:
                 number,
                 taken._replace(state=None),
                 numbers,
-                prompts(rows, settings.group_size, taken),
+                prompts(rows, settings.group_size, taken, teachers),
             )
             self.profile.after(number, taken.metrics)
             last = number == settings.num_steps
@@ -254,7 +254,8 @@ class Loop:
             "time/rollout_s": self._rollout_s,
             "time/update_s": step_s - self._rollout_s,
         }
-        lengths = Lengths(*step.prompts, rows["rows/tokens"])
+        student, teacher, *views = step.prompts
+        lengths = Lengths(student, teacher, rows["rows/tokens"], tuple(views))
         metrics |= self.meter.line(step.number, lengths, tokens, self._rollout_s, step_s)
         metrics |= evaluated or {}
         self.writers.write(step.number, metrics)
@@ -262,12 +263,16 @@ class Loop:
         self.watch(step.number, metrics)
 
 
-def prompts(rows: dict[str, Any], group_size: int, taken: Taken) -> tuple[np.ndarray, np.ndarray]:
-    """[B] lengths of the student's and of the teacher's prompts of a step."""
-    student = np.repeat(np.asarray(rows["student_length"]), group_size)
-    if taken.teacher_lengths is not None:
-        return student, taken.teacher_lengths
-    return student, np.repeat(np.asarray(rows["teacher_length"]), group_size)
+def prompts(
+    rows: dict[str, Any], group_size: int, taken: Taken, teachers: Sequence[str]
+) -> list[np.ndarray]:
+    """[B] lengths of a step's prompts: the student's, and those of the teacher and its views."""
+
+    def of(name: str) -> np.ndarray:
+        built = taken.lengths.get(name)
+        return np.repeat(np.asarray(rows[f"{name}_length"]), group_size) if built is None else built
+
+    return [of(name) for name in ("student", *teachers)]
 
 
 def due(number: int, every: int, final: bool) -> bool:

@@ -25,8 +25,7 @@ class Taken(NamedTuple):
 
     state, metrics, completion: as `train_step` gives them; grades: where they were needed,
     else None; rollout_s: how long sampling took, where that is known; contexts: metrics of those
-    that were built after the rollout; teacher_lengths: [B] of the teacher's prompts where they are
-    of those.
+    that were built after the rollout; lengths: [B] of their prompts, by name.
     """
 
     state: TrainState
@@ -35,7 +34,7 @@ class Taken(NamedTuple):
     grades: Graded | None = None
     rollout_s: float | None = None
     contexts: Mapping[str, float] = MappingProxyType({})
-    teacher_lengths: np.ndarray | None = None
+    lengths: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 TakeStep = Callable[[TrainState, Batch, np.ndarray], Taken]
@@ -64,7 +63,7 @@ def make_step(
         rollout_s = time.monotonic() - start
         grades = grade_rows(completion, numbers)
         contexts: Mapping[str, float] = {}
-        lengths = None
+        lengths: Mapping[str, np.ndarray] = {}
         if after is not None:
             batch, contexts, lengths = after(batch, grades, numbers)
         rewards = shard_batch(grades.rewards, parts.mesh)

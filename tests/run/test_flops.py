@@ -126,6 +126,11 @@ def test_a_step_counts_who_writes_and_who_reads():
     assert step_flops(grpo, LENGTHS) == (read[0], 2 * (learn + read[0]))
     both = method(divergence=SimpleNamespace(target=len))
     assert step_flops(both, LENGTHS) == (read[0], learn + read[1] + read[0])
+    view = np.array([8, 8])
+    more = forward_flops(config, view, LENGTHS.completion)
+    for each in (method(), both):
+        found = step_flops(each, LENGTHS._replace(views=(view, view)))
+        assert found == pytest.approx((read[0], learn + read[1] + 2 * more))
     beside = Mix((Distillation(), Likelihood(of=References())))
     assert step_flops(method(objective=beside), LENGTHS) is None
     assert step_flops(method(reasoner=object()), LENGTHS) is None
