@@ -120,7 +120,7 @@ def base(out: Path, rule: str, split: str, role: str) -> Path:
 
 
 def bases(out: Path, rule: str) -> list[Result]:
-    """The model as it is on a rule; it has lost nothing, which `start` fills in."""
+    """The model as it is on a rule; what it has not lost, `whole` fills in."""
     found = []
     for name, role in ((BARE, "student"), (PROMPTED, "teacher")):
         folders = {split: base(out, rule, split, role) for split in SPLITS}

@@ -1,16 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probabilities of given tokens from hidden states, a block of positions at a time."""
+"""Log-probabilities of given tokens from hidden states, a block of tokens at a time.
+
+On a mesh every device reads its own tokens with its own slice of the vocabulary, as in `fused.py`:
+left to the compiler, the head would cross the devices once a block, and its gradient again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from opsd_jax.divergence.fused import vocabulary_mesh
 from opsd_jax.divergence.vocabulary import Vocabulary
 from opsd_jax.model.head import Head, head_logits
-from opsd_jax.model.sharding import axis_size, length_axis
+from opsd_jax.model.sharding import axis_size
+
+Process = Callable[[jax.Array], jax.Array]
 
 
 def token_logps(
@@ -19,51 +28,82 @@ def token_logps(
     ids: jax.Array,
     mask: jax.Array,
     token_block: int | None = None,
-    process: Callable[[jax.Array], jax.Array] | None = None,
+    process: Process | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """log p(ids) and the entropy of p in nats, at temperature 1, each [B, C] float32.
 
     Args:
-      head: kernel [V, D].
+      head: kernel [V, D], of floats.
       hidden: [B, C, D]; row t predicts ids[:, t].
       ids: [B, C] int32.
       mask: [B, C] bool; masked tokens are exactly 0 and may hold anything.
-      token_block: about so many rows of logits exist at a time, forward and backward, by
-        recomputation; None holds [B, C, V].
-      process: logits to logits, [..., V], before they are normalised; removed ones are -inf.
+      token_block: about so many rows of logits exist at a time on a device, forward and backward,
+        by recomputation; None holds [B, C, V].
+      process: logits to logits, [..., V], before they are normalised; removed ones are -inf. It
+        sees the whole vocabulary, which no axis splits then.
     """
-    B, C = ids.shape
-    vocabulary = Vocabulary(head.kernel.shape[0])
+    size = head.kernel.shape[0]
     hidden = jnp.where(mask[..., None], hidden, 0)
-
-    def read(hidden, ids):
-        logits = head_logits(head, hidden)
-        logps = vocabulary.log_softmax(process(logits) if process else logits)
-        chosen = jnp.take_along_axis(logps, ids[..., None], axis=-1)[..., 0]
-        finite = jnp.where(logps > -jnp.inf, logps, 0.0) if process else logps
-        entropy = -jnp.sum(jnp.exp(logps) * finite, axis=-1)
-        return chosen, jax.lax.stop_gradient(entropy)
-
+    read = partial(_read, Vocabulary(size), head.softcap, process)
     if token_block is None:
-        logps, entropy = read(hidden, ids)
+        found = read(head.kernel, hidden, ids)
     else:
-        # Blocks run over positions and never over rows or parts of a text, which may be sharded.
-        mesh = jax.sharding.get_abstract_mesh()
-        num_parts = axis_size(mesh, length_axis(mesh, C))
-        part = C // num_parts
-        width = max(1, min(part, token_block // (B * num_parts)))
-        num_blocks = -(-part // width)
-
-        def blocks(x):
-            x = x.reshape(B, num_parts, part, *x.shape[2:])
-            rest = (0, num_blocks * width - part)
-            filled = jnp.pad(x, [(0, 0), (0, 0), rest] + [(0, 0)] * (x.ndim - 3))
-            filled = filled.reshape(B, num_parts, num_blocks, width, *x.shape[3:])
-            return jnp.moveaxis(filled, 2, 0)
-
-        def whole(x):
-            return jnp.moveaxis(x, 0, 2).reshape(B, num_parts, -1)[:, :, :part].reshape(B, C)
-
-        found = jax.lax.map(lambda x: jax.checkpoint(read)(*x), (blocks(hidden), blocks(ids)))
-        logps, entropy = jax.tree.map(whole, found)
+        place = vocabulary_mesh(None, ids.shape)
+        axis = place.vocab_axis if process is None else None
+        read = partial(_read, Vocabulary(size, axis), head.softcap, process)
+        in_blocks = partial(_in_blocks, read, token_block)
+        kernel = head.kernel
+        if place.mesh is not None:
+            rows = PartitionSpec(place.batch_axis, place.length_axis)
+            in_blocks = jax.shard_map(
+                in_blocks,
+                mesh=place.mesh,
+                in_specs=(PartitionSpec(axis), rows, rows),
+                out_specs=(rows, rows),
+                check_vma=False,  # sums over the vocabulary are made by hand
+            )
+            kernel = jnp.pad(kernel, ((0, -size % axis_size(place.mesh, axis)), (0, 0)))
+        found = in_blocks(kernel, hidden, ids)
+    logps, entropy = found
     return jnp.where(mask, logps, 0.0), jnp.where(mask, entropy, 0.0)
+
+
+def _read(
+    vocabulary: Vocabulary,
+    softcap: float | None,
+    process: Process | None,
+    kernel: jax.Array,
+    hidden: jax.Array,
+    ids: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """(log p(ids), entropy) [...] of hidden [..., D] and a slice [U, D] of the head."""
+    logits = vocabulary.without_padding(head_logits(Head(kernel, softcap), hidden))
+    logps = vocabulary.log_softmax(process(logits) if process else logits)
+    chosen = vocabulary.take(logps, ids[..., None])[..., 0]
+    known = jax.lax.stop_gradient(logps)
+    entropy = -vocabulary.sum(jnp.exp(known) * jnp.where(known > -jnp.inf, known, 0.0))
+    return chosen, entropy
+
+
+def _in_blocks(
+    read: Callable[..., tuple[jax.Array, jax.Array]],
+    token_block: int,
+    kernel: jax.Array,
+    hidden: jax.Array,
+    ids: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """`read` of a device's tokens, recomputed backwards."""
+    shape, N = ids.shape, ids.size
+    num_blocks = -(-N // token_block)
+    width = -(-N // num_blocks)
+
+    def blocks(x):
+        flat = x.reshape(N, *x.shape[2:])
+        filled = jnp.pad(flat, [(0, num_blocks * width - N)] + [(0, 0)] * (flat.ndim - 1))
+        return filled.reshape(num_blocks, width, *flat.shape[1:])
+
+    def one(block):
+        return jax.checkpoint(read)(kernel, *block)
+
+    found = jax.lax.map(one, (blocks(hidden), blocks(ids)))
+    return jax.tree.map(lambda x: x.reshape(-1)[:N].reshape(shape), found)

@@ -50,7 +50,7 @@ class Vocabulary:
         The maximum is subtracted first and never added back: at logits of 1e4, dividing
         before it or subtracting max + log sum would cost an absolute error of 1e-3.
         """
-        top = jax.lax.stop_gradient(self.max(logits))
+        top = self.max(jax.lax.stop_gradient(logits))
         shifted = logits - top[..., None]
         if temperature != 1:
             shifted = shifted / temperature

@@ -11,12 +11,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from opsd_jax.divergence.config import DivergenceConfig
-from opsd_jax.divergence.likelihood import token_logps
 from opsd_jax.errors import UserError
 from opsd_jax.method.scoring import completion_hidden
 from opsd_jax.method.train_step import init_state, jitted_step, state_shardings, update
 from opsd_jax.model.decoder import Decoder, init_variables
-from opsd_jax.model.head import Head
 from opsd_jax.model.sharding import MeshConfig, make_mesh, on_mesh, variable_shardings
 from opsd_jax.run.assembly import check_batch, check_devices, split_trainable
 from opsd_jax.sampling.config import RolloutConfig
@@ -120,48 +118,6 @@ def test_hidden_states_and_gradients_are_those_of_one_device(kv_heads, length):
     np.testing.assert_allclose(hidden * seen, expected[0][1] * seen, atol=2e-5)
     for got, want in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-4 * max(1.0, float(np.abs(want).max())))
-
-
-@pytest.mark.parametrize("length", [8, 6])
-def test_log_probabilities_in_blocks_are_those_of_one_device(length):
-    rng = np.random.default_rng(0)
-    hidden, kernel = rng.normal(size=(4, length, 16)), rng.normal(size=(24, 16))
-    ids, mask = rng.integers(0, 24, (4, length)), rng.random((4, length)) < 0.7
-
-    def run(hidden, kernel):
-        head = Head(kernel, None)
-        found = token_logps(head, hidden, jnp.asarray(ids), jnp.asarray(mask), token_block=4)
-        return jnp.sum(found[0] * jnp.cos(jnp.arange(length))), found
-
-    both = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
-    placement = MeshConfig(data=2, sequence=4)
-    args = (jnp.asarray(hidden, jnp.float32), jnp.asarray(kernel, jnp.float32))
-    found = on_mesh(jax.jit(both), make_mesh(placement), placement.rules)(*args)
-    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(both(*args)), strict=True):
-        np.testing.assert_allclose(got, want, atol=2e-5)
-
-
-def test_blocks_of_log_probabilities_are_each_devices_own():
-    """The loop over blocks has no exchange between devices."""
-    placement = MeshConfig(data=2, sequence=4)
-    mesh = make_mesh(placement)
-
-    def run(hidden, kernel, ids):
-        return token_logps(Head(kernel, None), hidden, ids, ids > 0, token_block=8)
-
-    shapes = ((4, 64, 16), PartitionSpec("data", "sequence")), ((24, 16), PartitionSpec())
-    shapes += (((4, 64), PartitionSpec("data", "sequence")),)
-    inputs = [
-        jax.ShapeDtypeStruct(
-            shape, jnp.int32 if i == 2 else jnp.float32, sharding=NamedSharding(mesh, spec)
-        )
-        for i, (shape, spec) in enumerate(shapes)
-    ]
-    jitted = jax.jit(run, out_shardings=inputs[2].sharding)
-    text = on_mesh(jitted.lower, mesh, placement.rules)(*inputs).compile().as_text()
-    assert "while(" in text
-    moves = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    assert not re.search(rf"= [^=]*16\][^=]* ({moves})(-start)?\(", text)
 
 
 def test_a_batch_divides_over_all_devices_and_micro_batches_over_those_with_other_texts():
