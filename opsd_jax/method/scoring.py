@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from opsd_jax.model.decoder import Decoder
-from opsd_jax.model.sharding import texts_split
+from opsd_jax.model.sharding import placed, texts_split
 from opsd_jax.sampling.prompts import Completion, Context
 
 
@@ -32,7 +31,9 @@ def join(context: Context, completion_ids: jax.Array) -> jax.Array:
     return jnp.take_along_axis(both, source, axis=1)
 
 
-def scored_ids(context: Context, completion: Completion, vocab_size: int) -> jax.Array:
+def scored_ids(
+    context: Context, completion: Completion, vocab_size: int, multiple_of: int = 1
+) -> jax.Array:
     """Rows `[prompt | completion | filling]`, [B, P + C], filled with ids that all differ.
 
     No token sees what follows it, so the filling changes nothing. With one id there, most updates
@@ -43,8 +44,10 @@ def scored_ids(context: Context, completion: Completion, vocab_size: int) -> jax
       context: prompts [B, P].
       completion: [B, C]; its mask is True on a prefix of each row.
       vocab_size: V; the filling repeats after V positions.
+      multiple_of: what P + C is made a multiple of.
     """
     ids = join(context, completion.ids)
+    ids = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % multiple_of)))
     ends = context.lengths + jnp.sum(completion.mask, axis=1)
     filling = jnp.arange(ids.size, dtype=jnp.int32).reshape(ids.shape) % vocab_size
     return jnp.where(jnp.arange(ids.shape[1]) < ends[:, None], ids, filling)
@@ -97,10 +100,10 @@ def completion_hidden(
       [B, C, D] in the compute dtype.
     """
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    with texts_split() as split:
-        ids = scored_ids(context, completion, model.config.vocab_size)
+    with texts_split() as num_parts:
+        ids = scored_ids(context, completion, model.config.vocab_size, num_parts)
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         hidden, _ = model.apply(variables, ids, positions, rngs=rngs)
         rows = context.lengths[:, None] - 1 + jnp.arange(completion.ids.shape[1])
         hidden = jnp.take_along_axis(hidden, rows[:, :, None], axis=1)
-        return nn.with_logical_constraint(hidden, ("batch", "length", None)) if split else hidden
+        return placed(hidden, "batch", "length", None) if num_parts > 1 else hidden

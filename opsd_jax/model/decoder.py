@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from opsd_jax.model.attention import attend_cached, attend_text
 from opsd_jax.model.config import ModelConfig, layer_numbers
@@ -34,7 +35,7 @@ from opsd_jax.model.joined import joined_product
 from opsd_jax.model.kv_cache import KV, KVCache, LayersKV, Recent, put
 from opsd_jax.model.projection import PRODUCT, logical, project
 from opsd_jax.model.quantized import scaled
-from opsd_jax.model.sharding import in_parts, looked_up, platform
+from opsd_jax.model.sharding import in_parts, looked_up, placed, platform, token_places
 from opsd_jax.model.token_attention import Settings, attend_new
 
 
@@ -197,7 +198,8 @@ class Experts(nn.Module):
     """A router picks a few gated MLPs per token; only those are computed (arXiv 1701.06538).
 
     y = Σ_e p_e(x) · down_e(activation(gate_e(x)) · up_e(x)) over the tokens' top experts, p the
-    softmax over all experts. Tokens are sorted by expert for a grouped matmul.
+    softmax over all experts. Tokens are sorted by expert for a grouped matmul: on a mesh every
+    device sorts its own, with its part of each expert's width.
     """
 
     config: ModelConfig
@@ -205,19 +207,37 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
-        D, F, E, k = c.embed_dim, c.mlp_dim, c.num_experts, c.experts_per_token
-        x_MD = x_BTD.reshape(-1, D)
+        D, F, E = c.embed_dim, c.mlp_dim, c.num_experts
 
         def weight(name, shape, axes):
             init = nn.initializers.lecun_normal(batch_axis=(0,) if len(shape) == 3 else ())
             param = self.param(name, logical(init, axes), shape)
             return param.astype(x_BTD.dtype)
 
-        router = weight("router", (D, E), ("embed", "experts"))
-        gate = weight("gate_proj", (E, D, F), ("experts", "embed", "mlp"))
-        up = weight("up_proj", (E, D, F), ("experts", "embed", "mlp"))
-        down = weight("down_proj", (E, F, D), ("experts", "mlp", "embed"))
+        weights = (
+            weight("router", (D, E), ("embed", "experts")),
+            weight("gate_proj", (E, D, F), ("experts", "embed", "mlp")),
+            weight("up_proj", (E, D, F), ("experts", "embed", "mlp")),
+            weight("down_proj", (E, F, D), ("experts", "mlp", "embed")),
+        )
+        tokens, width = token_places(x_BTD.shape[:2], F)
+        if tokens is None:
+            return self._own(x_BTD, *weights)
+        matrix = PartitionSpec(None, None, width)
+        places = (tokens, PartitionSpec(), matrix, matrix, PartitionSpec(None, width))
 
+        def own(*operands):
+            y = self._own(*operands)
+            return y if width is None else jax.lax.psum(y, width)
+
+        mapped = jax.shard_map(own, in_specs=places, out_specs=tokens, check_vma=False)
+        return mapped(x_BTD, *weights)
+
+    def _own(self, x_BTD, router, gate, up, down) -> jax.Array:
+        """Of these tokens, with what there is of each expert's width."""
+        c = self.config
+        D, E, k = c.embed_dim, c.num_experts, c.experts_per_token
+        x_MD = x_BTD.reshape(-1, D)
         scores_ME = jnp.matmul(x_MD, router, preferred_element_type=jnp.float32)
         share_Mk, expert_Mk = jax.lax.top_k(jax.nn.softmax(scores_ME), k)
         if c.norm_topk_prob:
@@ -257,8 +277,7 @@ class Block(nn.Module):
         y = norm(x_BTD, "mlp_norm", c.pre_norm)
         y = Experts(c, name="experts")(y) if c.num_experts else MLP(c, name="mlp")(y)
         x_BTD = x_BTD + c.residual_scale * norm(y, "mlp_post_norm", c.post_norm)
-        x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", None))
-        return x_BTD, (new_kv if self.return_kv else None)
+        return placed(x_BTD, "batch", "length", None), (new_kv if self.return_kv else None)
 
 
 def recomputed(remat: bool | str) -> type[Block]:

@@ -183,21 +183,36 @@ def on_mesh(compiled: Callable, mesh: Mesh, rules: Rules) -> Callable:
 
 
 @contextmanager
-def texts_split() -> Iterator[bool]:
+def texts_split() -> Iterator[int]:
     """In its scope the rules split texts over `sequence`, and rows over the other axes alone.
 
-    Heads that attend are split over both `sequence` and `model`. Gives whether the mesh that is set
-    has such an axis; nothing is changed without.
+    Heads that attend are split over both `sequence` and `model`. Gives the number of parts: 1, and
+    nothing is changed, where the mesh that is set has no such axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if "sequence" not in mesh.shape:
-        yield False
+        yield 1
         return
     rules = dict(nn.get_logical_axis_rules())
     rules["batch"] = tuple(name for name in ("replica", "data") if name in mesh.shape)
     rules |= {"length": "sequence", "kv_heads": ("sequence", "model")}
     with nn.logical_axis_rules(tuple(rules.items())):
-        yield True
+        yield mesh.shape["sequence"]
+
+
+def placed(x: jax.Array, *names: str | None) -> jax.Array:
+    """x where the rules have its axes, those whole that do not divide.
+
+    Of rows that do not divide XLA fills up the last part, and on a mesh with `model` the gradient
+    of an embedding then has what came of the filling.
+    """
+    rules, mesh = dict(nn.get_logical_axis_rules()), jax.sharding.get_abstract_mesh()
+    if mesh.empty or not rules:
+        return x
+    axes = [rules[name] if name is not None else None for name in names]
+    whole = [size % axis_size(mesh, axis) for size, axis in zip(x.shape, axes, strict=True)]
+    spec = PartitionSpec(*(None if w else axis for w, axis in zip(whole, axes, strict=True)))
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def in_parts(x_BTNH: jax.Array) -> jax.Array:
@@ -207,7 +222,23 @@ def in_parts(x_BTNH: jax.Array) -> jax.Array:
     """
     if dict(nn.get_logical_axis_rules()).get("length") is None:
         return x_BTNH
-    return nn.with_logical_constraint(x_BTNH, ("batch", "length", "heads", "head_dim"))
+    return placed(x_BTNH, "batch", "length", "heads", "head_dim")
+
+
+def token_places(shape: tuple[int, ...], width: int) -> tuple[PartitionSpec | None, Axis]:
+    """How the rules split [B, T] tokens, and a width along `mlp`, as far as they divide.
+
+    (None, None) where there is one device, or no rules.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rules = dict(nn.get_logical_axis_rules())
+    if mesh.empty or mesh.size == 1 or not rules:
+        return None, None
+    batch, length, mlp = (
+        rules[name] if size % axis_size(mesh, rules[name]) == 0 else None
+        for name, size in zip(("batch", "length", "mlp"), (*shape, width), strict=True)
+    )
+    return PartitionSpec(batch, length), mlp
 
 
 def length_axis(mesh: Mesh | AbstractMesh, length: int) -> Axis:

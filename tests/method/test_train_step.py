@@ -168,11 +168,17 @@ MESHES = {
 }
 
 
-@pytest.fixture(scope="module", params=representatives(["full", "lora"], "full"))
+MODELS = {
+    "full": dict(),
+    "lora": dict(lora=LoraConfig(rank=4, alpha=8.0)),
+    "experts": dict(num_experts=4, experts_per_token=2),
+}
+
+
+@pytest.fixture(scope="module", params=representatives(MODELS, "full"))
 def alone(request):
     """Three steps on one device, without micro-batches."""
-    lora = LoraConfig(rank=4, alpha=8.0) if request.param == "lora" else None
-    method = method_of(tiny_config(lora=lora, remat=True), "ema")
+    method = method_of(tiny_config(**MODELS[request.param], remat=True), "ema")
     return method, run_steps(method, MeshConfig(), jax.devices()[:1])
 
 
