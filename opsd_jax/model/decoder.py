@@ -29,13 +29,14 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from opsd_jax.model.attention import attend_cached, attend_text
+from opsd_jax.model.attention import attend_cached
 from opsd_jax.model.config import ModelConfig, layer_numbers
 from opsd_jax.model.joined import joined_product
 from opsd_jax.model.kv_cache import KV, KVCache, LayersKV, Recent, put
 from opsd_jax.model.projection import PRODUCT, logical, project
 from opsd_jax.model.quantized import scaled
 from opsd_jax.model.sharding import in_parts, looked_up, placed, platform, token_places
+from opsd_jax.model.text_attention import attend_text
 from opsd_jax.model.token_attention import Settings, attend_new
 
 

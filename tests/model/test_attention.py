@@ -12,12 +12,13 @@ import pytest
 from flax import linen as nn
 
 from opsd_jax.errors import UserError
-from opsd_jax.model import attention
-from opsd_jax.model.attention import attend, attend_in_blocks, flash, splash
+from opsd_jax.model import text_attention
+from opsd_jax.model.attention import attend
 from opsd_jax.model.config import NO_WINDOW
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.kv_cache import KV, KVCache
 from opsd_jax.model.sharding import FULLY_SHARDED, MeshConfig, make_mesh
+from opsd_jax.model.text_attention import attend_in_blocks, flash, splash
 from opsd_jax.run.assembly import check_devices
 from opsd_jax.sampling.config import RolloutConfig
 from tests.tiny import tiny_batch, tiny_config, tiny_variables
@@ -70,7 +71,7 @@ def whole(q, k, v, window, softcap):
 )
 def test_each_implementation_equals_numpy(function, window, softcap, monkeypatch):
     """At a length that no block divides; gradients against those of the plain form."""
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 32)
+    monkeypatch.setattr(text_attention, "QUERY_BLOCK", 32)
     q, k, v = operands(141)
     out = jax.jit(partial(function, window=window, softcap=softcap))(q, k, v)
     np.testing.assert_allclose(out, numpy_attention(q, k, v, window, softcap), atol=2e-5)
@@ -95,12 +96,19 @@ def test_long_texts_need_no_square_of_memory():
     assert temporaries(in_blocks) < 0.2 * temporaries(whole)
 
 
+def test_a_quarter_of_a_text_reads_no_key_behind_its_end():
+    q, k, v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands(8192))
+    text = jax.jit(partial(in_blocks, window=None, softcap=None)).lower(q, k, v).as_text()
+    widths = set(map(int, re.findall(r"x512x(\d+)xf32>", text)))
+    assert widths == {2048, 4096, 6144, 8192} | {q.shape[-1]}
+
+
 @pytest.mark.parametrize("windows", [None, (1,), (0, 1)], ids=["none", "mixed", "all"])
 @pytest.mark.parametrize("name", ["splash", "cudnn"])
 def test_a_model_says_the_same_through_kernels(name, windows, monkeypatch):
     """Also split over 4 x 2 devices, each with its rows and heads."""
-    monkeypatch.setattr(attention, "splash", SPLASH)
-    monkeypatch.setattr(attention, "flash", FLASH)
+    monkeypatch.setattr(text_attention, "splash", SPLASH)
+    monkeypatch.setattr(text_attention, "flash", FLASH)
     config = tiny_config(window=None if windows is None else 4, window_layers=windows)
     variables, context = tiny_variables(config), tiny_batch(8).teacher
     positions = jnp.broadcast_to(jnp.arange(context.ids.shape[1]), context.ids.shape)
@@ -128,7 +136,8 @@ def test_a_model_says_the_same_through_kernels(name, windows, monkeypatch):
     ],
 )
 def test_a_kernel_that_cannot_run_is_refused(platform, changes, message):
-    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+    devices = np.array([SimpleNamespace(platform=platform)])
+    mesh = SimpleNamespace(devices=devices, shape={"data": 1, "model": 1})
     rollout = RolloutConfig(8, attention=changes.pop("decode_attention", "xla"))
     with pytest.raises(UserError, match=re.escape(message)):
         check_devices(tiny_config(**changes), rollout, mesh)

@@ -26,10 +26,10 @@ from on_card.measuring import (
 )
 from opsd_jax.divergence.config import DivergenceConfig
 from opsd_jax.divergence.losses import token_divergence
-from opsd_jax.model.attention import attend_in_blocks, flash, splash
 from opsd_jax.model.head import Head
 from opsd_jax.model.kv_cache import KV
 from opsd_jax.model.sharding import num_bytes
+from opsd_jax.model.text_attention import attend_in_blocks, flash, splash
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.rollout import rollout
 
