@@ -100,7 +100,7 @@ def test_a_quarter_of_a_text_reads_no_key_behind_its_end():
     q, k, v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands(8192))
     text = jax.jit(partial(in_blocks, window=None, softcap=None)).lower(q, k, v).as_text()
     widths = set(map(int, re.findall(r"x512x(\d+)xf32>", text)))
-    assert widths == {2048, 4096, 6144, 8192} | {q.shape[-1]}
+    assert {width for width in widths if width > 512} == {2048, 4096, 6144, 8192}
 
 
 @pytest.mark.parametrize("windows", [None, (1,), (0, 1)], ids=["none", "mixed", "all"])
