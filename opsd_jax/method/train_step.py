@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from opsd_jax.divergence.losses import DivergenceConfig
 from opsd_jax.method.batch import Batch, Policy
 from opsd_jax.method.completions import CompletionSource, StudentRollouts
+from opsd_jax.method.micro_batches import MicroBatch, accumulate
 from opsd_jax.method.mix import Distillation
 from opsd_jax.method.objective import Loss, Objective, Reader
 from opsd_jax.method.optimizer import optimizer_shardings
@@ -67,6 +68,7 @@ class TrainState:
 class Method:
     """The choices a step is built from; see method names in each module.
 
+    num_micro_batches, num_widths: see `accumulate`;
     external: the decoder of a teacher that is another model, None for one's own weights;
     num_updates: optimiser passes over each batch of completions; group_size: adjacent rows that
     answer the same problem; reasoner: lets the teacher write an analysis before it scores.
@@ -78,6 +80,7 @@ class Method:
     teacher: Teacher
     optimizer: optax.GradientTransformation
     num_micro_batches: int = 1
+    num_widths: int = 1
     completions: CompletionSource = StudentRollouts()
     objective: Objective = Distillation()
     external: Decoder | None = None
@@ -136,7 +139,7 @@ def update(
         batch = method.reasoner.join(batch, completion.analysis)
     step = GradedBatch(batch, completion, rewards, method.group_size, state.step)
     plan, planned = method.objective.plan(step)
-    rows = (batch, completion, plan, jnp.arange(completion.mask.shape[0]))
+    rows = MicroBatch(batch, completion, plan, jnp.arange(completion.mask.shape[0]))
 
     def one_pass(carry: tuple[Any, Any], number: jax.Array | int):
         trainable, opt_state = carry
@@ -145,6 +148,7 @@ def update(
             trainable,
             rows,
             method.num_micro_batches,
+            method.num_widths,
         )
         updates, opt_state = method.optimizer.update(gradient, opt_state, trainable)
         trainable = optax.apply_updates(trainable, updates)
@@ -171,7 +175,7 @@ def update(
 
 
 def micro_loss(
-    method: Method, state: TrainState, number: jax.Array | int, trainable: Any, *rows: Any
+    method: Method, state: TrainState, number: jax.Array | int, trainable: Any, rows: MicroBatch
 ) -> tuple[jax.Array, Loss]:
     """The objective of some rows of pass `number`; the aux is the same with its sums."""
     batch, completion, plan, row_numbers = rows
@@ -199,29 +203,6 @@ def policies(method: Method, state: TrainState, trainable: dict) -> tuple[Policy
         return student, Policy(method.external, state.external)
     store = method.teacher.variables(trainable, state.frozen, state.teacher)
     return student, Policy(method.model, store)
-
-
-def accumulate(
-    function: Callable, trainable: Any, rows: Any, num_micro_batches: int
-) -> tuple[Any, Any]:
-    """Sums `function(trainable, rows of one micro-batch)` over micro-batches, one at a time.
-
-    Micro-batch i holds rows i, i + A, i + 2A, …: a strided split keeps every device's rows on
-    that device when the batch is sharded in contiguous blocks.
-    """
-    if num_micro_batches == 1:
-        return function(trainable, *rows)
-
-    def strided(x):
-        return x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1)
-
-    def add(total, micro):
-        return jax.tree.map(jnp.add, total, function(trainable, *micro)), None
-
-    micros = jax.tree.map(strided, rows)
-    shapes = jax.eval_shape(function, trainable, *jax.tree.map(lambda x: x[0], micros))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(add, zeros, micros)[0]
 
 
 def loss_metrics(method: Method, loss: Loss, batch: Batch, completion: Completion) -> Metrics:

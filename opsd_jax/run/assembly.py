@@ -279,6 +279,7 @@ def method_of(
         teacher=experiment.teacher.build(),
         optimizer=make_optimizer(experiment.optimizer, train.learning_rate, train.num_updates),
         num_micro_batches=train.num_micro_batches,
+        num_widths=train.num_widths,
         completions=train.completions,
         objective=train.objective,
         external=external,

@@ -64,13 +64,16 @@ class TrainConfig:
       learning_rate: peak of the schedule.
       seed: of rollouts, data order and adapter initialisation.
       num_micro_batches: A, the loss is computed on B / A rows at a time.
+      num_widths: with 3, rows of like length share a micro-batch, which is scored no wider than
+        max_new_tokens, its half or its quarter; each is compiled. A function of
+        `divergence.weights` or a shape then sees such rows together.
       lora: train adapters only; None trains all parameters.
       dtype: compute dtype; trained parameters and moments are float32 whatever it is. Where it is
         "float32", JAX multiplies matrices in one bfloat16 pass on a TPU and in TF32 on a recent
         NVIDIA GPU, unless JAX_DEFAULT_MATMUL_PRECISION=highest is set: float32 sums, but not the
         1e-5 between rollout and scoring that a CPU keeps.
       attention: how whole texts are attended to: "xla", "splash" (TPU) or "cudnn" (NVIDIA GPU,
-        bfloat16); see `attention.py`.
+        bfloat16); see `text_attention.py`.
       remat: what the backward pass computes again: True whole layers, "keep_projections" all but
         the outputs of projections, "offload_projections" likewise with these in the host's memory,
         False nothing.
@@ -106,6 +109,7 @@ class TrainConfig:
     num_updates: Count = 1
     seed: Seed = 0
     num_micro_batches: Count = 1
+    num_widths: Count = 1
     lora: LoraConfig | None = None
     dtype: Annotated[str, DTYPES] = "float32"
     attention: Annotated[str, TEXT_ATTENTION] = "xla"
@@ -133,6 +137,11 @@ class TrainConfig:
             )
         if self.completions != self.references and isinstance(self.completions, References):
             raise UserError("Likelihood.of and train.completions must be the same @References()")
+        if self.num_widths > 1 and self.references and not isinstance(self.completions, References):
+            raise UserError(
+                "train.num_widths must be 1 with Likelihood.of: references may be longer than the "
+                "completions beside them"
+            )
         if self.profile_steps is not None:
             object.__setattr__(self, "profile_steps", tuple(self.profile_steps))
             window = self.profile_steps
