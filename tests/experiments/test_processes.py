@@ -63,8 +63,9 @@ def test_who_ends_the_command_ends_its_processes(tmp_path, number):
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent(f"""
-        import os, sys, time
+        import os, signal, sys, time
         from pathlib import Path
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
         sys.path.append({str(EXPERIMENTS)!r})
         from processes import in_processes
 
