@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where every array lives: a mesh of up to four axes, one table from logical to mesh axes.
 
-Parameters carry logical axis names (`model.py`); the table sends them to mesh axes. With the
+Parameters carry logical axis names (`decoder.py`); the table sends them to mesh axes. With the
 default table the batch and the parameters are split over `data` (fully sharded) and heads, MLP
 and vocabulary over `model` (tensor parallel). `replica`, outside of both, splits the batch alone:
 parameters are whole in each replica, and gradients are summed over them. `sequence` is more `data`
