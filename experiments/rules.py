@@ -81,7 +81,7 @@ def asked(out: Path, rule: str, name: str, rate: float, seed: int, first: str = 
         folder = found.workdir / "final" / split
         folders[split] = evaluated(found.workdir, folder, split, "student")
     if first:
-        line = f"RuleQuestions.rule = {first!r}"
+        line = f"heldout/RuleQuestions.rule = {first!r}"  # a run's config names the scopes
         folder = found.workdir / "final" / first
         folders[BEFORE] = evaluated(found.workdir, folder, "heldout", "student", line)
     shares = {split: [*by_problem(folder).values()] for split, folder in folders.items()}

@@ -183,5 +183,6 @@ def draw(results: Sequence[Result], path: Path) -> None:
         right.set(xlabel="rule kept", ylabel="nats per token of a text, more", xlim=(-0.02, 1.02))
         left.grid(alpha=0.3)
         right.grid(alpha=0.3)
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    drawn = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*drawn, loc="outside upper center", ncols=5, frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Date": None})

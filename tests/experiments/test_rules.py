@@ -354,7 +354,7 @@ def test_a_second_rule_starts_from_the_first_ones_student(modules, tmp_path, mon
             "sentence_then_json/run/final/sentence",
             "heldout",
             "student",
-            ("RuleQuestions.rule = 'sentence'",),
+            ("heldout/RuleQuestions.rule = 'sentence'",),
         ),
     ]
     assert (found.rule, found.before, found.asked["before"]) == ("json", "sentence", [0, 0.5])
