@@ -183,7 +183,8 @@ def whole(out: Path, rules: Sequence[str], best: dict[str, float], seeds: Sequen
     lost = {metric: found[0].evaluations[0][metric] for metric in [*SHOWN][1:]}
     for each in [result for rule in rules for result in bases(out, rule)]:
         found.append(each._replace(evaluations=[each.evaluations[0] | lost]))
-    write(found, [results.rule_table(found, rule) for rule in rules], out, "runs", "table")
+    found = kept(found, out / "runs.csv")
+    show([results.rule_table(found, rule) for rule in rules], out / "table.md")
     results.draw(found, out / "rules.svg")
 
 
@@ -194,16 +195,20 @@ def forgetting(
     first, second = rules
     found = [asked(out, first, n, best[n], s) for n in METHODS for s in seeds]
     found += [asked(out, second, n, best[n], s, first) for n in METHODS for s in seeds]
-    write(found, [results.forgetting_table(found, *rules)], out, "then", "forgetting")
+    found = kept(found, out / "then.csv")
+    show([results.forgetting_table(found, *rules)], out / "forgetting.md")
 
 
-def write(
-    found: list[Result], tables: Sequence[list[str]], out: Path, name: str, table_name: str
-) -> None:
+def kept(found: list[Result], path: Path) -> list[Result]:
+    """The results as their file has them, so that tables are those of the file, digit by digit."""
+    results.write(found, path)
+    return results.read(path)
+
+
+def show(tables: Sequence[list[str]], path: Path) -> None:
     text = "\n".join(line for table in tables for line in [*table, ""])
     print("", text, sep="\n")
-    results.write(found, out / f"{name}.csv")
-    (out / f"{table_name}.md").write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
