@@ -360,6 +360,42 @@ def test_a_second_rule_starts_from_the_first_ones_student(modules, tmp_path, mon
     assert (found.rule, found.before, found.asked["before"]) == ("json", "sentence", [0, 0.5])
 
 
+def test_the_whole_study_and_the_second_rule_write_their_files(
+    modules, tmp_path, monkeypatch, capsys
+):
+    """Of made-up runs: what is written is what is read, tuning runs and the bare model included."""
+    rules, results = modules[0], modules[3]
+    pytest.importorskip("matplotlib")
+
+    def asked(out, rule, name, rate, seed, first=""):
+        shares = {split: [0.5, seed / 4] for split in results.SPLITS}
+        shares |= {"before": [0.0, 1.0]} if first else {}
+        return result(results, name, [0, 0.5], shares, seed, rate, rule, first)
+
+    def learned(out, rule, name, rate, seed):
+        lines = asked(out, rule, name, rate, seed).evaluations
+        return Run(out, None, "", [{"step": 0}, *lines])
+
+    def bases(out, rule):
+        names = (results.BARE, results.PROMPTED)
+        return [
+            result(results, n, [0.1], asked(out, rule, n, 0, 1).asked, 0, 0.0, rule) for n in names
+        ]
+
+    for name, function in (("asked", asked), ("learned", learned), ("bases", bases)):
+        monkeypatch.setattr(rules, name, function)
+    best = {name: 1e-3 for name in rules.METHODS}
+    rules.whole(tmp_path, RULES, best, [1, 2])
+    found = results.read(tmp_path / "runs.csv")
+    assert len(found) == 3 * 4 * 2 + 4 * 3 + 3 * 2
+    assert (tmp_path / "table.md").read_text().count("| prompted |") == 3
+    assert (tmp_path / "rules.svg").exists()
+    rules.forgetting(tmp_path, ("sentence", "json"), best, [1, 2])
+    assert {each.before for each in results.read(tmp_path / "then.csv")} == {"", "sentence"}
+    assert "| OPSD | 0.438" in (tmp_path / "forgetting.md").read_text()
+    assert "| OPSD | 0.438" in capsys.readouterr().out
+
+
 def test_every_cell_is_a_job_of_its_own(modules, tmp_path):
     rules = modules[0]
     best = {name: 1e-3 for name in rules.METHODS}
