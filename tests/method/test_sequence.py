@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from opsd_jax.divergence.config import DivergenceConfig
+from opsd_jax.divergence.fused import VocabularyMesh, vocabulary_mesh
 from opsd_jax.errors import UserError
 from opsd_jax.method.scoring import completion_hidden
 from opsd_jax.method.train_step import init_state, jitted_step, state_shardings, update
@@ -118,6 +119,14 @@ def test_hidden_states_and_gradients_are_those_of_one_device(kv_heads, length):
     np.testing.assert_allclose(hidden * seen, expected[0][1] * seen, atol=2e-5)
     for got, want in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-4 * max(1.0, float(np.abs(want).max())))
+
+
+def test_the_fused_loss_splits_tokens_where_rows_are_too_few():
+    mesh = make_mesh(MeshConfig(data=2, sequence=4))
+    place = vocabulary_mesh(mesh, (2, 8))
+    assert (place.batch_axis, place.length_axis) == (("data",), "sequence")
+    assert vocabulary_mesh(mesh, (8, 6)).batch_axis == ("data", "sequence")  # tokens do not divide
+    assert vocabulary_mesh(mesh, (2, 6)) == VocabularyMesh(mesh, None, None, None)
 
 
 def test_a_batch_divides_over_all_devices_and_micro_batches_over_those_with_other_texts():
