@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 from compare import Method, Study, run
-from forecast_cases import CASES, Row, lines
+from forecast_cases import CASES, Row, ends, lines
 from processes import in_processes, keep_programs
 from scipy.stats import rankdata
 
@@ -80,19 +80,11 @@ def trained(name: str, seed: int, out: Path) -> Run:
     return run(study, method, RATE, seed, out / name)
 
 
-def ends(runs: Sequence[Run]) -> Row:
-    """Held-out accuracy of each seed before, at its best and at the end.
-
-    "error" is the standard error of the difference of two evaluations.
-    """
+def trained_ends(name: str, seeds: Iterable[int], out: Path) -> Row:
+    """What came of the seeds of a case."""
+    runs = [trained(name, seed, out) for seed in seeds]
     curves = [each.series(ACCURACY)[:, 1] for each in runs]
-    errors = [each.series(f"{ACCURACY}_se")[[0, -1], 1] for each in runs]
-    return {
-        "before": [float(curve[0]) for curve in curves],
-        "best": [float(curve.max()) for curve in curves],
-        "last": [float(curve[-1]) for curve in curves],
-        "error": float(np.mean(np.linalg.norm(errors, axis=1))),
-    }
+    return ends(curves, [each.series(f"{ACCURACY}_se")[[0, -1], 1] for each in runs])
 
 
 def of_each_base(names: Iterable[str], out: Path) -> list[str]:
@@ -240,7 +232,7 @@ def main() -> None:
         case, found = CASES[name], probed(name, out)
         special = {"case": name, "about": case.about, "same_as": case.same_as}
         special["advice"] = forecast.kind(found)
-        end = case.ended() if case.ended else ends([trained(name, s, out) for s in seeds])
+        end = case.ended() if case.ended else trained_ends(name, seeds, out)
         rows.append(special | numbers(found) | end)
     tables = [*case_table(rows), "", *rank_table(rows), "", *confusion(rows)]
     print("", *tables, sep="\n")

@@ -3,7 +3,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +21,6 @@ RECIPE = (
 UNGATED = "WarmStart.require_gate = False"
 READS_MORE = ("WarmStart.answer_rows = 24", "WarmStart.feedback_rows = 24")
 GROUPS = "train.group_size = 8"
-
-
 Row = Mapping[str, Any]
 
 
@@ -57,10 +55,24 @@ def _loss(name: str) -> tuple[str, tuple[str, ...]]:
     return f"ablations/{name}.gin", (f"divergence.clip = '{clip}'",)
 
 
+def ends(curves: Sequence[Sequence[float]], errors: Sequence[Sequence[float]]) -> Row:
+    """Held-out accuracy of each seed before, at its best and at the end.
+
+    "error" is the standard error of the difference of two evaluations, of which `errors` has those
+    of the first and the last of each seed.
+    """
+    return {
+        "before": [float(curve[0]) for curve in curves],
+        "best": [float(max(curve)) for curve in curves],
+        "last": [float(curve[-1]) for curve in curves],
+        "error": float(np.mean(np.linalg.norm(errors, axis=1))),
+    }
+
+
 def ended(before: float, best: float, last: float, num: int) -> Row:
     """What came of a study: shares of `num` held-out problems, of one seed."""
-    error = math.hypot(*(math.sqrt(share * (1 - share) / num) for share in (before, last)))
-    return {"before": [before], "best": [best], "last": [last], "error": error}
+    errors = [math.sqrt(share * (1 - share) / num) for share in (before, last)]
+    return ends([[before, best, last]], [errors])
 
 
 def ended_rule(rule: str) -> Row:
@@ -70,10 +82,7 @@ def ended_rule(rule: str) -> Row:
 
     runs = by_method(read(HERE / "rules" / "runs.csv"), rule=rule, before="")["OPSD"]
     kept = [[line[KEPT] for line in each.evaluations] for each in runs]
-    errors = [[each.evaluations[at][SE] for at in (0, -1)] for each in runs]
-    found = {"before": [k[0] for k in kept], "best": [max(k) for k in kept]}
-    error = float(np.mean(np.linalg.norm(errors, axis=1)))
-    return found | {"last": [k[-1] for k in kept], "error": error}
+    return ends(kept, [[each.evaluations[at][SE] for at in (0, -1)] for each in runs])
 
 
 def _rule(name: str) -> Case:

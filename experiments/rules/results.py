@@ -13,8 +13,9 @@ import numpy as np
 
 from opsd_jax.evaluation.compare import Difference, paired_bootstrap
 from opsd_jax.evaluation.report import spread
+from opsd_jax.evaluation.runs import ACCURACY, TOKENS
 
-KEPT, SE, TOKENS = "eval/student/accuracy", "eval/student/accuracy_se", "rollout/tokens_total"
+KEPT, SE = ACCURACY, f"{ACCURACY}_se"
 SHOWN = {  # metric of the last evaluation -> its column
     "eval/student/length_mean": ("tokens per answer", ".1f"),
     "probe/text_nats": ("nats per token of a text", ".3f"),

@@ -49,6 +49,11 @@ class VocabularyMesh:
     vocab_axis: str | None = None
     length_axis: Axis = None
 
+    @property
+    def tokens(self) -> PartitionSpec:
+        """Of arrays [B, C, ...]."""
+        return PartitionSpec(self.batch_axis, self.length_axis)
+
 
 def vocabulary_mesh(mesh: Any, shape: Sequence[int], vocab_axis: str = "model") -> VocabularyMesh:
     """The layout of [B, C] tokens on `mesh`, or on that of `jax.set_mesh` when `mesh` is None.
@@ -175,10 +180,9 @@ def _on_mesh(plan, function, *static):
     local = functools.partial(function, plan, *static)
     if place.mesh is None:
         return local
-    rows = PartitionSpec(place.batch_axis, place.length_axis)
-    kernel = PartitionSpec(place.vocab_axis)
-    tokens = (*(place.batch_axis or ()), *([place.length_axis] if place.length_axis else []))
-    partial = PartitionSpec(tokens or None, place.vocab_axis)
+    rows, kernel = place.tokens, PartitionSpec(place.vocab_axis)
+    shards = tuple(axis for axis in (*(place.batch_axis or ()), place.length_axis) if axis)
+    partial = PartitionSpec(shards or None, place.vocab_axis)
     teachers = ((rows, kernel),) * (len(plan.softcaps) - 1)
     operands = Operands(rows, kernel, teachers, rows, rows)
     forward = function is _forward

@@ -44,22 +44,19 @@ def token_logps(
     """
     size = head.kernel.shape[0]
     hidden = jnp.where(mask[..., None], hidden, 0)
-    read = partial(_read, Vocabulary(size), head.softcap, process)
+    place = vocabulary_mesh(None, ids.shape)
+    axis = None if token_block is None or process is not None else place.vocab_axis
+    read = partial(_read, Vocabulary(size, axis), head.softcap, process)
     if token_block is None:
         found = read(head.kernel, hidden, ids)
     else:
-        place = vocabulary_mesh(None, ids.shape)
-        axis = place.vocab_axis if process is None else None
-        read = partial(_read, Vocabulary(size, axis), head.softcap, process)
-        in_blocks = partial(_in_blocks, read, token_block)
-        kernel = head.kernel
+        in_blocks, kernel = partial(_in_blocks, read, token_block), head.kernel
         if place.mesh is not None:
-            rows = PartitionSpec(place.batch_axis, place.length_axis)
             in_blocks = jax.shard_map(
                 in_blocks,
                 mesh=place.mesh,
-                in_specs=(PartitionSpec(axis), rows, rows),
-                out_specs=(rows, rows),
+                in_specs=(PartitionSpec(axis), place.tokens, place.tokens),
+                out_specs=(place.tokens, place.tokens),
                 check_vma=False,  # sums over the vocabulary are made by hand
             )
             kernel = jnp.pad(kernel, ((0, -size % axis_size(place.mesh, axis)), (0, 0)))

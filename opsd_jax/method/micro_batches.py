@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from opsd_jax.method.batch import Batch
-from opsd_jax.model.sharding import axis_size, rows_axis
+from opsd_jax.model.sharding import placed
 from opsd_jax.sampling.prompts import Completion
 
 
@@ -73,13 +72,10 @@ def split_by_length(rows: MicroBatch, num_parts: int) -> MicroBatch:
     Only ids and numbers of tokens cross the devices.
     """
     order = jnp.argsort(jnp.sum(rows.completion.mask, axis=1), stable=True)
-    mesh = jax.sharding.get_abstract_mesh()
 
     def split(x):
         parts = x[order].reshape(num_parts, -1, *x.shape[1:])
-        if mesh.empty or parts.shape[1] % axis_size(mesh, rows_axis(mesh)):
-            return parts
-        return jax.lax.with_sharding_constraint(parts, PartitionSpec(None, rows_axis(mesh)))
+        return placed(parts, None, "batch", *[None] * (parts.ndim - 2))
 
     return jax.tree.map(split, rows)
 
@@ -96,7 +92,7 @@ def at_width(function: Callable, choices: list[int], trainable: Any, rows: Micro
     """`function` of the rows cut to the smallest of the widths that holds their completions."""
     longest = jnp.max(jnp.sum(rows.completion.mask, axis=1))
     number = sum((longest > width).astype(jnp.int32) for width in choices[:-1])
-    branches = [lambda *x, w=width: function(x[0], cut(x[1], w)) for width in choices]
+    branches = [lambda trained, x, w=width: function(trained, cut(x, w)) for width in choices]
     return jax.lax.switch(number, branches, trainable, rows)
 
 

@@ -15,7 +15,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from opsd_jax.model.config import ModelConfig
@@ -23,7 +22,7 @@ from opsd_jax.model.decode_attention import UNSEEN, attend_store
 from opsd_jax.model.head import soft_cap
 from opsd_jax.model.kv_cache import EMPTY_POSITION, KV, KVCache, Parts, parts
 from opsd_jax.model.products import product
-from opsd_jax.model.sharding import axis_size, platform
+from opsd_jax.model.sharding import dividing, platform
 
 
 def attend(
@@ -204,13 +203,9 @@ def on_each_device(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function(*arrays)
-    B, K = next(array.shape[:2] for axes, array in operands if axes == "bk")
-    batch, heads = nn.logical_to_mesh_axes(("batch", "kv_heads")) or (None, None)
-    place = {
-        "l": None,
-        "b": batch if batch and B % axis_size(mesh, batch) == 0 else None,
-        "k": heads if heads and K % axis_size(mesh, heads) == 0 else None,
-    }
+    rows_and_heads = next(array.shape[:2] for axes, array in operands if axes == "bk")
+    batch, heads = dividing(rows_and_heads, "batch", "kv_heads")
+    place = {"l": None, "b": batch, "k": heads}
 
     def spec(axes: str) -> PartitionSpec:
         return PartitionSpec(*(place[axis] for axis in axes))

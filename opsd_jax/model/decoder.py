@@ -35,7 +35,7 @@ from opsd_jax.model.joined import joined_product
 from opsd_jax.model.kv_cache import KV, KVCache, LayersKV, Recent, put
 from opsd_jax.model.projection import PRODUCT, logical, project
 from opsd_jax.model.quantized import scaled
-from opsd_jax.model.sharding import in_parts, looked_up, placed, platform, token_places
+from opsd_jax.model.sharding import dividing, in_parts, looked_up, placed, platform
 from opsd_jax.model.text_attention import attend_text
 from opsd_jax.model.token_attention import Settings, attend_new
 
@@ -221,9 +221,11 @@ class Experts(nn.Module):
             weight("up_proj", (E, D, F), ("experts", "embed", "mlp")),
             weight("down_proj", (E, F, D), ("experts", "mlp", "embed")),
         )
-        tokens, width = token_places(x_BTD.shape[:2], F)
-        if tokens is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
             return self._own(x_BTD, *weights)
+        batch, length, width = dividing((*x_BTD.shape[:2], F), "batch", "length", "mlp")
+        tokens = PartitionSpec(batch, length)
         matrix = PartitionSpec(None, None, width)
         places = (tokens, PartitionSpec(), matrix, matrix, PartitionSpec(None, width))
 

@@ -39,7 +39,7 @@ def soft_cap(logits: jax.Array, softcap: float | None) -> jax.Array:
 
 def hidden_first(hidden: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
     """hidden @ kernelᵀ: [..., D] x [V, D] -> [..., V] in a dtype."""
-    return of_rows("d,vd->v", hidden, kernel, dtype)
+    return of_rows(hidden, kernel, "fd", dtype)
 
 
 def head_logits(

@@ -79,12 +79,12 @@ def linear(x: jax.Array, kernel: jax.Array, num_in: int) -> jax.Array:
     """
     rows, out = x.shape[: x.ndim - num_in], kernel.shape[num_in:]
     size = math.prod(kernel.shape[:num_in])
-    y = of_rows("d,df->f", x.reshape(*rows, size), kernel.reshape(size, -1))
+    y = of_rows(x.reshape(*rows, size), kernel.reshape(size, -1), "df")
     return y.reshape(*rows, *out)
 
 
-def of_rows(subscripts: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
-    """`product` of the vectors [..., size] of x, all as rows of one matrix.
+def of_rows(x: jax.Array, y: jax.Array, axes: str, dtype: Any = None) -> jax.Array:
+    """`product` of x [..., d] and a matrix "df" or "fd": [..., f], of rows of one matrix.
 
     Where texts are split their tokens stay an axis of their own: rows of several devices' parts
     are no matrix that has these parts, and the compiler would gather it.
@@ -93,7 +93,5 @@ def of_rows(subscripts: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> j
     letters = "abc"[: len(rows)]
     if len(rows) > 1 and "sequence" not in jax.sharding.get_abstract_mesh().shape:
         x, letters = x.reshape(-1, x.shape[-1]), "m"
-    vector, rest = subscripts.split(",")
-    other, out = rest.split("->")
-    z = product(f"{letters}{vector},{other}->{letters}{out}", x, y, dtype)
+    z = product(f"{letters}d,{axes}->{letters}f", x, y, dtype)
     return z.reshape(*rows, -1)

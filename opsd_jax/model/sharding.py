@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -135,9 +135,9 @@ def rows_axis(mesh: Mesh | AbstractMesh) -> Axis:
     return names if len(names) > 1 else "data"
 
 
-def rows_axis_in_words(mesh: Mesh) -> tuple[str, str]:
+def rows_axis_in_words(mesh: Mesh, *without: str) -> tuple[str, str]:
     """Names and numbers of what splits a batch: ("mesh.replica x mesh.data", "2 x 4")."""
-    sizes = {name: size for name, size in mesh.shape.items() if name != "model"}
+    sizes = {name: n for name, n in mesh.shape.items() if name not in ("model", *without)}
     return " x ".join(f"mesh.{name}" for name in sizes), " x ".join(map(str, sizes.values()))
 
 
@@ -206,13 +206,19 @@ def placed(x: jax.Array, *names: str | None) -> jax.Array:
     Of rows that do not divide XLA fills up the last part, and on a mesh with `model` the gradient
     of an embedding then has what came of the filling.
     """
-    rules, mesh = dict(nn.get_logical_axis_rules()), jax.sharding.get_abstract_mesh()
-    if mesh.empty or not rules:
+    if jax.sharding.get_abstract_mesh().empty or not nn.get_logical_axis_rules():
         return x
-    axes = [rules[name] if name is not None else None for name in names]
-    whole = [size % axis_size(mesh, axis) for size, axis in zip(x.shape, axes, strict=True)]
-    spec = PartitionSpec(*(None if w else axis for w, axis in zip(whole, axes, strict=True)))
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*dividing(x.shape, *names)))
+
+
+def dividing(shape: Sequence[int], *names: str | None) -> list[Axis]:
+    """The mesh axes of logical ones, by the rules; None where they do not divide."""
+    mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
+    axes = [rules.get(name) if name else None for name in names]
+    return [
+        axis if size % axis_size(mesh, axis) == 0 else None
+        for size, axis in zip(shape, axes, strict=True)
+    ]
 
 
 def in_parts(x_BTNH: jax.Array) -> jax.Array:
@@ -223,22 +229,6 @@ def in_parts(x_BTNH: jax.Array) -> jax.Array:
     if dict(nn.get_logical_axis_rules()).get("length") is None:
         return x_BTNH
     return placed(x_BTNH, "batch", "length", "heads", "head_dim")
-
-
-def token_places(shape: tuple[int, ...], width: int) -> tuple[PartitionSpec | None, Axis]:
-    """How the rules split [B, T] tokens, and a width along `mlp`, as far as they divide.
-
-    (None, None) where there is one device, or no rules.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    rules = dict(nn.get_logical_axis_rules())
-    if mesh.empty or mesh.size == 1 or not rules:
-        return None, None
-    batch, length, mlp = (
-        rules[name] if size % axis_size(mesh, rules[name]) == 0 else None
-        for name, size in zip(("batch", "length", "mlp"), (*shape, width), strict=True)
-    )
-    return PartitionSpec(batch, length), mlp
 
 
 def length_axis(mesh: Mesh | AbstractMesh, length: int) -> Axis:

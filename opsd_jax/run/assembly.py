@@ -106,8 +106,7 @@ def check_batch(batch_size: int, num_micro_batches: int, mesh: Mesh) -> None:
             f"train.batch_size = {batch_size} must be a multiple of {names} = {numbers}"
         )
     if batch_size % (num_micro_batches * rows // sequence):
-        if sequence > 1:
-            names, numbers = names.rsplit(" x ", 1)[0], numbers.rsplit(" x ", 1)[0]
+        names, numbers = rows_axis_in_words(mesh, "sequence")
         raise UserError(
             f"train.batch_size = {batch_size} must be a multiple of train.num_micro_batches x "
             f"{names} = {num_micro_batches} x {numbers}"
