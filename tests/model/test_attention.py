@@ -19,7 +19,7 @@ from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.kv_cache import KV, KVCache
 from opsd_jax.model.sharding import FULLY_SHARDED, MeshConfig, make_mesh
 from opsd_jax.model.text_attention import attend_in_blocks, flash, splash
-from opsd_jax.run.assembly import check_devices
+from opsd_jax.run.assembly import check_devices, model_of
 from opsd_jax.sampling.config import RolloutConfig
 from tests.tiny import tiny_batch, tiny_config, tiny_variables
 
@@ -121,6 +121,48 @@ def test_a_model_says_the_same_through_kernels(name, windows, monkeypatch):
     seen = np.arange(context.ids.shape[1]) < context.lengths[:, None]
     np.testing.assert_allclose(alone[seen], want[seen], atol=2e-5)
     np.testing.assert_allclose(split[seen], want[seen], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes", "name"),
+    [
+        ("cpu", dict(dtype="bfloat16"), "xla"),
+        ("tpu", {}, "splash"),
+        ("gpu", dict(dtype="bfloat16"), "cudnn"),
+        ("gpu", {}, "xla"),
+        ("gpu", dict(dtype="bfloat16", attention_softcap=5.0), "xla"),
+        ("gpu", dict(dtype="bfloat16", head_dim=256), "xla"),
+        ("gpu", dict(dtype="bfloat16", head_dim=60), "xla"),
+        ("gpu", dict(dtype="bfloat16", attention="xla"), "xla"),
+    ],
+)
+def test_a_run_attends_by_the_kernel_of_its_devices_where_it_can(platform, changes, name):
+    """And what it takes is not refused afterwards; a name that is given is taken."""
+    changes = {"attention": None, **changes}
+    own = {key: changes.pop(key) for key in ("attention", "dtype") if key in changes}
+    devices = np.array([SimpleNamespace(platform=platform)])
+    mesh = SimpleNamespace(devices=devices, shape={"data": 1, "model": 1})
+    train = SimpleNamespace(remat=True, lora=None, **{"dtype": "float32", **own})
+    config = model_of(train, tiny_config(**changes), mesh).config
+    assert config.attention == name
+    check_devices(config, RolloutConfig(8), mesh)
+
+
+@pytest.mark.parametrize("T", [1, 6, 7])
+def test_cudnn_is_asked_for_even_lengths(T, monkeypatch):
+    """Of odd ones it has no gradient."""
+    asked, real = [], jax.nn.dot_product_attention
+
+    def attention(q, *rest, **settings):
+        asked.append(q.shape[1])
+        return real(q, *rest, **settings | {"implementation": "xla"})
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    q, k, v = operands(T)
+    got = text_attention.flash(q, k, v, None, None)
+    want = in_blocks(q, k, v, None, None)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert asked == [T + T % 2]
 
 
 @pytest.mark.parametrize(
