@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What H100's compiler makes of a decoded token: how many kernels, and no copies of weights."""
+"""What H100's compiler makes of a decoded token: how many kernels, and no copies of weights; what
+a TPU's does."""
 
 import re
 from functools import partial
@@ -20,10 +21,9 @@ from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.rollout import rollout
 from tests.plan.test_targets import INSTALLED
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not INSTALLED["cuda"], reason="the plan-cuda extra is not installed"),
-]
+pytestmark = pytest.mark.slow
+on_card = pytest.mark.skipif(not INSTALLED["cuda"], reason="the plan-cuda extra is not installed")
+on_tpu = pytest.mark.skipif(not INSTALLED["tpu"], reason="the plan-tpu extra is not installed")
 # Layers of Qwen3-1.7B, two of them, under a small vocabulary.
 SHAPE = ModelConfig(
     vocab_size=4096,
@@ -41,10 +41,10 @@ SHAPE = ModelConfig(
 A_MATRIX = 2048 * 1024 * 2  # bytes of the smallest of a layer, k_proj
 
 
-def compiled_rollout(**settings) -> Program:
-    """32 rows with prompts of 512 tokens on one H100; float32 masters, top-k and top-p."""
+def compiled_rollout(target="h100:1", **settings) -> Program:
+    """32 rows with prompts of 512 tokens on one device; float32 masters, top-k and top-p."""
     mesh = Mesh(
-        np.array(find_target("h100:1").devices).reshape(1, 1),
+        np.array(find_target(target).devices[:1]).reshape(1, 1),
         ("data", "model"),
         axis_types=(AxisType.Auto,) * 2,
     )
@@ -87,6 +87,7 @@ def copied(program: Program) -> list[str]:
     return found
 
 
+@on_card
 @pytest.mark.parametrize(
     ("settings", "most"),
     [
@@ -101,6 +102,16 @@ def test_a_token_is_few_kernels_and_copies_nothing(settings, most):
     assert copied(program) == []
 
 
+@on_card
 def test_scanned_layers_are_copied_out_of_their_stack():
     """So the test above can fail."""
     assert len(copied(compiled_rollout(unroll_layers=0))) >= 7
+
+
+@on_tpu
+@pytest.mark.parametrize("settings", [{}, {"attention": "pallas"}])
+def test_a_tpu_copies_no_weights_within_its_memory(settings):
+    """Though the layers are scanned: a product reads its matrix out of the stack. What is moved to
+    the chip's own memory, S(1), is not read again."""
+    copies = copied(compiled_rollout("v5e:2x2", unroll_layers=0, **settings))
+    assert [each for each in copies if "S(1)" not in each] == []

@@ -166,7 +166,10 @@ def test_a_target_is_named_and_bound_in_a_gin_file():
             ["train.dtype = 'float16'"],
             "^train.dtype must be 'float32' or 'bfloat16', not 'float16'",
         ),
-        (["train.attention = 'flash'"], "^train.attention must be 'xla', 'splash' or 'cudnn' or None"),
+        (
+            ["train.attention = 'flash'"],
+            "^train.attention must be 'xla', 'splash' or 'cudnn' or None, not 'flash'",
+        ),
         (
             [
                 "train.model = @PretrainedModel()",
