@@ -114,7 +114,8 @@ def padded_lengths(experiment: Experiment, widths: Widths) -> Lengths:
     """Every row as long as it can be."""
     size = experiment.train.batch_size
     student, teacher = (np.full(size, n) for n in widths)
-    return Lengths(student, teacher, np.full(size, experiment.rollout.max_new_tokens))
+    views = (teacher,) * len(experiment.training_contexts.views)
+    return Lengths(student, teacher, np.full(size, experiment.rollout.max_new_tokens), views)
 
 
 def floor_of(plan: Plan, target: Target, widths: Widths) -> Seconds | None:
@@ -252,7 +253,7 @@ def estimates(plan: Plan) -> list[str]:
 
 
 COLUMNS = (
-    *("mesh.replica", "mesh.model", "micro-batches", "remat"),
+    *("mesh.replica", "mesh.sequence", "mesh.model", "micro-batches", "remat"),
     *("GiB a chip", "fits", "floor s", "compiled in s"),
 )
 
@@ -263,6 +264,7 @@ def row(plan: Plan, target: Target) -> str:
     mesh = plan.parts.mesh.shape
     cells = [
         mesh.get("replica", 1),
+        mesh.get("sequence", 1),
         mesh["model"],
         train.num_micro_batches,
         train.remat,
@@ -276,17 +278,24 @@ def row(plan: Plan, target: Target) -> str:
 
 def variants(experiment: Experiment, config: ModelConfig, target: Target) -> Iterator[Experiment]:
     """mesh.replica (1, or the hosts) x mesh.model x micro-batches x remat, as far as they divide
-    batch, heads and chips; mesh.sequence as it is."""
-    train, chips, sequence = experiment.train, len(target.devices), experiment.mesh.sequence
+    batch, heads and chips; mesh.sequence is raised where so many micro-batches need it."""
+    train, chips = experiment.train, len(target.devices)
     meshes = itertools.product(sorted({1, networks(target)}), (1, 2, 4, 8), (1, 2, 4, 8))
     for replica, model, number in meshes:
-        rows = chips // model // sequence  # parts of a micro-batch
-        if chips % (replica * model * sequence) or config.num_kv_heads % model:
+        if config.num_kv_heads % model or chips % (replica * model):
             continue
-        if train.batch_size % (number * rows) or train.batch_size % (rows * sequence):
+        if train.batch_size % (chips // model):
+            continue
+        sequence = experiment.mesh.sequence
+        while sequence <= chips and train.batch_size % (number * (chips // model // sequence) or 1):
+            sequence *= 2
+        rows = chips // model // sequence  # parts of a micro-batch
+        if rows * model * sequence != chips or rows % replica:
+            continue
+        if sequence > 1 and config.num_heads % (sequence * model):
             continue
         mesh = dataclasses.replace(
-            experiment.mesh, data=rows // replica, model=model, replica=replica
+            experiment.mesh, data=rows // replica, model=model, replica=replica, sequence=sequence
         )
         for remat in (True, *REMATS, False):
             changed = dataclasses.replace(train, num_micro_batches=number, remat=remat)
@@ -306,8 +315,8 @@ def choice(plans: Sequence[Plan], target: Target) -> str:
 
     best = min(fitting, key=cost)
     train, mesh = best.experiment.train, best.parts.mesh.shape
-    replica = f"mesh.replica = {mesh['replica']}, " if "replica" in mesh else ""
+    more = [f"mesh.{axis} = {mesh[axis]}, " for axis in ("replica", "sequence") if axis in mesh]
     return (
-        f"Least floor that fits: {replica}mesh.model = {mesh['model']}, "
+        f"Least floor that fits: {''.join(more)}mesh.model = {mesh['model']}, "
         f"train.num_micro_batches = {train.num_micro_batches}, train.remat = {train.remat!r}"
     )

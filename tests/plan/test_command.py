@@ -23,7 +23,7 @@ from opsd_jax.plan.estimate import Seconds, executed_flops, offload_seconds
 from opsd_jax.plan.step import Widths, parts_of, shape_of
 from opsd_jax.plan.targets import Target
 from opsd_jax.run.config import load_experiment
-from opsd_jax.run.flops import step_flops
+from opsd_jax.run.flops import forward_flops, step_flops
 from tests.plan.test_targets import INSTALLED
 
 RECIPE = str(Path(__file__).parents[2] / "experiments/paper/qwen3_1p7b.gin")
@@ -122,14 +122,37 @@ def test_recomputation_is_named(config_json):
 def test_a_search_tries_what_divides(config_json):
     experiment = experiment_of()
     config = shape_of(experiment, config_json)
-    found = [
-        (each.mesh.model, each.train.num_micro_batches, each.train.remat)
-        for each in variants(experiment, config, here())
-    ]
-    # Two key heads allow mesh.model 1 and 2; 8 rows on 4 chips allow 1 and 2 micro-batches.
-    assert {(m, n) for m, n, _ in found} == {(1, 1), (1, 2), (2, 1), (2, 2), (2, 4)}
-    assert len(found) == 5 * 4
-    assert {remat for *_, remat in found} == {True, *REMATS, False}
+    tried = list(variants(experiment, config, here()))
+    found = {(each.mesh.model, each.train.num_micro_batches, each.mesh.sequence) for each in tried}
+    # Two key heads allow mesh.model 1 and 2; 8 rows on 4 chips allow 1 and 2 micro-batches, and
+    # more where the chips share a text.
+    assert found == {
+        *((1, 1, 1), (1, 2, 1), (1, 4, 2), (1, 8, 4)),
+        *((2, 1, 1), (2, 2, 1), (2, 4, 1), (2, 8, 2)),
+    }
+    assert len(tried) == 8 * 4
+    assert {each.train.remat for each in tried} == {True, *REMATS, False}
+    for each in tried:
+        if each.train.remat is True:
+            mesh = parts_of(each, config, jax.devices()[:4]).mesh  # refused by nothing
+            assert dict(mesh.shape).get("sequence", 1) == each.mesh.sequence
+    three = dataclasses.replace(experiment.mesh, sequence=4)  # as it is, at least
+    tried = variants(dataclasses.replace(experiment, mesh=three), config, here())
+    assert {(each.mesh.model, each.mesh.sequence) for each in tried} == {(1, 4)}
+
+
+def test_the_views_of_a_teacher_are_counted(config_json):
+    """Each is read as the teacher's own context is."""
+    experiment = experiment_of()
+    more = experiment_of(
+        "contexts.views = ('problem_boxed', 'problem')", "divergence.target = @target_mean"
+    )
+    config = shape_of(experiment, config_json)
+    lengths = [command.padded_lengths(each, WIDTHS) for each in (experiment, more)]
+    assert [len(each.views) for each in lengths] == [0, 2]
+    parts = [parts_of(each, config, jax.devices()[:4]) for each in (experiment, more)]
+    (_, one), (_, three) = map(executed_flops, parts, lengths)
+    assert three - one == pytest.approx(2 * forward_flops(config, *lengths[0][1:3], adapters=False))
     # On two hosts also two replicas, and with two devices to a matrix each has one place for rows.
     cards = [SimpleNamespace(platform="cuda")] * 4
     meshes = [each.mesh for each in variants(experiment, config, Target("", cards, 2**30, 2))]
