@@ -139,13 +139,20 @@ def test_a_search_tries_what_divides(config_json):
     three = dataclasses.replace(experiment.mesh, sequence=4)  # as it is, at least
     tried = variants(dataclasses.replace(experiment, mesh=three), config, here())
     assert {(each.mesh.model, each.mesh.sequence) for each in tried} == {(1, 4)}
+    # On two hosts also two replicas, and with two devices to a matrix each has one place for rows.
+    cards = [SimpleNamespace(platform="cuda")] * 4
+    meshes = [each.mesh for each in variants(experiment, config, Target("", cards, 2**30, 2))]
+    assert {(m.replica, m.data, m.sequence, m.model) for m in meshes} == {
+        *((1, 4, 1, 1), (1, 2, 2, 1), (1, 1, 4, 1), (1, 2, 1, 2), (1, 1, 2, 2)),
+        *((2, 2, 1, 1), (2, 1, 2, 1), (2, 1, 1, 2)),
+    }
 
 
 def test_the_views_of_a_teacher_are_counted(config_json):
     """Each is read as the teacher's own context is."""
     experiment = experiment_of()
     more = experiment_of(
-        "contexts.views = ('problem_boxed', 'problem')", "divergence.target = @target_mean"
+        "contexts.views = ('problem_boxed', 'question')", "divergence.target = @target_mean"
     )
     config = shape_of(experiment, config_json)
     lengths = [command.padded_lengths(each, WIDTHS) for each in (experiment, more)]
@@ -153,13 +160,6 @@ def test_the_views_of_a_teacher_are_counted(config_json):
     parts = [parts_of(each, config, jax.devices()[:4]) for each in (experiment, more)]
     (_, one), (_, three) = map(executed_flops, parts, lengths)
     assert three - one == pytest.approx(2 * forward_flops(config, *lengths[0][1:3], adapters=False))
-    # On two hosts also two replicas, and with two devices to a matrix each has one place for rows.
-    cards = [SimpleNamespace(platform="cuda")] * 4
-    meshes = [each.mesh for each in variants(experiment, config, Target("", cards, 2**30, 2))]
-    assert {(mesh.replica, mesh.data, mesh.model) for mesh in meshes} == {
-        *((1, 4, 1), (1, 2, 2)),
-        *((2, 2, 1), (2, 1, 2)),
-    }
 
 
 def test_what_is_offloaded_takes_its_time(config_json):
