@@ -83,7 +83,7 @@ class Program:
                 name = start.group(2)
                 computations[name] = []
                 entry = name if start.group(1) else entry
-            elif line.startswith("}"):
+            elif line == "}":  # not `}}, metadata=…`: what kernels say of themselves has lines
                 name = None
             elif name is not None and (found := _INSTRUCTION.match(line)):
                 computations[name].append(Instruction(found.group(2), found.group(1), line))

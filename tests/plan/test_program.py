@@ -65,6 +65,22 @@ def test_groups_of_devices_are_axes_of_the_mesh(groups, axes):
     assert spanned_axes(f"%x = f32[2] all-reduce(%y), channel_id=1, {groups}, a=b", SHAPE) == axes
 
 
+def test_what_a_kernel_says_of_itself_ends_no_computation():
+    """A TPU's splash attention has an attribute of several lines, one of which begins with }."""
+    text = """HloModule m
+
+ENTRY %main (x: f32[16]) -> f32[16] {
+  %x = f32[16]{0} parameter(0)
+  %kernel = f32[16]{0} custom-call(%x), frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(step)/update/pallas_call"}
+  ROOT %sum = f32[16]{0} all-reduce(%kernel), replica_groups={{0,1}}, to_apply=%add
+}
+"""
+    found = Program.parse(text).collectives(partial(spanned_axes, shape={"data": 2}))
+    assert [(each.kind, each.num_bytes) for each in found] == [("all-reduce", 64)]
+
+
 def test_bytes_of_results():
     assert num_bytes("f32[3,4]{1,0}") == 48
     assert num_bytes("(bf16[2,8]{1,0}, bf16[4,8]{1,0:T(8,128)})") == 96
