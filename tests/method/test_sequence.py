@@ -147,6 +147,8 @@ def test_a_batch_divides_over_all_devices_and_micro_batches_over_those_with_othe
 def test_heads_that_do_not_divide_are_refused():
     mesh = make_mesh(MeshConfig(sequence=2, model=2))
     check_devices(tiny_config(num_kv_heads=1), RolloutConfig(4), mesh)
-    with pytest.raises(UserError, match="sequence = 2 times mesh.model = 2 must divide the 6 heads"):
+    with pytest.raises(
+        UserError, match="sequence = 2 times mesh.model = 2 must divide the 6 heads"
+    ):
         check_devices(tiny_config(num_heads=6, num_kv_heads=2), RolloutConfig(4), mesh)
     check_devices(tiny_config(num_heads=6), RolloutConfig(4), make_mesh(MeshConfig(model=4)))
