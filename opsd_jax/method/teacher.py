@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Annotated, Any, NamedTuple, Protocol
 
 import jax
@@ -77,13 +76,18 @@ def ema(decay: float) -> Teacher:
 
 
 def snapshot(every_steps: int, dtype: str = "float32") -> Teacher:
-    """A copy of the student, renewed every `every_steps` steps."""
+    """A copy of the student, renewed every `every_steps` steps and not touched in between."""
 
-    def renew(old: jax.Array, new: jax.Array, step: jax.Array) -> jax.Array:
-        return jnp.where(step % every_steps == 0, new.astype(old.dtype), old)
+    def copied(store, trainable):
+        return jax.tree.map(lambda old, new: new.astype(old.dtype), store, trainable)
+
+    def kept(store, trainable):
+        return store
 
     return stored(
-        lambda store, trainable, step: jax.tree.map(partial(renew, step=step), store, trainable),
+        lambda store, trainable, step: jax.lax.cond(
+            step % every_steps == 0, copied, kept, store, trainable
+        ),
         dtype,
     )
 

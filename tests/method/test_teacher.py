@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from opsd_jax.errors import UserError
 from opsd_jax.method.teacher import TeacherConfig
+from opsd_jax.plan.program import Program, num_bytes
 
 BASE, ADAPTER = {"w": jnp.array([1.0, 2.0])}, {"a": jnp.array([3.0])}
 FULL = ({"params": BASE}, {})
@@ -54,6 +59,28 @@ def test_ema_is_the_weighted_mean(decay):
 def test_snapshot_is_renewed_every_so_many_steps():
     seen = walk(TeacherConfig("snapshot", snapshot_every_steps=2), *LORA, 5)
     assert [float(v["lora"]["a"][0]) for v in seen] == [3.0, 5.0, 5.0, 7.0, 7.0]
+
+
+def test_a_snapshot_is_not_rewritten_by_steps_that_keep_it():
+    """In the compiled program one branch copies all arrays, and the other none."""
+    teacher = TeacherConfig("snapshot", snapshot_every_steps=2).build()
+    tree = {"lora": [jax.ShapeDtypeStruct((64, 64), jnp.float32)] * 3}
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(store, trainable, number):
+        trainable = jax.tree.map(lambda x: x * 2.0, trainable)
+        return teacher.update(store, trainable, number), trainable
+
+    text = step.lower(tree, tree, jax.ShapeDtypeStruct((), jnp.int32)).compile().as_text()
+    program = Program.parse(text)
+    (choice,) = [i for i in program.computations[program.entry] if i.opcode == "conditional"]
+    keeps, renews = re.search(r"branch_computations=\{%(\S+), %(\S+)\}", choice.line).groups()
+
+    def made(name: str) -> int:
+        whole = [i for i in program.computations[name] if i.opcode in ("copy", "fusion", "call")]
+        return sum(num_bytes(each.result) for each in whole)
+
+    assert (made(keeps), made(renews)) == (0, 3 * 64 * 64 * 4)
 
 
 def test_a_copy_may_be_narrow():
