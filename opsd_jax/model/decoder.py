@@ -25,6 +25,7 @@ from __future__ import annotations
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
@@ -35,6 +36,7 @@ from opsd_jax.model.joined import joined_product
 from opsd_jax.model.kv_cache import KV, KVCache, LayersKV, Recent, put
 from opsd_jax.model.projection import PRODUCT, logical, project
 from opsd_jax.model.quantized import scaled
+from opsd_jax.model.rotation import Places, frequencies, places_of, rotate
 from opsd_jax.model.sharding import dividing, in_parts, looked_up, placed, platform
 from opsd_jax.model.text_attention import attend_text
 from opsd_jax.model.token_attention import Settings, attend_new
@@ -44,8 +46,8 @@ from opsd_jax.model.token_attention import Settings, attend_new
 class LayerNumbers:
     """Where layers differ; leading L when stacked, none inside a layer.
 
-    rope: [H/2] radians per position; query_scale: []; window: [] int32, positions seen; layer: []
-    int32, its number.
+    rope: [] int32, which of the frequencies (`rotation.py`); query_scale: []; window: [] int32,
+    positions seen; layer: [] int32, its number.
     """
 
     rope: jax.Array
@@ -70,26 +72,6 @@ class RMSNorm(nn.Module):
         return (x32 * jnp.expand_dims(gain, tuple(range(x.ndim - 1)))).astype(x.dtype)
 
 
-def rotate(
-    x_BTxH: jax.Array, positions_BT: jax.Array, rope_H: jax.Array, scale: jax.Array | float = 1.0
-) -> jax.Array:
-    """scale · (x1, x2) turned by position · rope, the rotary embedding on halves.
-
-    Source: arXiv 2104.09864 in the half-split layout of the Hugging Face Llama models.
-
-    Args:
-      x_BTxH: [B, T, heads, H].
-      positions_BT: [B, T] int32.
-      rope_H: [H/2] radians per position.
-      scale: scalar factor, applied before rounding to the dtype of x.
-    """
-    angle = positions_BT[:, :, None, None].astype(jnp.float32) * rope_H[None, None, None]
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    x1, x2 = jnp.split(x_BTxH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-    return (turned * scale).astype(x_BTxH.dtype)
-
-
 class Attention(nn.Module):
     """Grouped-query causal self-attention with rotary positions."""
 
@@ -99,7 +81,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        positions_BT: jax.Array,
+        places: Places,
         numbers: LayerNumbers,
         cache: KVCache | None,
         recent: Recent | None,
@@ -107,7 +89,7 @@ class Attention(nn.Module):
         c, D = self.config, x_BTD.shape[-1]
         by_kernel = c.decode_attention == "pallas" and cache and recent and platform() == "gpu"
         attend = self._attend_at_once if by_kernel else self._attend
-        out_BTNH, kv = attend(x_BTD, positions_BT, numbers, cache, recent)
+        out_BTNH, kv = attend(x_BTD, places, numbers, cache, recent)
         heads = {"heads": c.num_heads, "head_dim": c.head_dim}
         (y_BTD,) = project(self, out_BTNH, heads, o_proj={"embed": D})
         return y_BTD, kv
@@ -120,13 +102,13 @@ class Attention(nn.Module):
         inputs = {"embed": x_BTD.shape[-1]}
         return project(self, x_BTD, inputs, q_proj=q, k_proj=kv, v_proj=kv)
 
-    def _attend(self, x_BTD, positions_BT, numbers, cache, recent) -> tuple[jax.Array, KV]:
-        c, (B, T, _) = self.config, x_BTD.shape
+    def _attend(self, x_BTD, places, numbers, cache, recent) -> tuple[jax.Array, KV]:
+        c, (B, T, _), positions_BT = self.config, x_BTD.shape, places.positions
         q, k, v = self._projected(x_BTD)
         if c.qk_norm:
             q, k = self._norm(q, "q_norm"), self._norm(k, "k_norm")
-        q = rotate(q, positions_BT, numbers.rope, numbers.query_scale)
-        k = rotate(k, positions_BT, numbers.rope)
+        turn = places.turn(numbers.rope)
+        q, k = rotate(q, turn, numbers.query_scale), rotate(k, turn)
         q, k, v = map(in_parts, (q, k, v))
         q_BKGTH = q.reshape(B, T, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
         kv = KV(keys=k.transpose(0, 2, 3, 1), values=v.transpose(0, 2, 1, 3))
@@ -142,7 +124,7 @@ class Attention(nn.Module):
         out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, c.num_heads, c.head_dim)
         return in_parts(out), kv
 
-    def _attend_at_once(self, x_BTD, positions_BT, numbers, cache, recent) -> tuple[jax.Array, KV]:
+    def _attend_at_once(self, x_BTD, places, numbers, cache, recent) -> tuple[jax.Array, KV]:
         """`_attend` of one token per row by one kernel (`token_attention.py`)."""
         c, B = self.config, len(x_BTD)
         over_all = c.qk_norm and c.qk_norm_over_heads
@@ -160,11 +142,11 @@ class Attention(nn.Module):
         if c.qk_norm and not over_all:
             norm = (c.norm_eps, c.norm_offset)
             gains = [self.get_variable("params", f"{x}_norm")["scale"] for x in "qk"]
-        angle_Bh = positions_BT.astype(jnp.float32) * numbers.rope
+        cos_BTh, sin_BTh = places.turn(numbers.rope)
         out_BKGH, kv = attend_new(
             Settings(norm, c.attention_softcap),
             qkv.reshape(B, c.num_kv_heads, -1, c.head_dim),
-            (jnp.cos(angle_Bh), jnp.sin(angle_Bh)),
+            (cos_BTh[:, 0], sin_BTh[:, 0]),
             cache,
             recent,
             (numbers.window[None], numbers.query_scale[None], *gains),
@@ -264,7 +246,7 @@ class Block(nn.Module):
     return_kv: bool
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, numbers, kvs, rest):
+    def __call__(self, x_BTD, places, numbers, kvs, rest):
         c = self.config
         (kv, recent_kv), (all_kv, positions_BS, recent_positions_BS, slot) = kvs, rest
         kv = all_kv or kv
@@ -275,7 +257,7 @@ class Block(nn.Module):
             return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x) if wanted else x
 
         y = norm(x_BTD, "attention_norm", c.pre_norm)
-        y, new_kv = Attention(c, name="attention")(y, positions_BT, numbers, cache, recent)
+        y, new_kv = Attention(c, name="attention")(y, places, numbers, cache, recent)
         x_BTD = x_BTD + c.residual_scale * norm(y, "attention_post_norm", c.post_norm)
         y = norm(x_BTD, "mlp_norm", c.pre_norm)
         y = Experts(c, name="experts")(y) if c.num_experts else MLP(c, name="mlp")(y)
@@ -346,11 +328,11 @@ class Decoder(nn.Module):
         x_BTD = (embed[ids_BT] if return_kv else looked_up(embed, ids_BT)).astype(c.dtype)
         x_BTD = c.embed_scale * scaled(x_BTD, None if scale_V1 is None else scale_V1[ids_BT])
         layers = self._scanned if c.scan_layers else self._unrolled
-        x_BTD, new_kv = layers(x_BTD, positions_BT, cache, recent, return_kv)
+        x_BTD, new_kv = layers(x_BTD, places_of(c, positions_BT), cache, recent, return_kv)
         x_BTD = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x_BTD)
         return c.output_scale * x_BTD, new_kv
 
-    def _scanned(self, x_BTD, positions_BT, cache, recent, return_kv):
+    def _scanned(self, x_BTD, places, cache, recent, return_kv):
         c = self.config
         block = Block if return_kv else recomputed(c.remat)
         layers = nn.scan(
@@ -361,28 +343,33 @@ class Decoder(nn.Module):
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, return_kv, name="layers")
-        numbers = LayerNumbers(**{k: jnp.asarray(v) for k, v in layer_numbers(c).items()})
+        numbers = LayerNumbers(**{k: jnp.asarray(v) for k, v in numbers_of(c).items()})
         # A layer's slice would be copied for the kernel, which picks it from the whole itself.
         whole = c.decode_attention == "pallas" and platform() != "gpu"
         apart = _apart(cache, recent, whole)
-        return layers(x_BTD, positions_BT, numbers, *apart)
+        return layers(x_BTD, places, numbers, *apart)
 
-    def _unrolled(self, x_BTD, positions_BT, cache, recent, return_kv):
+    def _unrolled(self, x_BTD, places, cache, recent, return_kv):
         """One `layers_<i>` after the other: the form that `unstacked` makes."""
         (kv, recent_kv), rest = _apart(cache, recent)
         new_kvs = []
         for i in range(self.config.num_layers):
-            numbers = {k: jnp.asarray(v[i]) for k, v in layer_numbers(self.config).items()}
+            numbers = {k: jnp.asarray(v[i]) for k, v in numbers_of(self.config).items()}
             block = Block(self.config, return_kv, name=f"layers_{i}")
             x_BTD, new_kv = block(
                 x_BTD,
-                positions_BT,
+                places,
                 LayerNumbers(**numbers),
                 (kv and kv[i], recent_kv and recent_kv[i]),
                 rest,
             )
             new_kvs.append(new_kv)
         return x_BTD, tuple(new_kvs) if return_kv else None
+
+
+def numbers_of(config: ModelConfig) -> dict[str, np.ndarray]:
+    """The fields of `LayerNumbers`, stacked."""
+    return layer_numbers(config) | {"rope": frequencies(config)[1]}
 
 
 def _apart(cache: KVCache | None, recent: Recent | None, whole: bool = False):
