@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gin at the edge: files and bindings in, one frozen `Experiment` out.
 
-This is the only module that knows gin. It fills the dataclasses of the other modules and is done:
-nothing is bound inside jit, where it would keep its first value for ever. A function that is called
-later, @function without parentheses, takes its bindings with it (`Bound`).
+With `unused_bindings.py` this is all that knows gin. It fills the dataclasses of the other modules
+and is done: nothing is bound inside jit, where it would keep its first value for ever. A function
+that is called later, @function without parentheses, takes its bindings with it (`Bound`).
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ from opsd_jax.errors import UserError
 from opsd_jax.fields import check_fields
 from opsd_jax.host.identity import changed_modules
 from opsd_jax.run.experiment import Experiment
-from opsd_jax.run.gin_errors import fields_of, gin_errors_told
+from opsd_jax.run.gin_errors import gin_errors_told
 from opsd_jax.run.gin_files import GinFiles, make_absolute
 from opsd_jax.run.registry import AREAS, FUNCTIONS, PLACES, TYPE_WORDS, resolve
+from opsd_jax.run.unused_bindings import MODULE, Key, check_scopes, hidden, unused
 
 log = logging.getLogger(__name__)
-_MODULE = "opsd_jax"  # of all that is registered here: gin knows train as opsd_jax.train
-_Key = tuple[str, str, str]  # scope, name, parameter; without a parameter it is a macro
 
 
 def finished_run(workdir: str, step: int | None = None) -> Any:
@@ -78,7 +77,7 @@ def _hold(name: str) -> None:
         of = resolve(name)
         return (of if name in FUNCTIONS else _checked(name, of))(**values)
 
-    gin.external_configurable(placeholder, name=name, module=_MODULE)
+    gin.external_configurable(placeholder, name=name, module=MODULE)
 
 
 def _register(name: str) -> None:
@@ -86,12 +85,12 @@ def _register(name: str) -> None:
     if name in _held:
         of = resolve(name)
         _held.remove(name)
-        gin.config._REGISTRY.pop(f"{_MODULE}.{name}")
+        gin.config._REGISTRY.pop(f"{MODULE}.{name}")
         if name in FUNCTIONS:
-            gin.external_configurable(of, name=name, module=_MODULE)
+            gin.external_configurable(of, name=name, module=MODULE)
         else:
             build = _checked(name, of)
-            _BUILDERS[name] = gin.external_configurable(build, name=name, module=_MODULE)
+            _BUILDERS[name] = gin.external_configurable(build, name=name, module=MODULE)
 
 
 def _forget(modules: set[str]) -> None:
@@ -130,12 +129,12 @@ class _Written(ParserDelegate):
     def macro(self, macro_name: str) -> None:
         self.macros.add(macro_name)
 
-    def read(self, text: Any, files: GinFiles) -> list[_Key]:
+    def read(self, text: Any, files: GinFiles) -> list[Key]:
         """Takes in a text and what it includes; gives what its own lines bind.
 
         What is wrong with the text is told when gin itself comes to it.
         """
-        bound: list[_Key] = []
+        bound: list[Key] = []
         try:
             for statement in ConfigParser(text, self):
                 if isinstance(statement, BindingStatement):
@@ -156,7 +155,7 @@ class _Written(ParserDelegate):
     @property
     def names(self) -> set[str]:
         """The names of `PLACES` among the references."""
-        bare = {name.split("/")[-1].removeprefix(f"{_MODULE}.") for name in self.references}
+        bare = {name.split("/")[-1].removeprefix(f"{MODULE}.") for name in self.references}
         return bare & set(PLACES)
 
 
@@ -186,7 +185,7 @@ def load_experiment(
             raise UserError(f"--gin_file={path}: {what}")
     gin.clear_config()
     files, written = GinFiles(), _Written()
-    of_last_file: list[_Key] = []
+    of_last_file: list[Key] = []
     with gin_errors_told(_known, _macros), _quiet_gin():
         for path in gin_files:
             with files.read(path) as lines:
@@ -201,20 +200,26 @@ def load_experiment(
             gin.parse_config_files_and_bindings(
                 list(gin_files), list(bindings), finalize_config=False, skip_unknown=False
             )
-        _check_scopes(written.scopes)
+        check_scopes(written.scopes)
         make_absolute(gin.config._CONFIG)
         _bind_functions()
         gin.finalize()
         areas = {name: _BUILDERS[name]() for name in AREAS}
+        called = set(gin.config._OPERATIVE_CONFIG)
         _record_later_calls()
-        refused, replaced = _unused(own, written)
+        refused, replaced = unused(own, written.names, written.macros)
+        refused += hidden(own, called)
         if refused:
             raise UserError(f"--gin_bindings: {refused[0]}")
-        in_vain = [f"{gin_files[-1]}: {told}" for told in _unused(of_last_file, written)[0]]
+        in_vain = [
+            *unused(of_last_file, written.names, written.macros)[0],
+            *hidden(of_last_file, called, own),
+        ]
+        replaced += [f"{gin_files[-1]}: {told}" for told in in_vain]
         modules = sorted(statement.module for statement in gin.config._IMPORTS)  # a set
         experiment = Experiment(**areas, imports=tuple(modules))
         text = files.header(modules) + gin.operative_config_str(max_line_length=96)
-    for sentence in (*replaced, *in_vain):
+    for sentence in replaced:
         log.warning("%s", sentence)
     return experiment, text
 
@@ -300,56 +305,6 @@ class _Function(gin.config.ConfigurableReference):
         if not bindings:
             return function
         return functools.update_wrapper(Bound(function, **bindings), function)
-
-
-def _check_scopes(scopes: set[str]) -> None:
-    """Refuses bindings in scopes that no reference of the config names: nothing reads them."""
-    for (scope, selector), values in gin.config._CONFIG.items():
-        module, _, name = selector.rpartition(".")
-        binding = f"{scope}/{name}.{next(iter(values), '')}"
-        if module != "opsd_jax" or not scope:  # what the user's own code calls is not known
-            continue
-        if name in AREAS:
-            raise UserError(f"{binding} would be ignored: there is one {name}; leave out {scope}/")
-        if not scopes.issuperset(scope.split("/")):
-            raise UserError(
-                f"{binding} would be ignored: nothing is written @{scope}/{name}(); the scopes in "
-                f"use are {', '.join(sorted(scopes)) or 'none'}"
-            )
-
-
-def _unused(bound: Sequence[_Key], written: _Written) -> tuple[list[str], list[str]]:
-    """A sentence for everything that is bound and that the experiment, once built, has not used.
-
-    Returns:
-      (of what the config does not even name, of what it names somewhere and has replaced).
-    """
-    used = set(gin.config._OPERATIVE_CONFIG)
-    others = {of for _, of in gin.config._CONFIG if not of.startswith((f"{_MODULE}.", "gin."))}
-    user_code = bool(others or gin.config._IMPORTS)  # what it calls is not known
-    told: tuple[list[str], list[str]] = ([], [])
-    for place, of in {"/".join(filter(None, key[:2])): key for key in reversed(bound)}.items():
-        scope, name, field = of
-        if not field:
-            named, why = place in written.macros, f"nothing reads %{place}"
-            area = next((area for area in AREAS if name in fields_of(resolve(area))), None)
-            # The user's code may ask for a macro, but hardly for one named as a field is.
-            fine = (user_code and area is None) or (place, "gin.macro") in used
-            if area is not None:
-                why += f"; did you mean {area}.{name}?"
-        else:
-            named, why = name in written.names, f"this experiment uses no @{place}"
-            selector = gin.config._REGISTRY.get_match(name).selector
-            fine = not selector.startswith(f"{_MODULE}.") or (user_code and named)
-            fine = fine or any(of == selector and _within(at, scope) for at, of in used)
-        if not fine:
-            binding = f"{place}.{field}" if field else place
-            told[named].append(f"{binding} would be ignored: {why}")
-    return told
-
-
-def _within(scope: str, outer: str) -> bool:
-    return not outer or f"{scope}/".startswith(f"{outer}/")
 
 
 def _known() -> dict[str, Callable[..., Any]]:

@@ -332,3 +332,36 @@ def test_a_damaged_config_of_a_run_is_named(damage, tmp_path):
         with pytest.raises(UserError, match=f"^{path}: ") as caught:
             load_run(str(path), (), bindings)
         assert "\n" not in str(caught.value)
+
+
+def test_a_binding_that_scopes_bind_again_is_refused(tmp_path, caplog):
+    """Gin would take that of the scope, and say nothing."""
+    words = "ChainArithmetic.num_problems would be ignored: heldout/ChainArithmetic.num_problems"
+    words += " and other/ChainArithmetic.num_problems is what is read; bind that"
+    lines = ["train.problems = @other/ChainArithmetic()", "other/ChainArithmetic.num_problems = 5"]
+    unscoped = "ChainArithmetic.num_problems = 6"
+    with pytest.raises(UserError, match=words):
+        load_experiment([QUICKSTART], [*lines, unscoped])
+    # One of them still reads it; and a binding of the scope is meant to win over the file's.
+    experiment, _ = load_experiment([QUICKSTART], [lines[0], unscoped])
+    assert experiment.train.problems.num_problems == 6
+    load_experiment([QUICKSTART], lines)
+    assert not caplog.records
+    # A file that hides its own line is told.
+    (tmp_path / "mine.gin").write_text("\n".join([f'include "{QUICKSTART}"', *lines, unscoped]))
+    load_experiment([str(tmp_path / "mine.gin")])
+    assert words in caplog.records[0].getMessage()
+
+
+def test_a_binding_that_a_runs_config_has_scopes_for_is_refused(tmp_path, caplog):
+    """So it is where one asks a run something else: its config.gin names every scope."""
+    _, text = load_experiment([QUICKSTART], ["train.problems = @a/ChainArithmetic()"])
+    config, more = tmp_path / "config.gin", tmp_path / "more.gin"
+    config.write_text(text)
+    words = "ChainArithmetic.seed would be ignored: a/ChainArithmetic.seed and heldout/Chain"
+    with pytest.raises(UserError, match=words):
+        load_run(str(config), bindings=["ChainArithmetic.seed = 8"])
+    assert load_run(str(config), bindings=["a/ChainArithmetic.seed = 8"])
+    more.write_text("ChainArithmetic.seed = 8")
+    load_run(str(config), [str(more)])
+    assert f"{more}: {words}" in caplog.records[0].getMessage()
