@@ -16,7 +16,7 @@ VALUES = [
     r" | ５ | \text{5} | \mathbf{5} | 5° | 5^\circ | 5^{\circ} | \$5.00 | $5 \%$"
     r" | .5e1 | 0.5 \times 10^{1}",
     r"-5 | −5 | $-5$ | -5.0 | - 5 | -$5 | $-5.00 | -10/2 | 10/-2 | \frac{-10}{2} | \frac{10}{-2}"
-    r" | -\frac{10}{2} | -5\%",
+    r" | -\frac{10}{2} | -5\% | -\,5 | $-\;5.0$ | -~5",
     r"1/2 | 0.5 | .5 | 0.50 | \frac{1}{2} | \frac12 | \dfrac{1}{2} | \tfrac12 | \frac 1 2 | 5e-1"
     r" | 1 / 2 | \frac{1} {2} | ½ | 2/4 | 1⁄2 | 0.25/0.5 | 1 ÷ 2"
     r" | {1 \over 2} | $\frac{1}{2}$ | \cfrac{1}{2}",
@@ -125,6 +125,8 @@ def test_no_two_values_of_the_table_are_equal():
         ("he has 5kg", "5"),
         ("on the 5th", "5"),
         ("x = - 5", "-5"),
+        (r"so $x = -\,5$", "-5"),
+        (r"10 -\,5", "5"),
         ("Steps:\n- 5 apples", "5"),
         ("5 - 3", "3"),
         ("answer--5", "5"),
@@ -243,6 +245,7 @@ def test_mixed_numbers(whole, top, bottom):
 
 @given(st.text("0123456789.,-/ e$%\\{}^x:\n", max_size=24))
 @settings(max_examples=300, deadline=None)
+@example("-\\ 1")
 def test_what_is_read_is_one_number_and_what_is_written_is_read_again(text):
     """A value that is read has all digits of the text in it or is not there."""
     value = numbers.read_number(text)
