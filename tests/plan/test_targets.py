@@ -2,6 +2,9 @@
 """Targets are read, or refused in a sentence."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -47,6 +50,17 @@ def test_no_cards_or_a_third_number_are_refused(text, monkeypatch):
 def test_slices_have_their_chips(text, kind, number):
     found = find_target(text)
     assert [device.device_kind for device in found.devices] == [kind] * number
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INSTALLED["tpu"], reason="the plan-tpu extra is not installed")
+def test_another_process_may_ask_at_the_same_time():
+    """libtpu lets one process of a machine have the chips, and none is had here."""
+    find_target("v5e:2x2")
+    code = "from opsd_jax.plan.targets import find_target; find_target('v5e:2x2')"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
