@@ -96,7 +96,7 @@ def tpu_slice(text: str, chip: str, shape: list[int]) -> Target:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--target={text} needs the TPU compiler: pip install 'opsd_jax[plan-tpu]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # Asks no metadata server, which is not there.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # No chip is taken: let others ask, too.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # No chip is taken.
     try:
         devices: list[Any] = list(topologies.get_topology_desc(text, platform="tpu").devices)
     except Exception as error:  # libtpu's own types, and words for people
