@@ -41,6 +41,13 @@ class Widths(NamedTuple):
     teacher: int
 
 
+# What a compiler says of what it needs, and of what there is.
+_TOO_LARGE = (
+    r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT])",
+    r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)",
+)
+
+
 class TooLarge(Exception):
     """The compiler refused; the message is how much of what was needed, in its words."""
 
@@ -142,7 +149,6 @@ def compile_step(parts: Assembly, batch: Batch) -> Any:
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text:
             raise
-        used = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT])", text)
-        raise TooLarge(
-            f"{used.group(1)} of {used.group(2)}" if used else text.splitlines()[0]
-        ) from None
+        found = [re.search(words, text) for words in _TOO_LARGE]
+        sizes = next((match.groups() for match in found if match), None)
+        raise TooLarge(" of ".join(sizes) if sizes else text.splitlines()[0]) from None

@@ -17,7 +17,7 @@ from opsd_jax.main import main
 from opsd_jax.model.config import REMATS
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.sharding import num_bytes
-from opsd_jax.plan import command
+from opsd_jax.plan import command, step
 from opsd_jax.plan.command import Plan, choice, make_plan, plan_command, report, variants
 from opsd_jax.plan.estimate import Seconds, executed_flops, offload_seconds
 from opsd_jax.plan.step import Widths, parts_of, shape_of
@@ -184,6 +184,25 @@ def test_what_costs_an_unknown_time_is_not_chosen_before_its_equal(config_json):
         changed = dataclasses.replace(experiment, train=train)
         plans.append(Plan(changed, parts, arguments=size, seconds=Seconds(1.0, 1.0)))
     assert "train.remat = 'keep_projections'" in choice(plans, here())
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("Used 20.13G of 15.75G hbm. Exceeded hbm capacity by 4.4G.", "20.13G of 15.75G"),
+        ("temporaries (26.47G) exceeds available HBM (15.75G).", "26.47G of 15.75G"),
+        ("out of memory", "RESOURCE_EXHAUSTED: out of memory"),
+    ],
+)
+def test_what_a_compiler_refuses_is_told_in_its_numbers(words, told, config_json, monkeypatch):
+    def compile():
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {words}\nand much more")
+
+    lowered = SimpleNamespace(compile=compile)
+    monkeypatch.setattr(step, "on_mesh", lambda *_: lambda *_: lowered)
+    experiment = experiment_of()
+    plan = make_plan(experiment, shape_of(experiment, config_json), here(), WIDTHS)
+    assert plan.refused == told
 
 
 def test_nothing_fits_is_said(config_json):
