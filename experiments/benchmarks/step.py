@@ -3,15 +3,18 @@
 
     python experiments/benchmarks/step.py [--works=small,batch,vocabulary] [--turns=5] [--remat=…]
         [--trl=PYTHON, of an environment with trl: the same steps by its SDFTTrainer (step_trl.py)]
+        [--tunix=PYTHON, of one with google-tunix: a like step of its parts (step_tunix.py)]
 
-Qwen3's shape with 4 layers of 256 (8 heads, 4 of keys, MLP 768), random weights, float32, full
-fine-tuning, generalised JSD, the teacher of the start, AdamW; prompts of 64 tokens, teacher's of
-128; no completion stops early. Each work runs in a process of its own. `floor` is the time of the
-update's products alone at the rate of one large product, measured in the same process in turns with
-the step, so that a busy machine slows both; recomputation is not counted (`opsd_jax/run/flops.py`).
+Qwen3's shape with 4 layers of 256 (8 heads, 4 of keys, MLP 768, the head is the embedding), random
+weights, float32, full fine-tuning, generalised JSD, the teacher of the start, AdamW; prompts of 64
+tokens, teacher's of 128; no completion stops early. Each work runs in a process of its own. `floor`
+is the time of the update's products alone at the rate of one large product, measured in the same
+process in turns with the step, so that a busy machine slows both; recomputation is not counted
+(`opsd_jax/run/flops.py`).
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import resource
@@ -39,6 +42,7 @@ from opsd_jax.run.flops import Lengths, step_flops
 from opsd_jax.sampling.config import RolloutConfig
 
 PROMPT, TEACHER = 64, 128
+PEERS = {"trl": "TRL", "tunix": "tunix"}
 REMATS = {"none": False, "all": True, "keep_projections": "keep_projections"}
 
 
@@ -58,6 +62,7 @@ WORKS = {
 
 def method_of(work: Work, remat: str, implementation: str | None) -> Method:
     config = ModelConfig(work.vocabulary, 4, 256, 8, 4, 32, 768, qk_norm=True, remat=REMATS[remat])
+    config = dataclasses.replace(config, tie_embeddings=True, rope_theta=1e6)
     return Method(
         model=Decoder(config),
         rollout=RolloutConfig(work.completion),
@@ -116,7 +121,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="medians over so many")
     parser.add_argument("--remat", choices=REMATS, default="all", help="what train.remat is")
     parser.add_argument("--implementation", help="of the divergence; a work's own without")
-    parser.add_argument("--trl", metavar="PYTHON", help="of an environment with trl")
+    for peer in PEERS:
+        parser.add_argument(f"--{peer}", metavar="PYTHON", help=f"of an environment with {peer}")
     parser.add_argument("--here", action="store_true", help="the one work, in this process")
     arguments = parser.parse_args()
     names = arguments.works.split(",")
@@ -132,12 +138,13 @@ def main() -> None:
         work = WORKS[name]
         found = run([sys.executable, __file__, "--here", *sys.argv[1:], f"--works={name}"])
         print(line(work, "opsd_jax", found), flush=True)
-        if arguments.trl:
-            sizes = {"batch": work.batch, "completion": work.completion}
-            sizes |= {"vocabulary": work.vocabulary, "turns": arguments.turns}
-            script = str(Path(__file__).with_name("step_trl.py"))
-            found = run([arguments.trl, script, *(f"--{k}={v}" for k, v in sizes.items())])
-            print(line(work, "TRL", found), flush=True)
+        for peer, title in PEERS.items():
+            if python := getattr(arguments, peer):
+                sizes = {"batch": work.batch, "completion": work.completion}
+                sizes |= {"vocabulary": work.vocabulary, "turns": arguments.turns}
+                script = str(Path(__file__).with_name(f"step_{peer}.py"))
+                found = run([python, script, *(f"--{k}={v}" for k, v in sizes.items())])
+                print(line(work, title, found), flush=True)
 
 
 def run(command: list[str]) -> dict[str, float]:

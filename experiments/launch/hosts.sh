@@ -18,7 +18,9 @@
 #   XLA_PYTHON_CLIENT_MEM_FRACTION=.92  JAX takes 75 % of a GPU by default; nothing else runs here
 #   NCCL_DEBUG=WARN                     says which link broke when a collective fails
 #   XLA_FLAGS                           the latency-hiding scheduler lets FSDP's gathers of weights run
-#                                       while the layer before computes; not measured by us
+#                                       while the layer before computes; not measured by us. Add
+#                                       --xla_gpu_deterministic_ops=true where a resumed run is to be
+#                                       the undisturbed one bit for bit: it is slower
 # On TPU hosts set ENVIRONMENT= (empty); on CPUs JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo.
 set -uo pipefail
 

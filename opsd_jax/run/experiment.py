@@ -62,7 +62,9 @@ class TrainConfig:
         @Mix() of several.
       num_updates: optimiser passes over each batch of completions.
       learning_rate: peak of the schedule.
-      seed: of rollouts, data order and adapter initialisation.
+      seed: of rollouts, data order and adapter initialisation. On an NVIDIA GPU the same numbers
+        come again only with XLA_FLAGS=--xla_gpu_deterministic_ops=true (slower: sums that threads
+        add to as they come, such as an embedding's gradient, become sorts).
       num_micro_batches: A, the loss is computed on B / A rows at a time.
       num_widths: with 3, rows of like length share a micro-batch, which is scored no wider than
         max_new_tokens, its half or its quarter; each is compiled. A function of

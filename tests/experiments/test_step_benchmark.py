@@ -36,15 +36,17 @@ def test_a_peer_is_asked_for_the_same_work(capsys, monkeypatch):
         return {"rollout_s": 1.0, "update_s": 2.0, "peak_mb": 3e3, "floor_s": 0.5, "compile_s": 4}
 
     monkeypatch.setattr(step, "run", run)
-    monkeypatch.setattr(sys, "argv", ["step.py", "--works=small,vocabulary", "--trl=/trl/python"])
+    peers = ["--trl=/trl/python", "--tunix=/tunix/python"]
+    monkeypatch.setattr(sys, "argv", ["step.py", "--works=small,vocabulary", *peers])
     step.main()
     lines = capsys.readouterr().out.splitlines()[2:]
-    assert [line.split(" | ")[1] for line in lines] == ["opsd_jax", "TRL"] * 2
+    assert [line.split(" | ")[1] for line in lines] == ["opsd_jax", "TRL", "tunix"] * 2
     assert all("| 3.000 | 1.000 | 2.000 | 4.00 | 3,000 | 4.0 |" in line for line in lines)
-    ours, peer = asked[2:]
-    assert ours[-1] == "--works=vocabulary" and peer[0] == "/trl/python"
+    ours, *others = asked[3:]
+    assert ours[-1] == "--works=vocabulary"
     sizes = ["--batch=4", "--completion=256", "--vocabulary=151936", "--turns=5"]
-    assert peer[2:] == sizes and Path(peer[1]).exists()
+    assert [other[0] for other in others] == ["/trl/python", "/tunix/python"]
+    assert all(other[2:] == sizes and Path(other[1]).exists() for other in others)
 
 
 def test_an_unknown_work_is_told():
