@@ -25,6 +25,7 @@ from processes import in_processes
 
 from opsd_jax.errors import UserError
 from opsd_jax.host.files import read_json
+from opsd_jax.model.config import ModelConfig
 from opsd_jax.plan.command import Plan, exchanged, make_plan, padded_lengths
 from opsd_jax.plan.estimate import REACHED, executed_flops
 from opsd_jax.plan.step import Widths
@@ -69,9 +70,8 @@ def bindings(tuned: str, target: str) -> tuple[str, ...]:
     return tuple(line for line in lines if tuned != "all" or "merge_adapters" not in line)
 
 
-def shape(name: str) -> Any:
-    """The model's config, as its config.json has it."""
-    width, layers, heads, mlp, tied = MODELS[name]
+def qwen3(width: int, layers: int, heads: int, mlp: int, tied: bool) -> ModelConfig:
+    """A model of Qwen3's family, as its config.json has it."""
     return config_from_hf(
         {
             "architectures": ["Qwen3ForCausalLM"],
@@ -100,7 +100,7 @@ def plan(name: str, out: Path) -> None:
     file, lines = HERE / "paper" / f"qwen3_{model}.gin", bindings(tuned, target)
     experiment, _ = load_experiment([str(file)], list(lines))
     found = find_target(target)
-    made = make_plan(experiment, shape(model), found, WIDTHS)
+    made = make_plan(experiment, qwen3(*MODELS[model]), found, WIDTHS)
     row = {"model": NAMES[model], "trained": tuned, "target": target, "bindings": "; ".join(lines)}
     text = json.dumps(row | numbers(made) | {"fits": "yes" if made.fits(found) else "no"})
     part = out / f"{name}.part"

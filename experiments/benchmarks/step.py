@@ -14,7 +14,6 @@ process in turns with the step, so that a busy machine slows both; recomputation
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import resource
@@ -61,8 +60,13 @@ WORKS = {
 
 
 def method_of(work: Work, remat: str, implementation: str | None) -> Method:
-    config = ModelConfig(work.vocabulary, 4, 256, 8, 4, 32, 768, qk_norm=True, remat=REMATS[remat])
-    config = dataclasses.replace(config, tie_embeddings=True, rope_theta=1e6)
+    config = ModelConfig(
+        *(work.vocabulary, 4, 256, 8, 4, 32, 768),
+        rope_theta=1e6,
+        tie_embeddings=True,
+        qk_norm=True,
+        remat=REMATS[remat],
+    )
     return Method(
         model=Decoder(config),
         rollout=RolloutConfig(work.completion),

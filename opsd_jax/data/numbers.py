@@ -28,6 +28,7 @@ _WINDOW = 4096  # characters up to the last digit, of which the last number is r
 _ARGUMENT = r" {0,2}(?:\{ ?([-+]?[0-9.,]{1,80}) ?\}|([0-9]))"
 _POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _UNITS = "[kcdm]?m|[kcm]?s|km/h|in|ft|yd|mi|inch|inches|feet|met(?:er|re)s?|units?"
+_THIN = "(?:\\\\[,;: ]|[~\u2009\u202f])"
 _APART = r"(^(?:[\s~]|\\[,;: ])*|[=(:${] ?|[A-Za-z]{2} )"
 _REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile("[０-９]"), lambda m: str(unicodedata.decimal(m[0]))),
@@ -45,9 +46,9 @@ _REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
     ),
     (re.compile(r"\\!|\\left(?![A-Za-z])|\\right(?![A-Za-z])|\\displaystyle(?![A-Za-z])"), ""),
     (re.compile(r"\{,\}"), ","),
-    (re.compile("(?<=[0-9])(?:\\\\[,;: ]|[~\u2009\u202f])(?=[0-9]{3}(?![0-9]))"), ","),
+    (re.compile(rf"(?<=[0-9]){_THIN}(?=[0-9]{{3}}(?![0-9]))"), ","),
     # A sign that TeX keeps a little apart, where nothing stands before it to be taken from.
-    (re.compile(rf"{_APART}([-+])(?:\\[,;: ]|[~\u2009\u202f])+ *(?=\\?[$€£]?[.0-9])"), r"\1\2"),
+    (re.compile(rf"{_APART}([-+]){_THIN}+ *(?=\\?[$€£]?[.0-9])"), r"\1\2"),
     (re.compile("\\\\[,;: ]|\\\\quad(?![A-Za-z])|[~\u00a0\u2009\u202f]"), " "),
     (re.compile(r"\\([$%])"), r"\1"),
     (re.compile(r" ?\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))"), "°"),

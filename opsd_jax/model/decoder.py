@@ -352,9 +352,9 @@ class Decoder(nn.Module):
     def _unrolled(self, x_BTD, places, cache, recent, return_kv):
         """One `layers_<i>` after the other: the form that `unstacked` makes."""
         (kv, recent_kv), rest = _apart(cache, recent)
-        new_kvs = []
+        new_kvs, stacked = [], numbers_of(self.config)
         for i in range(self.config.num_layers):
-            numbers = {k: jnp.asarray(v[i]) for k, v in numbers_of(self.config).items()}
+            numbers = {k: jnp.asarray(v[i]) for k, v in stacked.items()}
             block = Block(self.config, return_kv, name=f"layers_{i}")
             x_BTD, new_kv = block(
                 x_BTD,

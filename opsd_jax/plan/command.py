@@ -284,7 +284,7 @@ def variants(experiment: Experiment, config: ModelConfig, target: Target) -> Ite
     for replica, model, number in meshes:
         if config.num_kv_heads % model or chips % (replica * model):
             continue
-        if train.batch_size % (chips // model):
+        if train.batch_size % (chips // model):  # in the rollout all but `model` splits rows
             continue
         sequence = experiment.mesh.sequence
         while sequence <= chips and train.batch_size % (number * (chips // model // sequence) or 1):

@@ -20,7 +20,7 @@ def check_scopes(scopes: set[str]) -> None:
     for (scope, selector), values in gin.config._CONFIG.items():
         module, _, name = selector.rpartition(".")
         binding = f"{scope}/{name}.{next(iter(values), '')}"
-        if module != "opsd_jax" or not scope:  # what the user's own code calls is not known
+        if module != MODULE or not scope:  # what the user's own code calls is not known
             continue
         if name in AREAS:
             raise UserError(f"{binding} would be ignored: there is one {name}; leave out {scope}/")

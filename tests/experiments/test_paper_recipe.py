@@ -14,10 +14,10 @@ from flax import linen as nn
 from opsd_jax.method.batch import Batch
 from opsd_jax.method.train_step import train_step
 from opsd_jax.model.sharding import MeshConfig, make_mesh
-from opsd_jax.pretrained.config import config_from_hf
 from opsd_jax.run.assembly import assemble
 from opsd_jax.run.config import load_experiment
 from opsd_jax.sampling.prompts import Context
+from tests.experiments.test_plans import plans
 from tests.representatives import representatives
 from tests.tiny import WordTokenizer
 
@@ -28,29 +28,6 @@ SHAPES = {
     "4b": (2560, 36, 32, 9728, True, 0.05, 4_022_468_096),
     "8b": (4096, 36, 32, 12288, False, 0.06, 8_190_735_360),
 }
-
-
-def qwen3(width, layers, heads, mlp, tied):
-    return config_from_hf(
-        {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
-            "attention_bias": False,
-            "head_dim": 128,
-            "hidden_act": "silu",
-            "hidden_size": width,
-            "intermediate_size": mlp,
-            "max_position_embeddings": 40960,
-            "num_attention_heads": heads,
-            "num_hidden_layers": layers,
-            "num_key_value_heads": 8,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 1000000,
-            "tie_word_embeddings": tied,
-            "use_sliding_window": False,
-            "vocab_size": 151936,
-        }
-    )
 
 
 @pytest.mark.parametrize("size", SHAPES)
@@ -75,7 +52,7 @@ def test_the_recipe_is_the_official_one(size):
 def test_the_whole_step_fits_together(size, model_axis):
     experiment, _ = load_experiment([str(PAPER / f"qwen3_{size}.gin")])
     mesh = make_mesh(MeshConfig(model=model_axis))
-    base = qwen3(*SHAPES[size][:5])
+    base = plans().qwen3(*SHAPES[size][:5])
     parts = assemble(experiment, base, WordTokenizer(), mesh)
     state = parts.abstract
     counted = sum(math.prod(x.shape) for x in jax.tree.leaves(state.frozen))
