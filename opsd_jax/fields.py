@@ -72,7 +72,7 @@ def check(name: str, value: Any, hint: Any, names: Mapping[Any, str] | None = No
         return
     names = names or {}
     wanted = " or ".join(_words(choice, names) for choice in _choices(hint))
-    given = f"@{value.__name__}" if inspect.isroutine(value) else repr(value)
+    given = _called(value) if inspect.isroutine(value) else repr(value)
     if f"{given}()" in names.values():
         given += " without parentheses"
     elif isinstance(value, int) and abs(value) >= 2**31:
@@ -80,6 +80,19 @@ def check(name: str, value: Any, hint: Any, names: Mapping[Any, str] | None = No
     elif isinstance(value, float) and not _is_float32(value):
         given += ", which is no number in float32"
     raise UserError(f"{name} must be {wanted}, not {given}")
+
+
+def check_shape(
+    name: str, function: Callable[..., Any], values: Any, *shapes: tuple[int, ...]
+) -> None:
+    """Refuses what a function of the user's gave unless its shape is one of `shapes`.
+
+    What merely broadcasts would be another loss, and nobody would be told.
+    """
+    given = tuple(getattr(values, "shape", ()))
+    if given not in shapes:
+        wanted = " or ".join(map(str, shapes))
+        raise UserError(f"{name}: {_called(function)} must return shape {wanted}, not {given}")
 
 
 @functools.cache
@@ -112,9 +125,30 @@ def _is_a(value: Any, hint: Any) -> bool:
     if origin is tuple and isinstance(value, (tuple, list)):
         arguments = typing.get_args(hint)
         return not arguments or all(fits(inner, arguments[0]) for inner in value)
+    if origin is collections.abc.Callable:
+        return callable(value) and _takes(value, typing.get_args(hint))
     if getattr(origin, "_is_protocol", False):
         return _has_members(value, origin)
     return not isinstance(origin, type) or isinstance(value, origin)
+
+
+def _called(function: Callable[..., Any]) -> str:
+    """As gin has it; a partial by what it is of."""
+    function = getattr(function, "func", function)
+    return f"@{getattr(function, '__name__', repr(function))}"
+
+
+def _takes(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:
+    """Whether a function can be called with the arguments of a Callable's annotation."""
+    if not arguments or not isinstance(arguments[0], list):
+        return True
+    try:
+        inspect.signature(function).bind(*arguments[0])
+    except ValueError:  # some builtins tell nothing
+        return True
+    except TypeError:
+        return False
+    return True
 
 
 def _is_float32(value: float) -> bool:
@@ -170,4 +204,7 @@ def _words(hint: Any, names: Mapping[Any, str]) -> str:
         *most, last = map(repr, rules[0])
         return f"{', '.join(most)} or {last}" if most else last
     kind = names.get(origin) or _WORDS.get(origin) or str(getattr(origin, "__name__", origin))
+    if origin is collections.abc.Callable and isinstance(typing.get_args(hint)[0], list):
+        number = len(typing.get_args(hint)[0])
+        kind += f" of {number} argument" + "s" * (number != 1)
     return " ".join([kind, " and ".join(rules)]).rstrip()

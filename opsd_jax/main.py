@@ -58,6 +58,7 @@ def ended(why: str, status: int) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """All commands and flags."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
     root = flags.Parser(
         prog="opsd", description="On-policy self-distillation of language models, in JAX."
     )
@@ -103,7 +104,8 @@ def add_asking(commands: Any) -> None:
         nargs=2,
         type=flags.folder,
         metavar=("A", "B"),
-        help="two folders of opsd eval: B minus A with an interval over problems",
+        help="two workdirs, or their folders, in which opsd eval has run: B minus A with an "
+        "interval over problems",
     )
     evaluate.add_argument(
         "--out", type=flags.folder, help="folder of the generations (default: WORKDIR/eval/NAME)"
@@ -113,7 +115,12 @@ def add_asking(commands: Any) -> None:
 
     generate = commands.add_parser("generate", help="stream an answer to the terminal")
     add_model(generate)
-    generate.add_argument("--prompt", type=flags.text, required=True)
+    generate.add_argument(
+        "--prompt",
+        type=flags.text,
+        required=True,
+        help="the question; a run shows it as contexts.student (or evaluation) does",
+    )
     for name, kind, default, words in (
         ("temperature", flags.number, 0.0, "0 = greedy"),
         ("top_k", flags.integer, 0, "entries kept; 0 = all"),

@@ -135,6 +135,8 @@ class JsonlProblems(_FileProblems):
                     )
                 except (ValueError, RecursionError) as error:
                     reason = str(error).splitlines()[0][:100]
+                    if isinstance(error, json.JSONDecodeError):  # its own line number is another
+                        reason = f"{error.msg} at character {error.pos + 1}"
                     raise UserError(f"{path}:{number}: not a line of JSON ({reason}).") from None
                 if not isinstance(row, dict):
                     raise UserError(

@@ -44,6 +44,10 @@ class ProblemSet(Protocol):
         """
 
 
+class _MissingColumn(UserError):
+    """A row has not a column that is read."""
+
+
 class ProblemSource(Protocol):
     """Anything that config can name and the loop can load."""
 
@@ -159,7 +163,12 @@ class TableProblems:
         problems: dict[str, Problem] = {}
         takes_all = self.hash_start == 0 and self.hash_stop == 1
         for place, default_id, row in self._rows():
-            problem = self._problem(place, default_id, row)
+            try:
+                problem = self._problem(place, default_id, row)
+            except _MissingColumn as error:
+                # Where earlier rows have it, the file is laid out as was said.
+                layout = "" if problems else advice(row, type(self).__name__)
+                raise UserError(f"{error}{layout}.") from None
             share = 0.0 if takes_all else hash_share(problem.question)
             if not self.hash_start <= share < self.hash_stop:
                 continue
@@ -282,10 +291,9 @@ class TableProblems:
             hint = f"set {name}.{field}_column to one of {known}"
             if field == "solution":
                 hint += " or, where there are no solutions, to None"
-            is_there = has(row, column)
-            fault = f"`{column}` is empty; fill" if is_there else f"the row has no `{column}`; add"
-            layout = "" if is_there else advice(row, name)
-            raise UserError(f"{place}: {fault} it, or {hint}{layout}.")
+            if has(row, column):
+                raise UserError(f"{place}: `{column}` is empty; fill it, or {hint}.")
+            raise _MissingColumn(f"{place}: the row has no `{column}`; add it, or {hint}")
         if not isinstance(value, str):
             raise UserError(
                 f"{place}: `{column}` must be text, but is of type {type(value).__name__}."

@@ -173,5 +173,5 @@ def advice(row: Mapping[str, Any], source: str) -> str:
     bound = {"question": question, "solution": solution, "answer": answer or solution}
     lines = ", ".join(f"{source}.{field}_column = {name!r}" for field, name in bound.items())
     if answer is None:
-        lines += f" with {source}.answer_from"
+        lines += f" with {source}.answer_from = 'boxed', 'last_number' or another reading"
     return f"; this looks like the layout of {layout or 'other data sets'}: {lines}"

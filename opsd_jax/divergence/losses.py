@@ -15,11 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opsd_jax.divergence.config import DivergenceConfig
+from opsd_jax.divergence.config import DivergenceConfig, Weight
 from opsd_jax.divergence.fused import fused_divergence, vocabulary_mesh
 from opsd_jax.divergence.rows import TokenDivergence, prepare_rows, row_divergence
 from opsd_jax.divergence.vocabulary import Vocabulary
 from opsd_jax.errors import UserError
+from opsd_jax.fields import check_shape
 from opsd_jax.model.head import Head, head_logits
 
 __all__ = [
@@ -260,7 +261,7 @@ def _objective(name, student_logits, teacher_logits, ids, mask, config):
 
 
 def _weigh(config, tokens, mask, sampled_logps):
-    factors = [jax.lax.stop_gradient(weight(tokens, mask)) for weight in config.weights]
+    factors = [per_token("divergence.weights", weight, tokens, mask) for weight in config.weights]
     if config.importance_clip is not None and sampled_logps is None:
         raise UserError(
             "divergence.importance_clip needs completions that were sampled, with the "
@@ -273,6 +274,13 @@ def _weigh(config, tokens, mask, sampled_logps):
     for factor in factors:
         tokens = tokens.replace(objective=tokens.objective * factor)
     return tokens
+
+
+def per_token(name: str, function: Weight, tokens: Any, mask: jax.Array) -> jax.Array:
+    """What a function of the user's says of each token [B, C], or row [B, 1], as a constant."""
+    values = jax.lax.stop_gradient(function(tokens, mask))
+    check_shape(name, function, values, mask.shape, (*mask.shape[:-1], 1))
+    return values
 
 
 def _as_tuple(value):

@@ -22,7 +22,7 @@ from opsd_jax.divergence.config import Target
 from opsd_jax.divergence.terms import jensen_shannon_terms
 from opsd_jax.divergence.vocabulary import Vocabulary
 from opsd_jax.errors import UserError
-from opsd_jax.fields import NotNegative, Share
+from opsd_jax.fields import NotNegative, Share, check_shape
 
 
 def make_target(
@@ -31,7 +31,9 @@ def make_target(
     """The target's logs [..., U], normalised or not; [..., U] log-probabilities of each teacher."""
     if "vocabulary" in inspect.signature(target).parameters:
         target = functools.partial(target, vocabulary=vocabulary)
-    return target(teacher_logps)
+    made = target(teacher_logps)
+    check_shape("divergence.target", target, made, teacher_logps[0].shape)
+    return made
 
 
 def mean(teacher_logps: Sequence[jax.Array]) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from opsd_jax.divergence.config import DivergenceConfig, Terms
 from opsd_jax.divergence.vocabulary import Vocabulary
+from opsd_jax.fields import check_shape
 
 
 def forward_kl_terms(student_logps: jax.Array, teacher_logps: jax.Array) -> jax.Array:
@@ -67,7 +68,7 @@ def sampled_token_terms(student_logps: jax.Array, teacher_logps: jax.Array) -> j
 def entry_terms(config: DivergenceConfig) -> Terms:
     """The terms named by the configuration, as one function of (student, teacher) logs."""
     if callable(config.name):
-        return _defined_everywhere(config.name)
+        return _own_terms(config.name)
     named: dict[str, Terms] = {
         "forward_kl": forward_kl_terms,
         "reverse_kl": reverse_kl_terms,
@@ -138,12 +139,13 @@ def _weighted_gap(logps: jax.Array, reference_logps: jax.Array) -> jax.Array:
     return jnp.where(finite, jnp.exp(logps) * gap, infinite)
 
 
-def _defined_everywhere(terms: Terms) -> Terms:
+def _own_terms(terms: Terms) -> Terms:
     """Spares a user's function the entries that both sides exclude; they contribute 0."""
 
     def guarded(student_logps: jax.Array, teacher_logps: jax.Array) -> jax.Array:
         excluded = (student_logps == -jnp.inf) & (teacher_logps == -jnp.inf)
         values = terms(jnp.where(excluded, 0, student_logps), jnp.where(excluded, 0, teacher_logps))
+        check_shape("divergence.name", terms, values, excluded.shape)
         return jnp.where(excluded, 0, values)
 
     return guarded

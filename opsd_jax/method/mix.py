@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from opsd_jax.divergence.losses import DivergenceConfig, token_divergence
 from opsd_jax.errors import UserError
-from opsd_jax.fields import Count, NotNegative, require
+from opsd_jax.fields import Count, NotNegative, check_shape, require
 from opsd_jax.method.completions import References
 from opsd_jax.method.objective import (
     Loss,
@@ -107,7 +107,11 @@ class Term:
             mask = step.batch.in_context(mask)
         counted = mask & mine[:, None] if self.over == "rows" else mask
         weights = jnp.where(mine[:, None], mean_weights(counted, self.mean), 0.0)
-        return weights * (self.weight(step.step) if callable(self.weight) else self.weight)
+        if not callable(self.weight):
+            return weights * self.weight
+        weight = self.weight(step.step)
+        check_shape("a term's weight", self.weight, weight, ())
+        return weights * weight
 
     def __call__(self, reader: Reader, plan: Plan) -> Loss:
         raise NotImplementedError

@@ -16,6 +16,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
+from opsd_jax.divergence.losses import per_token
 from opsd_jax.fields import Positive
 from opsd_jax.method.mix import Plan, Term
 from opsd_jax.method.objective import Loss, Reader, masked_sums, student_sums
@@ -78,14 +79,14 @@ class PolicyGradient(Term):
         completion, tokens = reader.completion, Tokens(reader, plan)
         advantages = plan["advantages"][:, None]
         if self.shape is not None:
-            shaped = jax.lax.stop_gradient(self.shape(tokens, tokens.mask))
+            shaped = per_token("PolicyGradient.shape", self.shape, tokens, tokens.mask)
             advantages = jnp.where(tokens.mask, shaped, advantages)
         now, old = reader.sampled_logps
         values, clipped = clipped_surrogate(now, old, advantages, self.clip_low, self.clip_high)
         values = weighed(values, self.weights, tokens)
-        per_token = {"policy/clip_fraction": clipped, "policy/outside_support": now == -jnp.inf}
+        per_id = {"policy/clip_fraction": clipped, "policy/outside_support": now == -jnp.inf}
         logps, entropy = reader.student_logps
-        sums = masked_sums(per_token, completion.mask)
+        sums = masked_sums(per_id, completion.mask)
         sums |= student_sums(logps, entropy, completion.logps, completion.mask)
         return Loss(weighted_sum(values, plan["weights"]), sums)
 

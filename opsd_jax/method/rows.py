@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from opsd_jax.fields import check_shape
 from opsd_jax.method.batch import Batch
 from opsd_jax.sampling.prompts import Completion
 
@@ -79,7 +80,9 @@ def selected(rows: Rows, step: GradedBatch) -> jax.Array:
     """[B] bool."""
     chosen = _all(step)
     for part in parts_of(rows):
-        chosen &= part(step) if callable(part) else SELECTIONS[part](step)
+        mine = part(step) if callable(part) else SELECTIONS[part](step)
+        check_shape("a term's rows", part, mine, chosen.shape)
+        chosen &= mine
     return chosen
 
 

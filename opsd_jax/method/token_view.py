@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from opsd_jax.divergence.losses import per_token
 from opsd_jax.divergence.rows import TokenDivergence
 from opsd_jax.errors import UserError
 from opsd_jax.method.objective import Reader
@@ -135,5 +136,5 @@ Function = Callable[[Any, jax.Array], jax.Array]
 def weighed(values: jax.Array, functions: Sequence[Function], tokens: Tokens) -> jax.Array:
     """values [B, C] times all token weights."""
     for function in functions:
-        values = values * jax.lax.stop_gradient(function(tokens, tokens.mask))
+        values = values * per_token("a token weight", function, tokens, tokens.mask)
     return values

@@ -245,6 +245,9 @@ def _save_file(path: str, tensors: Mapping[str, np.ndarray]) -> None:
 
     # transformers refuses a file that does not say which framework's layout it has.
     save_file(dict(tensors), path, metadata={"format": "pt"})
+    mask = os.umask(0)  # which can only be read so
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)  # safetensors makes it its owner's alone
 
 
 def _write_json(directory: str, name: str, content: Mapping[str, Any]) -> None:

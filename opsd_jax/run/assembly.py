@@ -18,6 +18,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from opsd_jax.data.tokenizer import Tokenizer
+from opsd_jax.divergence.terms import entry_terms
 from opsd_jax.errors import UserError
 from opsd_jax.host.identity import Identity, model_parts
 from opsd_jax.host.pod import connected_mesh
@@ -275,6 +276,9 @@ def method_of(
 ) -> Method:
     """What the train step of an experiment is made of."""
     train = experiment.train
+    logps = jax.ShapeDtypeStruct((2, 3, 5), jnp.float32)
+    # A function of the user's is refused here, before anything is computed.
+    jax.eval_shape(entry_terms(experiment.divergence), logps, logps)
     rollout = experiment.rollout.for_tokenizer(tokenizer.stop_ids, tokenizer.pad_id)
     reasoner = None
     if experiment.teacher.reasons:

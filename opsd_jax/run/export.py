@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flax import linen as nn
 
+from opsd_jax.data.tokenizer import HFTokenizer
 from opsd_jax.errors import UserError
 from opsd_jax.host.files import require_writable
 from opsd_jax.pretrained.export import new_folder, save_adapter, save_pretrained
@@ -33,3 +34,8 @@ def export_command(workdir: str, step: int | str | None, out: str, form: str) ->
         params, stop_ids = nn.meta.unbox(run.student), run.experiment.rollout.stop_ids
         save_pretrained(out, config, params, run.tokenizer, stop_ids=stop_ids)
     say(f"step {run.step} written to {out}")
+    if form == "hf" and not isinstance(run.tokenizer, HFTokenizer):
+        say(
+            "the testbed's tokenizer has no files, so text needs the run itself: "
+            f"opsd generate --workdir={workdir}, or train.model = @FinishedRun()"
+        )

@@ -62,6 +62,8 @@ def gin_errors_told(known: Callable[[], Known], macros: Callable[[], list[str]])
     except SyntaxError as error:
         place = f"{error.filename or '--gin_bindings'}, line {error.lineno}"
         reason = (error.msg or "").splitlines()[-1].strip().rstrip(".")
+        if reason.startswith("Failed to parse token"):
+            reason += " (text stands in quotes)"
         raise UserError(f"gin: {place}: {reason}: {(error.text or '').strip()!r}") from None
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         raise UserError("gin: " + _one_line(error, known(), macros())) from error

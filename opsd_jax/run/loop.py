@@ -43,6 +43,15 @@ from opsd_jax.run.meter import Meter
 from opsd_jax.run.stepping import Taken, make_step, rollout_timer, to_batch
 
 BEST_METRIC = "eval/student/accuracy"
+_BEFORE_LEARNING = (
+    "no step was taken before it, so look at the settings of divergence, at functions of your own "
+    "and at the model's weights"
+)
+_AFTER_LEARNING = (
+    "look at samples/, and start again in another workdir with a smaller train.learning_rate; to "
+    "go on from the last checkpoint, which is untouched, take it there as train.model = "
+    "@FinishedRun()"
+)
 
 
 class Step(NamedTuple):
@@ -232,9 +241,8 @@ class Loop:
         ):
             raise UserError(
                 f"step {step.number}: loss {metrics['loss/objective']}, gradient norm "
-                f"{metrics['optim/grad_norm']}; look at samples/, and start again in another "
-                "workdir with a smaller train.learning_rate; to go on from the last checkpoint, "
-                "which is untouched, take it there as train.model = @FinishedRun()"
+                f"{metrics['optim/grad_norm']}; "
+                + (_AFTER_LEARNING if step.number > 1 else _BEFORE_LEARNING)
             )
         tokens = int(metrics.pop("rollout/tokens"))
         self.tokens_total += tokens

@@ -90,7 +90,8 @@ class TrainingRun(Run):
 
     def __repr__(self) -> str:
         parts = [repr(shown(self.workdir)), f"step {self.last_step}"]
-        if total := self.settings.get("train.num_steps"):
+        total = self.settings.get("train.num_steps", "")
+        if total.isdigit() and int(total) >= self.last_step:
             parts[1] += f" of {total}"
         if self.num_tokens:
             parts.append(

@@ -120,6 +120,8 @@ def prepare(
         f"{num_bytes(state.trainable) // 4:,} trainable parameters, {len(problems):,} "
         f"problems, mesh {dict(mesh.shape)}, from step {start}"
     )
+    if start >= settings.num_steps:
+        say(f"nothing is left to do: train.num_steps = {settings.num_steps}")
     goodput = Goodput(workdir, start) if jax.process_index() == 0 else None
     loop = Loop(
         experiment,

@@ -64,7 +64,7 @@ def test_rows_without_id_are_named_by_their_place(write):
         (ROW | {"answer": ["1", None]}, r"rows.jsonl:2: `answer`"),
         (ROW | {"question": []}, r"rows.jsonl:2: `question` is empty"),
         (ROW, r"rows.jsonl:2: the id 'a' occurs a second time"),
-        ("{", r"rows.jsonl:2: not a line of JSON"),
+        ("{", r"rows.jsonl:2: not a line of JSON [(]Expecting .* at character [0-9][)]"),
         ("[1, 2]", r"rows.jsonl:2: a line must be a JSON object.*list"),
         ("[" * 100_000, r"rows.jsonl:2: not a line of JSON"),
         ('{"answer": ' + "9" * 10_000 + "}", r"rows.jsonl:2: not a line of JSON"),
@@ -77,6 +77,14 @@ def test_a_bad_row_is_named(write, bad, message):
     with pytest.raises(UserError, match=message) as caught:
         JsonlProblems(write(ROW, bad)).load()
     assert "\n" not in str(caught.value)
+
+
+def test_a_row_unlike_those_before_it_says_nothing_of_the_files_layout(write):
+    odd = {name: value for name, value in ROW.items() if name != "answer"}
+    with pytest.raises(UserError, match=r"rows.jsonl:2: the row has no `answer`; add it, .*\w\.$"):
+        JsonlProblems(write(ROW, odd | {"id": "b"})).load()
+    with pytest.raises(UserError, match=r"rows.jsonl:1: .* looks like the layout.* = 'boxed'"):
+        JsonlProblems(write(odd, odd | {"id": "b"})).load()
 
 
 def test_bytes_that_are_no_text_are_told(tmp_path):

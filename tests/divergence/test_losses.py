@@ -201,6 +201,34 @@ def test_users_own_divergence():
     assert_same(closed_gradient(config, STUDENT, TEACHER, IDS), gradient, 1e-5, "closed")
 
 
+@pytest.mark.parametrize("implementation", ["dense", "fused"])
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(name=lambda s, t: jnp.sum(t - s, -1, keepdims=True)), "divergence.name.*, 1[)]"),
+        (dict(name=lambda s, t: jnp.sum(t - s, -1)), "divergence.name.* not "),
+        (dict(name=lambda s, t: 1.0), "divergence.name: @<lambda> must return shape .* not [(][)]"),
+        (dict(weights=(lambda tokens, mask: mask[0],)), "weights.*[(]2, 3[)] or [(]2, 1[)], not"),
+        (dict(target=lambda teachers: teachers[0][..., :1]), "divergence.target.*, 1[)]"),
+    ],
+)
+def test_what_would_only_broadcast_is_refused(fields, words, implementation):
+    """A sum over the vocabulary of one number per token would be that number times V."""
+    student, teacher = np.ones((2, 2, 3, 4), np.float32)
+    kernel, ids = np.ones((5, 4), np.float32), np.zeros((2, 3), np.int32)
+    config = DivergenceConfig(**fields, implementation=implementation)
+    with pytest.raises(UserError, match=words):
+        token_divergence(config, student, Head(kernel), teacher, Head(kernel), ids, ids == 0)
+
+
+def test_a_weight_of_rows_counts_for_each_of_their_tokens():
+    config = DivergenceConfig(weights=(lambda tokens, mask: jnp.array([[0.0], [2.0]]),))
+    student, teacher = np.random.default_rng(0).normal(size=(2, 2, 3, 5)).astype(np.float32)
+    plain = logit_divergence(DivergenceConfig(), student, teacher).objective
+    weighed = logit_divergence(config, student, teacher).objective
+    np.testing.assert_array_equal(weighed, plain * np.array([[0], [2]]))
+
+
 @pytest.mark.parametrize("name", KLS)
 def test_no_gradient_reaches_the_teacher(name):
     def total(student, teacher):
@@ -302,6 +330,8 @@ def test_masked_rows_may_hold_nan(implementation):
         (dict(top_k=0), "top_k"),
         (dict(implementation="flash"), "implementation"),
         (dict(name="sampled_token", clip="entry"), "divergence.clip"),
+        (dict(name=lambda logps: logps), "or a function of 2 arguments, not"),
+        (dict(weights=(lambda tokens: tokens,)), "a tuple [(]a function of 2 arguments, ...[)]"),
     ],
 )
 def test_bad_configurations_say_what_to_change(fields, words):

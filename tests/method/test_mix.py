@@ -84,6 +84,18 @@ def test_a_scheduled_weight_compiles_once():
     assert weight._cache_size() == 1
 
 
+@pytest.mark.parametrize(
+    "term, words",
+    [
+        (Likelihood(rows=lambda step: jnp.ones((4, 1), bool)), "rows: .*[(]4,[)], not [(]4, 1[)]"),
+        (Likelihood(weight=lambda step: jnp.ones(4)), "weight: .*[(][)], not [(]4,[)]"),
+    ],
+)
+def test_what_would_only_broadcast_is_refused(term, words):
+    with pytest.raises(UserError, match=words):
+        term.plan(graded())
+
+
 @pytest.mark.slow
 def test_a_term_may_read_the_references_beside_the_rollouts():
     batch = tiny_batch(2)
@@ -106,6 +118,9 @@ def test_a_term_may_read_the_references_beside_the_rollouts():
     reads_grades = Likelihood(weights=(lambda tokens, mask: tokens.rewards,))
     with pytest.raises(UserError, match="reads grades.*set the term's rows"):
         loss(reads_grades, rollouts)
+    flat = Likelihood(weights=(lambda tokens, mask: mask[:, 0],))
+    with pytest.raises(UserError, match="a token weight: @<lambda> must return shape"):
+        loss(flat, rollouts)
 
 
 MODULE = '''

@@ -12,7 +12,9 @@ from opsd_jax.data.problems import Problem
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.runs import Run, group_runs
 from opsd_jax.host.config_text import bindings, first_difference
+from opsd_jax.main import main
 from opsd_jax.run.config import finished_run, load_experiment
+from tests.run.test_train import TINY
 
 QUICKSTART = str(Path(__file__).parents[2] / "experiments" / "quickstart.gin")
 MODULE = """
@@ -66,6 +68,25 @@ def test_unbound_functions_are_as_they_were(folder):
     plain, text = load()
     assert plain.divergence.name is sys.modules["own_functions"].own_divergence
     assert bindings(text)["own_divergence.alpha"] == "1.0"
+
+
+def test_a_wrong_shape_is_refused_before_anything_is_computed(tmp_path, capsys):
+    (tmp_path / "flat.py").write_text(
+        "import gin\n\n@gin.configurable\ndef flat(student_logps, teacher_logps):\n"
+        "    return (teacher_logps - student_logps).sum(-1)\n"
+    )
+    (tmp_path / "flat.gin").write_text(
+        f'include "{QUICKSTART}"\nimport flat\ndivergence.name = @flat\n'
+    )
+    lines = [f"--gin_bindings={line}" for line in TINY]
+    run = ["train", f"--gin_file={tmp_path}/flat.gin", f"--workdir={tmp_path}/run", *lines]
+    try:
+        assert main(run) == 2
+    finally:
+        sys.modules.pop("flat", None)
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "divergence.name: @flat must return shape (2, 3, 5), not (2, 3)" in told
+    assert not (tmp_path / "run" / "config.gin").exists()
 
 
 def test_another_config_read_meanwhile_changes_nothing(folder, tmp_path):
