@@ -31,10 +31,11 @@ from flax.core import meta
 from on_card.measuring import prompts
 
 from opsd_jax.divergence.config import DivergenceConfig
+from opsd_jax.host.heap import compilers_memory_returned
 from opsd_jax.method.batch import Batch
 from opsd_jax.method.optimizer import OptimizerConfig, make_optimizer
 from opsd_jax.method.teacher import initial
-from opsd_jax.method.train_step import Method, init_state, sample_completion, update
+from opsd_jax.method.train_step import Method, TrainState, init_state, sample_completion, update
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.decoder import Decoder, init_variables
 from opsd_jax.run.flops import Lengths, step_flops
@@ -90,8 +91,13 @@ def measure(work: Work, remat: str, implementation: str | None, turns: int) -> d
     """Medians over `turns` of the halves of a step and of a large product, one after the other."""
     method = method_of(work, remat, implementation)
     batch = Batch(*(prompts(work.batch, width, work.vocabulary) for width in (PROMPT, TEACHER)))
-    variables = meta.unbox(init_variables(method.model, jax.random.key(0)))
-    state = init_state(method, {"params": variables["params"]}, {}, jax.random.key(0))
+
+    @jax.jit
+    def init(key: jax.Array) -> TrainState:
+        params = meta.unbox(init_variables(method.model, key))["params"]
+        return init_state(method, {"params": params}, {}, key)
+
+    state = init(jax.random.key(0))
     sample = jax.jit(functools.partial(sample_completion, method))
     learn = jax.jit(functools.partial(update, method), donate_argnums=0)
     matrix = jnp.ones((1024, 1024), jnp.float32)
@@ -134,7 +140,8 @@ def main() -> None:
         parser.error(f"--works: no work {', '.join(sorted(unknown))}; {', '.join(WORKS)}")
     if arguments.here:
         options = (arguments.remat, arguments.implementation, arguments.turns)
-        print(json.dumps(measure(WORKS[names[0]], *options)))
+        with compilers_memory_returned():  # as opsd train does
+            print(json.dumps(measure(WORKS[names[0]], *options)))
         return
     columns = ["work", "by", "s a step", "rollout", "update", "update / floor", "peak MB"]
     print("| " + " | ".join([*columns, "compilation, s"]) + " |\n" + "|---" * 8 + "|", flush=True)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Per-token divergences from hidden states and heads, one block of logits at a time.
 
-Peak memory is a few [n, V] blocks, whatever the number of tokens. The forward pass already
-has each block's logits, so it also computes their gradient in closed form and pulls it back to
-the hidden states and the head on the spot: four head matmuls in all (three when the head is
-frozen), none recomputed in the backward pass. That works because the backward pass only has to
+Peak memory is a few [n, V] blocks, two on a CPU, whatever the number of tokens. The forward pass
+already has each block's logits, so it also computes their gradient in closed form and pulls it
+back to the hidden states and the head on the spot: four head matmuls in all (three when the head
+is frozen), none recomputed in the backward pass. That works because the backward pass only has to
 scale: each token's hidden gradient by that token's cotangent, and the head gradient by the
 cotangent that all tokens share under a mean. When the cotangents differ from token to token,
 the head gradient is recomputed block by block, so the result is exact for any use.
@@ -16,8 +16,8 @@ Alphabet: N tokens of a device, n tokens of a block, U vocabulary rows of a devi
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -108,6 +108,11 @@ class _Plan:
         default = 64 if jax.default_backend() == "cpu" else 1024
         return self.config.token_block or default
 
+    def rows_at_once(self, block: int) -> int:
+        """Rows of a block whose logits are looked at together, so that a CPU's caches hold them."""
+        split = self.place.vocab_axis is not None  # each look costs some sums over devices
+        return block if split or jax.default_backend() != "cpu" else min(block, 4)
+
     @property
     def equal_cotangents(self) -> bool:
         """Whether to bet on a plain mean: then the head gradient is made in the forward."""
@@ -139,7 +144,7 @@ def fused_divergence(
     return jax.lax.stop_gradient(tokens).replace(objective=tokens.objective)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(plan, *operands):
     return _on_mesh(plan, _forward, False, False)(Operands(*operands))[0]
 
@@ -164,9 +169,9 @@ def _fused_bwd(plan, residuals, cotangents):
     if hidden_gradient is not None:
         hidden_gradient = (cotangent[..., None] * hidden_gradient).astype(dtype.dtype)
     if operands is not None:
-        partial = _on_mesh(plan, _head_gradient)(operands, cotangent, kernel_gradient)
+        summands = _on_mesh(plan, _head_gradient)(operands, cotangent, kernel_gradient)
         # One summand per batch shard; the compiler picks all-reduce or reduce-scatter.
-        kernel_gradient = jnp.sum(partial, axis=0)[: plan.vocab_size]
+        kernel_gradient = jnp.sum(summands, axis=0)[: plan.vocab_size]
         kernel_gradient = kernel_gradient.astype(operands.kernel.dtype)
     return hidden_gradient, kernel_gradient, None, None, None
 
@@ -177,20 +182,20 @@ _fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)
 def _on_mesh(plan, function, *static):
     """`function(plan, *static, ...)` on every device's part, heads padded to divide."""
     place = plan.place
-    local = functools.partial(function, plan, *static)
+    local = partial(function, plan, *static)
     if place.mesh is None:
         return local
     rows, kernel = place.tokens, PartitionSpec(place.vocab_axis)
     shards = tuple(axis for axis in (*(place.batch_axis or ()), place.length_axis) if axis)
-    partial = PartitionSpec(shards or None, place.vocab_axis)
+    summands = PartitionSpec(shards or None, place.vocab_axis)
     teachers = ((rows, kernel),) * (len(plan.softcaps) - 1)
     operands = Operands(rows, kernel, teachers, rows, rows)
     forward = function is _forward
     mapped = jax.shard_map(
         local,
         mesh=place.mesh,
-        in_specs=(operands,) if forward else (operands, rows, partial),
-        out_specs=(rows, rows, partial) if forward else partial,
+        in_specs=(operands,) if forward else (operands, rows, summands),
+        out_specs=(rows, rows, summands) if forward else summands,
         # Every output is summed over the vocabulary axis by hand; the check would ask for
         # casts on all loop carries to learn the same.
         check_vma=False,
@@ -233,9 +238,7 @@ class _Packed(NamedTuple):
     block: int
 
     def slice(self, i) -> Operands:
-        def cut(x):
-            return jax.lax.dynamic_slice_in_dim(x, i * self.block, self.block)
-
+        cut = partial(_read, i, self.block)
         operands = self.operands
         return Operands(
             cut(operands.hidden),
@@ -256,6 +259,7 @@ def _pack(plan, operands: Operands) -> _Packed:
     N = operands.mask.size
     num_blocks = -(-N // plan.token_block)
     block = -(-N // num_blocks)
+    block = -(-block // (few := plan.rows_at_once(block))) * few
     mask = jnp.pad(operands.mask.reshape(-1), (0, num_blocks * block - N))
     order = jnp.argsort(~mask, stable=True)
     mask = mask[order]
@@ -275,30 +279,47 @@ def _pack(plan, operands: Operands) -> _Packed:
     return _Packed(packed, order, num_active, block)
 
 
-def _block_rows(plan, part: Operands):
-    """A block's prepared rows, and the derivative of the student's soft cap or None."""
+def _block(plan, part: Operands, want_gradient: bool):
+    """A block's TokenDivergence [n], and d objective / d (hidden @ kernel^T) [n, U] or None.
 
-    def logits(hidden, kernel, softcap):
-        return head_logits(Head(kernel, softcap), hidden)
+    Both are 0 in rows that do not count. Some rows at a time, whose arrays a CPU's caches hold;
+    their gradient takes the place of their logits, so that the block has no third array.
+    """
+    student = head_logits(Head(part.kernel, plan.softcaps[0]), part.hidden)
+    teachers = tuple(
+        head_logits(Head(kernel, cap), hidden)
+        for (hidden, kernel), cap in zip(part.teachers, plan.softcaps[1:], strict=True)
+    )
+    n, few = len(part.mask), plan.rows_at_once(len(part.mask))
+    if few == n:
+        return _few_rows(plan, student, teachers, part.ids, part.mask, want_gradient)
 
-    student = logits(part.hidden, part.kernel, plan.softcaps[0])
+    def body(i, carry):
+        tokens, student = carry
+        arrays = jax.tree.map(partial(_read, i, few), (student, teachers, part.ids, part.mask))
+        new, gradient = _few_rows(plan, *arrays, want_gradient)
+        tokens = jax.tree.map(partial(_write, i), tokens, new)
+        return tokens, _write(i, student, gradient) if want_gradient else student
+
+    carry = TokenDivergence.zeros(n, student.dtype), student
+    tokens, gradient = jax.lax.fori_loop(0, n // few, body, carry)
+    return tokens, gradient if want_gradient else None
+
+
+def _few_rows(plan, student, teachers, ids, mask, want_gradient):
+    """`_block` for logits [r, U] of the student and of each teacher."""
     cap = plan.softcaps[0]
     cap_slope = None if cap is None else 1 - jnp.square(student / cap)
-    teachers = tuple(
-        plan.vocabulary.without_padding(logits(*teacher, cap))
-        for teacher, cap in zip(part.teachers, plan.softcaps[1:], strict=True)
-    )
-    student = plan.vocabulary.without_padding(student)
-    rows = prepare_rows(plan.config, plan.vocabulary, student, teachers, part.ids)
-    return rows, cap_slope
-
-
-def _block_gradient(plan, part: Operands, rows, cap_slope):
-    """d objective / d (hidden @ kernel^T), [n, U]; 0 in rows that do not count."""
+    student, teachers = jax.tree.map(plan.vocabulary.without_padding, (student, teachers))
+    rows = prepare_rows(plan.config, plan.vocabulary, student, teachers, ids)
+    tokens = row_divergence(plan.config, plan.vocabulary, rows, ids)
+    tokens = jax.tree.map(lambda x: jnp.where(mask, x.astype(student.dtype), 0), tokens)
+    if not want_gradient:
+        return tokens, None
     gradient = logit_gradient(plan.config, plan.vocabulary, rows)
     if cap_slope is not None:
         gradient = gradient * cap_slope
-    return jnp.where(part.mask[:, None], gradient, 0)
+    return tokens, jnp.where(mask[:, None], gradient, 0)
 
 
 def _forward(plan, want_hidden: bool, want_kernel: bool, operands: Operands):
@@ -313,12 +334,8 @@ def _forward(plan, want_hidden: bool, want_kernel: bool, operands: Operands):
     def body(i, carry):
         tokens, hidden_gradient, kernel_gradient = carry
         part = packed.slice(i)
-        rows, cap_slope = _block_rows(plan, part)
-        new = row_divergence(plan.config, plan.vocabulary, rows, part.ids)
-        new = jax.tree.map(lambda x: jnp.where(part.mask, x.astype(real), 0), new)
-        tokens = jax.tree.map(functools.partial(_write, i), tokens, new)
-        if want_hidden or want_kernel:
-            gradient = _block_gradient(plan, part, rows, cap_slope)
+        new, gradient = _block(plan, part, want_hidden or want_kernel)
+        tokens = jax.tree.map(partial(_write, i), tokens, new)
         if want_hidden:
             pulled = _pull_to_hidden(plan, gradient, part.kernel, real)
             hidden_gradient = _write(i, hidden_gradient, pulled)
@@ -331,7 +348,7 @@ def _forward(plan, want_hidden: bool, want_kernel: bool, operands: Operands):
         packed.num_active,
         body,
         (
-            TokenDivergence(*[jnp.zeros(M, real)] * len(dataclasses.fields(TokenDivergence))),
+            TokenDivergence.zeros(M, real),
             jnp.zeros((M, D), real) if want_hidden else None,
             jnp.zeros((U, D), real) if want_kernel else None,
         ),
@@ -360,8 +377,8 @@ def _head_gradient(plan, operands: Operands, cotangent, unit_gradient):
 
     def body(i, total):
         part = packed.slice(i)
-        gradient = _block_gradient(plan, part, *_block_rows(plan, part))
-        weight = jax.lax.dynamic_slice_in_dim(weights, i * packed.block, packed.block)
+        _, gradient = _block(plan, part, want_gradient=True)
+        weight = _read(i, packed.block, weights)
         return _add_to_kernel(plan, total, gradient * weight[:, None], part.hidden)
 
     return jax.lax.fori_loop(0, num_blocks, body, total)[None]
@@ -392,6 +409,10 @@ def _add_to_kernel(plan, total, gradient, hidden):
     whole = U // step
     total = jax.lax.fori_loop(0, whole, lambda j, t: add(j * step, step, t), total)
     return add(whole * step, U % step, total) if U % step else total
+
+
+def _read(i, size, array):
+    return jax.lax.dynamic_slice_in_dim(array, i * size, size)
 
 
 def _write(i, array, block):

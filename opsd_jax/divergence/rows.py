@@ -58,6 +58,10 @@ class TokenDivergence:
     argmax_agreement: jax.Array
     student_loss_logps: jax.Array
 
+    @classmethod
+    def zeros(cls, shape: int, dtype: jnp.dtype) -> "TokenDivergence":
+        return cls(*[jnp.zeros(shape, dtype)] * len(dataclasses.fields(cls)))
+
 
 @dataclasses.dataclass(frozen=True)
 class RowLogps:

@@ -23,6 +23,7 @@ from opsd_jax.host.config_text import first_difference
 from opsd_jax.host.files import read_metrics, read_text, write_whole
 from opsd_jax.host.goodput import Goodput
 from opsd_jax.host.guard import Guard
+from opsd_jax.host.heap import compilers_memory_returned
 from opsd_jax.host.identity import identity_of
 from opsd_jax.host.lock import only_writer
 from opsd_jax.host.metrics import MetricWriters
@@ -77,6 +78,7 @@ def train(
         stack.enter_context(only_writer(workdir, progress.note))
         experiment, config_text = pinned(experiment, config_text, workdir)
         stack.enter_context(kept_programs(experiment.train.compilation_cache, workdir))
+        stack.enter_context(compilers_memory_returned())
         check_config(workdir, config_text)
         loop, state, batches, start = prepare(experiment, config_text, workdir, progress, stack)
         loop.run(state, batches, start, stack.enter_context(Preemption()))
