@@ -105,13 +105,18 @@ class _Plan:
 
     @property
     def token_block(self) -> int:
-        default = 64 if jax.default_backend() == "cpu" else 1024
+        default = 128 if jax.default_backend() == "cpu" else 1024
         return self.config.token_block or default
+
+    @property
+    def vocab_block(self) -> int:
+        default = 4096 if jax.default_backend() == "cpu" else 16384
+        return self.config.vocab_block or default
 
     def rows_at_once(self, block: int) -> int:
         """Rows of a block whose logits are looked at together, so that a CPU's caches hold them."""
         split = self.place.vocab_axis is not None  # each look costs some sums over devices
-        return block if split or jax.default_backend() != "cpu" else min(block, 4)
+        return block if split or jax.default_backend() != "cpu" else min(block, 2)
 
     @property
     def equal_cotangents(self) -> bool:
@@ -336,11 +341,11 @@ def _forward(plan, want_hidden: bool, want_kernel: bool, operands: Operands):
         part = packed.slice(i)
         new, gradient = _block(plan, part, want_hidden or want_kernel)
         tokens = jax.tree.map(partial(_write, i), tokens, new)
+        if want_hidden or want_kernel:
+            pulled = jnp.zeros(part.hidden.shape, real) if want_hidden else None
+            pulled, kernel_gradient = _pull_back(plan, gradient, part, pulled, kernel_gradient)
         if want_hidden:
-            pulled = _pull_to_hidden(plan, gradient, part.kernel, real)
-            hidden_gradient = _write(i, hidden_gradient, pulled)
-        if want_kernel:
-            kernel_gradient = _add_to_kernel(plan, kernel_gradient, gradient, part.hidden)
+            hidden_gradient = _write(i, hidden_gradient, _summed(plan, pulled))
         return tokens, hidden_gradient, kernel_gradient
 
     tokens, hidden_gradient, kernel_gradient = jax.lax.fori_loop(
@@ -379,36 +384,42 @@ def _head_gradient(plan, operands: Operands, cotangent, unit_gradient):
         part = packed.slice(i)
         _, gradient = _block(plan, part, want_gradient=True)
         weight = _read(i, packed.block, weights)
-        return _add_to_kernel(plan, total, gradient * weight[:, None], part.hidden)
+        return _pull_back(plan, gradient * weight[:, None], part, None, total)[1]
 
     return jax.lax.fori_loop(0, num_blocks, body, total)[None]
 
 
-def _pull_to_hidden(plan, gradient, kernel, real):
-    gradient = gradient.astype(kernel.dtype)
-    pulled = jnp.einsum("nv,vd->nd", gradient, kernel, preferred_element_type=real)
-    axis = plan.place.vocab_axis
-    return pulled if axis is None else jax.lax.psum(pulled, axis)
+def _pull_back(plan, gradient, part: Operands, to_hidden, to_kernel):
+    """to_hidden [n, D] + gradient kernel and to_kernel [U, D] + gradient^T hidden, where not None.
 
-
-def _add_to_kernel(plan, total, gradient, hidden):
-    """total [U, D] + gradient^T hidden, some vocabulary rows at a time.
-
-    In one go the product would be a second array of the head's size.
+    Some vocabulary rows at a time: the product for the kernel would be a second array of its size,
+    and XLA's CPU takes three times as long to contract 150,000 entries as to do so in parts.
     """
-    U, step = total.shape[0], min(plan.config.vocab_block, total.shape[0])
+    U, step = gradient.shape[-1], min(plan.vocab_block, gradient.shape[-1])
 
-    def add(start, size, total):
-        part = jax.lax.dynamic_slice_in_dim(gradient, start, size, axis=1)
-        product = jnp.einsum(
-            "nv,nd->vd", part.astype(hidden.dtype), hidden, preferred_element_type=total.dtype
-        )
-        old = jax.lax.dynamic_slice_in_dim(total, start, size)
-        return jax.lax.dynamic_update_slice_in_dim(total, old + product, start, axis=0)
+    def add(start, size, sums):
+        to_hidden, to_kernel = sums
+        some = jax.lax.dynamic_slice_in_dim(gradient, start, size, axis=1)
+        some = some.astype(part.hidden.dtype)
+        if to_hidden is not None:
+            rows = jax.lax.dynamic_slice_in_dim(part.kernel, start, size)
+            to_hidden += jnp.einsum("nv,vd->nd", some, rows, preferred_element_type=to_hidden.dtype)
+        if to_kernel is not None:
+            product = jnp.einsum(
+                "nv,nd->vd", some, part.hidden, preferred_element_type=to_kernel.dtype
+            )
+            old = jax.lax.dynamic_slice_in_dim(to_kernel, start, size)
+            to_kernel = jax.lax.dynamic_update_slice_in_dim(to_kernel, old + product, start, axis=0)
+        return to_hidden, to_kernel
 
-    whole = U // step
-    total = jax.lax.fori_loop(0, whole, lambda j, t: add(j * step, step, t), total)
-    return add(whole * step, U % step, total) if U % step else total
+    whole, sums = U // step, (to_hidden, to_kernel)
+    sums = jax.lax.fori_loop(0, whole, lambda j, sums: add(j * step, step, sums), sums)
+    return add(whole * step, U % step, sums) if U % step else sums
+
+
+def _summed(plan, values):
+    axis = plan.place.vocab_axis
+    return values if axis is None else jax.lax.psum(values, axis)
 
 
 def _read(i, size, array):
