@@ -64,21 +64,27 @@ def attend_token(
     from jax.experimental.pallas import triton as plgpu
 
     B, K, X, H = qkv_BKXH.shape
+    num_rows, num_near = _at_least(X - 2), _at_least(arrays[-1].shape[2])
 
-    def part(array: Any, num_grid: int) -> pl.BlockSpec:
-        """What a program (row, key head) sees of an array whose first axes are the grid's."""
-        shape = array.shape[num_grid:]
+    def part(array: Any, num_grid: int, *shape: int) -> pl.BlockSpec:
+        """What a program (row, key head) sees of an array whose first axes are the grid's.
+
+        Of a `shape` beyond the array the kernel may only touch what a mask lets it.
+        """
+        shape = shape or array.shape[num_grid:]
         none, zeros = (None,) * num_grid, (0,) * len(shape)
         return pl.BlockSpec(none + shape, lambda *at: at[:num_grid] + zeros)
 
-    kvs = [part(array, 2) for array in arrays]
+    kvs = [part(array, 2) for array in arrays[:2]]
+    near = [part(arrays[2], 2, H, num_near), part(arrays[3], 2, num_near, H)]
     out = jax.ShapeDtypeStruct((B, K, X - 2, H), qkv_BKXH.dtype)
+    qkv = part(qkv_BKXH, 2, max(num_rows, X), H)
     rows = [part(cos_Bh, 1), part(sin_Bh, 1), pl.BlockSpec((1,), lambda b, k: (b,))]
     attended, keys, values = pl.pallas_call(
-        partial(_kernel, settings),
+        partial(_kernel, settings, X - 2),
         grid=(B, K),
-        in_specs=[*kvs, part(qkv_BKXH, 2), *rows, *(part(number, 0) for number in numbers)],
-        out_specs=[part(out, 2), *kvs[2:]],
+        in_specs=[*kvs, *near, qkv, *rows, *(part(number, 0) for number in numbers)],
+        out_specs=[part(out, 2, num_rows, H), *near],
         out_shape=[out, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[2:])],
         input_output_aliases={2: 1, 3: 2},
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
@@ -88,8 +94,14 @@ def attend_token(
     return attended, KV(keys, values)
 
 
+def _at_least(number: int) -> int:
+    """The power of 2, at least LEAST, that holds so many rows or slots."""
+    return max(LEAST, 1 << (number - 1).bit_length())
+
+
 def _kernel(
     settings,
+    G,
     keys,
     values,
     near_keys,
@@ -108,9 +120,8 @@ def _kernel(
     from jax.experimental.pallas import triton as plgpu
 
     *gains, out, new_keys, new_values = rest
-    (X, H), half = qkv.shape, qkv.shape[1] // 2
-    G, halves = X - 2, (pl.ds(0, half), pl.ds(half, half))
-    num_rows = max(LEAST, pl.next_power_of_2(G))
+    H, half = qkv.shape[1], qkv.shape[1] // 2
+    num_rows, halves = out.shape[0], (pl.ds(0, half), pl.ds(half, half))
     mine = (jnp.arange(num_rows) < G)[:, None]
 
     def turned(x, gain, factor):
@@ -132,7 +143,7 @@ def _kernel(
     q = [plgpu.load(qkv.at[pl.ds(0, num_rows), at], mask=wide, other=0.0) for at in halves]
     q = turned(q, gains[0] if gains else None, scale[0])
     k = turned([qkv[pl.ds(G, 1), at] for at in halves], gains[1] if gains else None, 1.0)
-    v = qkv[pl.ds(X - 1, 1), :]
+    v = qkv[pl.ds(G + 1, 1), :]
     for at, part in zip(halves, k, strict=True):
         new_keys[at, slot[0]] = part.reshape(half).astype(new_keys.dtype)
     new_values[slot[0], :] = v.reshape(H).astype(new_values.dtype)
@@ -167,8 +178,7 @@ def _kernel(
     attended = jnp.broadcast_to(v.astype(jnp.float32), (num_rows, H))
     sums = (own, jnp.ones((num_rows,), jnp.float32), attended)
     oldest = slot[0] - window[0] + 1
-    near = max(LEAST, pl.next_power_of_2(near_values.shape[0]))
-    sums = add(near_keys, near_values, oldest, slot[0], 0, near, sums)
+    sums = add(near_keys, near_values, oldest, slot[0], 0, near_values.shape[0], sums)
     first, size = jnp.maximum(filled[0] + oldest, 0), BLOCK
 
     def one(n, sums):

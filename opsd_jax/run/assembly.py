@@ -95,8 +95,6 @@ def check_devices(model: ModelConfig, rollout: RolloutConfig, mesh: Mesh) -> Non
             refusal = f"needs a {kinds}, and the devices here are of kind {here!r}"
         elif value == "pallas" and here == "gpu" and model.head_dim not in (32, 64, 128, 256):
             refusal = f"needs heads of 32, 64, 128 or 256 numbers on a GPU, not {model.head_dim}"
-        elif value == "pallas" and here == "gpu" and jax.__version_info__ >= (0, 12):
-            refusal = f"needs jax below 0.12 on a GPU, where this is {jax.__version__}"
         elif value == "cudnn" and model.dtype != "bfloat16":
             refusal = "computes in bfloat16 only: set train.dtype = 'bfloat16' besides"
         elif value == "cudnn" and model.attention_softcap is not None:

@@ -37,8 +37,7 @@ class RolloutConfig:
         part along `model`); False fetches them again at every token and spares the memory.
       attention: how a new token attends to what was said, "xla" or "pallas", a kernel that reads
         of each row what is there, for TPUs (`decode_attention.py`) and for GPUs
-        (`token_attention.py`; with jax below 0.12, whose tracer refuses its slices; compiled for
-        them, never run on one).
+        (`token_attention.py`; compiled for them, never run on one).
       merge_adapters: add adapters to the matrices once per rollout, rounded to their dtype, for
         fewer products per token; in bfloat16 what a small adapter adds is lost in rounding, and
         rollout/logp_gap says how much.

@@ -148,16 +148,6 @@ def test_a_run_attends_by_the_kernel_of_its_devices_where_it_can(platform, chang
     check_devices(config, RolloutConfig(8), mesh)
 
 
-def test_the_kernel_of_gpus_is_refused_where_jax_cannot_trace_it(monkeypatch):
-    devices = np.array([SimpleNamespace(platform="gpu")])
-    mesh = SimpleNamespace(devices=devices, shape={"data": 1, "model": 1})
-    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
-    with pytest.raises(UserError, match="rollout.attention = 'pallas' needs jax below 0.12 on a G"):
-        check_devices(tiny_config(head_dim=64), RolloutConfig(8, attention="pallas"), mesh)
-    monkeypatch.setattr(jax, "__version_info__", (0, 11, 9))
-    check_devices(tiny_config(head_dim=64), RolloutConfig(8, attention="pallas"), mesh)
-
-
 @pytest.mark.parametrize("T", [1, 6, 7])
 def test_cudnn_is_asked_for_even_lengths(T, monkeypatch):
     """Of odd ones it has no gradient."""
