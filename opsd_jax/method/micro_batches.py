@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradient of a batch, some rows at a time, each part no wider than its longest completion."""
+"""Gradient accumulation over micro-batches, each no wider than its longest completion."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def parts_of(rows: Rows) -> tuple:
 
 
 def selected(rows: Rows, step: GradedBatch) -> jax.Array:
-    """[B] bool."""
+    """Which rows a term learns from, [B] bool."""
     chosen = _all(step)
     for part in parts_of(rows):
         mine = part(step) if callable(part) else SELECTIONS[part](step)

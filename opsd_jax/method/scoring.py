@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same completion under any context: the hidden states that predict each of its tokens.
+"""Scoring: the hidden states that predict each token of a completion under any context.
 
 Layout: a row is `[prompt | completion | pad]` without a gap, so positions are an arange, causal
 attention needs no padding mask, and flash kernels may skip the tail. The rows that predict the

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose weights teach. Every choice is three pure functions over the same two trees.
+"""Teacher weights: initial, live, EMA, snapshot, each three pure functions over the same trees.
 
 `trainable` and `frozen` are dicts of flax collections, together the student's variables:
 full fine-tuning has `trainable = {"params"}, frozen = {}`; LoRA has `trainable = {"lora"},

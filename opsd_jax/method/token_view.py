@@ -134,7 +134,7 @@ Function = Callable[[Any, jax.Array], jax.Array]
 
 
 def weighed(values: jax.Array, functions: Sequence[Function], tokens: Tokens) -> jax.Array:
-    """values [B, C] times all token weights."""
+    """Multiplies values [B, C] by all token weights."""
     for function in functions:
         values = values * per_token("a token weight", function, tokens, tokens.mask)
     return values

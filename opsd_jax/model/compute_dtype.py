@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variables as a decoder of some dtype reads them, made once."""
+"""Mixed precision: float32 masters cast to the dtype of the computation, once."""
 
 from __future__ import annotations
 

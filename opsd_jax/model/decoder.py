@@ -161,6 +161,7 @@ class Attention(nn.Module):
 
 
 def activate(config: ModelConfig, x: jax.Array) -> jax.Array:
+    """GELU (its tanh form) or SiLU, as the MLP's gate has it."""
     return nn.gelu(x, approximate=True) if config.activation == "gelu" else nn.silu(x)
 
 
@@ -266,7 +267,7 @@ class Block(nn.Module):
 
 
 def recomputed(remat: bool | str) -> type[Block]:
-    """The layer whose backward pass computes again what `ModelConfig.remat` says."""
+    """Rematerialisation: the layer, of which the backward pass computes again what `remat` says."""
     policies = jax.checkpoint_policies
     if remat is False:
         return Block

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Projections that read one input as one product, with all their adapters in a second one.
+"""Fused projections (q, k, v; gate, up): one product for all, all adapters in a second one.
 
     [y₁ y₂ … x A₁ x A₂ …] = x [W₁ W₂ … A₁ A₂ …]
     yᵢ += scale · (x Aᵢ) Bᵢ          as one product with the blocks B₁, B₂, … on a diagonal

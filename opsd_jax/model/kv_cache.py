@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys and values of earlier tokens: one large store that is read, one small one that is written.
+"""The KV cache: one large store of earlier tokens that is read, one small one that is written.
 
 The store is compact: slot s of a row holds the token at position s of that row, prompt and
 completion without a gap, so which slots are filled follows from the length of the row alone
@@ -47,7 +47,7 @@ class Parts:
 
 @flax.struct.dataclass
 class KVCache:
-    """What has been said so far.
+    """A KV cache with the position of every slot: what has been said so far.
 
     kv: keys and values; positions: [B, S] int32, `EMPTY_POSITION` in a slot that no query may see.
     In parts: kv has `Parts` in place of every KV, and positions are a tuple.
@@ -59,7 +59,7 @@ class KVCache:
 
 @flax.struct.dataclass
 class Recent:
-    """Room for the tokens of a few steps, and the slot that this step's token goes to.
+    """The buffer for the tokens of a few steps, and the slot that this step's token goes to.
 
     cache: its positions already hold this step's; slot: [] int32, the same for every row.
     """
@@ -69,7 +69,7 @@ class Recent:
 
 
 def put(recent: Recent, kv: KV) -> KV:
-    """The buffer of one layer with the keys and values of one token in its slot."""
+    """Writes the keys and values of one token into its slot of a layer's buffer."""
     old, slot = recent.cache.kv, recent.slot
     write = jax.lax.dynamic_update_slice_in_dim
     keys = write(old.keys, kv.keys.astype(old.keys.dtype), slot, axis=3)
@@ -82,7 +82,7 @@ def map_layers(function: Callable[..., Any], *stores: LayersKV) -> LayersKV:
 
 
 def empty(like: LayersKV | Parts, num_rows: int, num_slots: int) -> LayersKV:
-    """Zeros for so many rows and slots, otherwise shaped like what is given."""
+    """An empty cache: zeros for so many rows and slots, otherwise shaped like what is given."""
 
     def zeros(kv: KV) -> KV:
         (*layers, _, K, H, _), dtype = kv.keys.shape, kv.keys.dtype
@@ -95,7 +95,7 @@ def empty(like: LayersKV | Parts, num_rows: int, num_slots: int) -> LayersKV:
 
 
 def capacity(store: LayersKV) -> int:
-    """S."""
+    """Slots of a cache, S."""
     return jax.tree.leaves(store)[0].shape[-1]  # The first leaf holds keys, [..., S].
 
 
@@ -126,7 +126,7 @@ def cache_of(store: LayersKV | Parts, lengths_B: jax.Array) -> KVCache:
 
 
 def resized(store: LayersKV, num_slots: int) -> LayersKV:
-    """The store with slots added at its end, or cut off there."""
+    """Grows a cache by slots at its end, or cuts it there."""
 
     def one(kv: KV) -> KV:
         more = num_slots - kv.keys.shape[-1]
@@ -142,7 +142,7 @@ def resized(store: LayersKV, num_slots: int) -> LayersKV:
 
 
 def merge(store: LayersKV | Parts, recent: LayersKV, starts_B: jax.Array) -> LayersKV | Parts:
-    """The store with the slots of `recent` in its own, from slot `starts_B` of each row on.
+    """Writes the buffer's slots into the cache, from slot `starts_B` of each row on.
 
     A row whose slots would reach beyond the end stays as it is: the caller must have left room
     for every row that goes on.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with weights and scores whose gradients are products of the same kind.
+"""Matrix products with gradients of their own (custom_vjp): dtypes kept, sums in float32.
 
     z = x y          in the dtype of x, sums kept as `dtype` says
     x̄ = z̄ yᵀ         in the dtype of x

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where every array lives: a mesh of up to four axes, one table from logical to mesh axes.
+"""Sharding (FSDP, tensor, sequence, replicas): a mesh, and a table from logical to mesh axes.
 
 Parameters carry logical axis names (`decoder.py`); the table sends them to mesh axes. With the
 default table the batch and the parameters are split over `data` (fully sharded) and heads, MLP
@@ -164,6 +164,7 @@ def variable_shardings(boxed: Any, mesh: Mesh | AbstractMesh, rules: Any) -> Any
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Softmax attention of whole texts to themselves, in prefill and in the loss (`train.attention`).
+"""Causal self-attention of whole texts, in prefill and in the loss: xla, splash or cuDNN flash.
 
     "xla"     anywhere; in blocks of queries, so that memory grows with T and not with its square
     "splash"  TPU: the splash attention kernel of jax.experimental.pallas

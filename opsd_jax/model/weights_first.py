@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of a few rows with a matrix that lists the weights of each output side by side.
+"""Decoding on a CPU: matrix-vector products with transposed weights, each output's side by side.
 
     y = x W = (W' xᵀ)ᵀ,   W' [out, in]
 
@@ -23,7 +23,7 @@ MAX_ROWS = 128  # From about there on the time is that of the arithmetic, in eit
 
 
 def turned(variables: dict) -> dict:
-    """The kernels of all projections with their inputs last, in a collection "turned" of their own.
+    """Transposes the kernels of all projections, inputs last, into a collection "turned".
 
     Args:
       variables: {"params", …} of a decoder, layers stacked or not; the rest stays where it is.
@@ -38,7 +38,7 @@ def turned(variables: dict) -> dict:
 
 
 def weights_first(x: jax.Array, kernel: jax.Array, num_in: int = 1, dtype: Any = None) -> jax.Array:
-    """y = x W for a matrix that is given as W'.
+    """y = x W for a matrix that is given transposed, as W'.
 
     Args:
       x: [..., in], `num_in` axes of inputs.

@@ -73,10 +73,12 @@ def changes_weights(model: Decoder, config: RolloutConfig) -> bool:
 
 
 def gathers(config: RolloutConfig) -> bool:
+    """Whether FSDP's shards are gathered once per rollout."""
     return config.gather_weights and num_devices("data", "sequence") > 1
 
 
 def unrolls(model: Decoder, config: RolloutConfig) -> bool:
+    """Whether the token loop has each layer by itself, instead of a scan over their stack."""
     most = config.unroll_layers
     if most is None:
         # A GPU copies a layer out of the stack, too: all weights and the cache, at every token.

@@ -257,7 +257,7 @@ def segment(
     length: int,
     config: RolloutConfig,
 ) -> tuple[Rows, Tokens]:
-    """K = `length` tokens for every row.
+    """Decodes K = `length` tokens for every row.
 
     Args:
       model, variables: see `decoding_form`.
@@ -317,7 +317,7 @@ def next_token(rows: Rows, head, hidden_BD: jax.Array, config: RolloutConfig):
 
 
 def choose(logits_BV: jax.Array, rows: Rows, config: RolloutConfig) -> tuple[jax.Array, ...]:
-    """One id per row, and its log-probability under the raw and under the sampled distribution.
+    """Samples one id per row; its log-probability under the raw and the sampled distribution.
 
     Returns:
       ids [B] int32, logps [B] float32, sampled_logps [B] float32 (0 when greedy).
