@@ -96,6 +96,7 @@ class MixedRollouts:
             (student, teacher), (batch.student, batch.teacher), places, strict=True
         ):
             mine, mine_keys = jax.tree.map(self._taker(place), (context, keys))
+            mine = dataclasses.replace(mine, copies=1)
             out = _sample(policy, mine, mine_keys, config)
             parts.append(
                 jax.tree.map(lambda x: x.reshape(num_rows // self.of, -1, *x.shape[1:]), out)
@@ -155,4 +156,4 @@ class References:
 
 
 def _sample(policy: Policy, prompts: Context, key: jax.Array, config: RolloutConfig) -> Completion:
-    return rollout(*policy, prompts.ids, prompts.lengths, key, config)
+    return rollout(*policy, prompts.ids, prompts.lengths, key, config, prompts.copies)

@@ -63,7 +63,8 @@ class Reasoner:
 
     def write(self, teacher: Policy, prompts: Context, key: jax.Array) -> Completion:
         """One analysis per row, whose draws depend on the key and the row alone."""
-        return rollout(*teacher, prompts.ids, prompts.lengths, key, self.settings)
+        ids, lengths = prompts.ids, prompts.lengths
+        return rollout(*teacher, ids, lengths, key, self.settings, prompts.copies)
 
     def join(self, batch: Batch, analysis: Completion | None) -> Batch:
         """The batch with all that the teacher reads before it scores, [B, Q + C + T] ids."""

@@ -115,7 +115,7 @@ def abstract_batch(experiment: Experiment, mesh: Mesh, widths: Widths) -> Batch:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
     def context(width: int) -> Context:
-        return Context(array(size, width), array(size))
+        return Context(array(size, width), array(size), experiment.train.group_size)
 
     reference = None
     if not experiment.train.completions.generates:

@@ -118,7 +118,11 @@ def step_flops(method: Method, lengths: Lengths) -> tuple[float, float] | None:
     teacher = method.external.config if method.external else config
     rollout = 0.0
     if method.completions.generates:
-        rollout = forward_flops(config, writer_prompts(method, lengths), n)
+        prompts = writer_prompts(method, lengths)
+        rollout = forward_flops(config, prompts, n)
+        if not isinstance(method.completions, MixedRollouts):  # a group's prompt is read once
+            again = prompts[np.arange(len(prompts)) % method.group_size > 0]
+            rollout -= forward_flops(config, again, np.zeros_like(again))
     update = training_flops(config, lengths.student, n)
     if any(isinstance(term, Anchor) for term in terms):
         update += forward_flops(config, lengths.student, n, adapters=False)

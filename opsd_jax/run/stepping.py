@@ -105,7 +105,7 @@ def to_batch(
     rows = repeat_rows(rows, group_size)
 
     def context(name: str) -> Context:
-        return Context(rows[f"{name}_ids"], rows[f"{name}_length"])
+        return Context(rows[f"{name}_ids"], rows[f"{name}_length"], group_size)
 
     known = [name if f"{name}_ids" in rows else "student" for name in teachers]
     teacher, *views = map(context, known)

@@ -18,10 +18,15 @@ def pad(rows: list[list[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.
 
 @flax.struct.dataclass
 class Context:
-    """Prompts of a batch, padded on the right. ids: [B, P] int32; lengths: [B] int32, >= 1."""
+    """Prompts of a batch, padded on the right.
+
+    ids: [B, P] int32; lengths: [B] int32, >= 1; copies: G, where each G rows in a row are one
+    prompt, which a rollout then reads once.
+    """
 
     ids: jax.Array
     lengths: jax.Array
+    copies: int = flax.struct.field(pytree_node=False, default=1)
 
 
 @flax.struct.dataclass

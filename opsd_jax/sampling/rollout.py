@@ -36,7 +36,7 @@ from opsd_jax.model.kv_cache import (
 )
 from opsd_jax.model.weights_first import weights_first
 from opsd_jax.sampling.config import RolloutConfig
-from opsd_jax.sampling.decoding_form import decoding_form
+from opsd_jax.sampling.decoding_form import decoding_form, num_devices
 from opsd_jax.sampling.prompts import Completion, Context
 from opsd_jax.sampling.tokens import filter_logits, log_prob, penalise, prompt_tokens, sample
 
@@ -78,6 +78,7 @@ def rollout(
     prompt_lengths: jax.Array,
     key: jax.Array,
     config: RolloutConfig,
+    copies: int = 1,
 ) -> Completion:
     """Samples one completion per row; a row's tokens depend on its own prompt and key alone.
 
@@ -89,9 +90,10 @@ def rollout(
       key: typed PRNG key, row b then draws from fold_in(fold_in(key, b), t) at step t; or one
         key per row, [B], row b then draws from fold_in(key[b], t).
       config: see `RolloutConfig`.
+      copies: see `Context`.
     """
     model, variables = decoding_form(model, variables, config)
-    rows, first = start(model, variables, prompt_ids, prompt_lengths, key, config)
+    rows, first = start(model, variables, prompt_ids, prompt_lengths, key, config, copies)
     num_segments, length = even_segments(config)
     total = 1 + num_segments * length
     out = Tokens(*(jnp.zeros((total, *x.shape), x.dtype).at[0].set(x) for x in first))
@@ -195,10 +197,16 @@ def start(
     prompt_lengths: jax.Array,
     key: jax.Array,
     config: RolloutConfig,
+    copies: int = 1,
 ) -> tuple[Rows, Tokens]:
-    """Reads the prompts and samples every row's first token."""
-    cache, hidden_BD = prefill(model, variables, prompt_ids, prompt_lengths)
-    B = len(prompt_lengths)
+    """Reads the prompts, each of `copies` rows once, and samples every row's first token."""
+    B, devices = len(prompt_lengths), num_devices("replica", "data", "sequence")
+    if B % (copies * devices):  # then no device has all rows of a prompt
+        copies = 1
+    own = [x.reshape(B // copies, copies, *x.shape[1:])[:, 0] for x in (prompt_ids, prompt_lengths)]
+    cache, hidden_BD = prefill(model, variables, *own)
+    hidden_BD = jnp.repeat(hidden_BD, copies, axis=0)
+    cache = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=x.ndim - 4), cache)
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
     prompts = Context(prompt_ids, prompt_lengths)
     return first_token(model, variables, cache, hidden_BD, prompts, keys, config)

@@ -103,6 +103,7 @@ def method(**changes):
         "rollout": RolloutConfig(8),
         "divergence": DivergenceConfig(),
         "num_updates": 1,
+        "group_size": 1,
         "external": None,
         "reasoner": None,
     }
@@ -120,6 +121,8 @@ def test_a_step_counts_who_writes_and_who_reads():
     off_policy = method(completions=TeacherRollouts(), objective=Likelihood())
     assert step_flops(off_policy, LENGTHS) == (read[1], learn)
     assert step_flops(method(completions=References()), LENGTHS)[0] == 0
+    of_a_group = read[0] - forward_flops(config, LENGTHS.student[1:], np.array([0]))
+    assert step_flops(method(group_size=2), LENGTHS) == pytest.approx((of_a_group, learn + read[1]))
     grpo = method(objective=PolicyGradient(), num_updates=2)
     assert step_flops(grpo, LENGTHS) == (read[0], 2 * learn)
     grpo.objective = Mix((PolicyGradient(), Anchor()))

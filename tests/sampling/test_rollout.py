@@ -3,6 +3,7 @@
 
 import dataclasses
 import itertools
+import math
 import re
 from functools import partial
 
@@ -259,6 +260,33 @@ def test_a_row_depends_on_neither_padding_nor_neighbours():
     assert run(junk, prompts.lengths).ids.tolist() == out.ids.tolist()
     alone = run(neighbours, prompts.lengths.at[1:].set(2)).ids[0]
     assert alone.tolist() == out.ids[0].tolist()
+
+
+@pytest.mark.parametrize("devices", [(1,), (2, 4), (8, 1)], ids=str)
+def test_the_prompt_of_a_group_is_read_once(devices):
+    """Same tokens, a quarter of the prefill; eight devices that share a prompt read all of it."""
+    model, variables = Decoder(tiny_config()), tiny_variables(tiny_config())
+    prompts = tiny_batch(4).student
+    ids, lengths = (jnp.repeat(x, 4, axis=0) for x in (prompts.ids, prompts.lengths))
+    ids = jnp.pad(ids, [(0, 0), (0, 40)])
+    config = dataclasses.replace(CONFIG, max_new_tokens=4)
+    mesh = make_mesh(MeshConfig(*devices), jax.devices()[: math.prod(devices)])
+    out, costs, texts = {}, {}, {}
+    with jax.set_mesh(mesh), nn.logical_axis_rules(FULLY_SHARDED):
+        for copies in (1, 4):
+            rows = batch_sharding(mesh)
+            sample = jax.jit(
+                partial(rollout, model, variables, config=config, copies=copies),
+                in_shardings=(rows, rows, None),
+            )
+            compiled = sample.lower(ids, lengths, jax.random.key(0)).compile()
+            out[copies] = compiled(*jax.device_put((ids, lengths), rows), jax.random.key(0))
+            costs[copies], texts[copies] = compiled.cost_analysis()["flops"], compiled.as_text()
+    assert out[4].ids.tolist() == out[1].ids.tolist()
+    np.testing.assert_allclose(out[4].logps, out[1].logps, atol=1e-5)
+    assert (costs[4] < 0.5 * costs[1]) == (devices != (8, 1))
+    for collective in (" all-gather(", " all-to-all(", " collective-permute("):
+        assert texts[4].count(collective) <= texts[1].count(collective)
 
 
 def test_all_rows_may_stop_at_once_or_never():
