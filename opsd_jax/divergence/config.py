@@ -80,6 +80,10 @@ class DivergenceConfig:
         """Whether the loss asks with which probability a token was sampled."""
         return self.name == "sampled_token" or self.importance_clip is not None
 
+    def rows_of_logits(self, on_cpu: bool) -> int:
+        """`token_block`, or its default."""
+        return self.token_block or (128 if on_cpu else 1024)
+
     def __post_init__(self):
         require("divergence", self)
         if not 0 < self.beta < 1:

@@ -30,7 +30,7 @@ from opsd_jax.divergence.config import DivergenceConfig
 from opsd_jax.divergence.rows import TokenDivergence, logit_gradient, prepare_rows, row_divergence
 from opsd_jax.divergence.vocabulary import Vocabulary
 from opsd_jax.model.head import Head, head_logits
-from opsd_jax.model.sharding import Axis, axis_size, length_axis
+from opsd_jax.model.sharding import Axis, axis_size, length_axis, platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +98,7 @@ class _Plan:
     softcaps: tuple[float | None, ...]  # of the student, then of each teacher
     vocab_size: int
     place: VocabularyMesh
+    on_cpu: bool
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -105,18 +106,16 @@ class _Plan:
 
     @property
     def token_block(self) -> int:
-        default = 128 if jax.default_backend() == "cpu" else 1024
-        return self.config.token_block or default
+        return self.config.rows_of_logits(self.on_cpu)
 
     @property
     def vocab_block(self) -> int:
-        default = 4096 if jax.default_backend() == "cpu" else 16384
-        return self.config.vocab_block or default
+        return self.config.vocab_block or (4096 if self.on_cpu else 16384)
 
     def rows_at_once(self, block: int) -> int:
         """Rows of a block whose logits are looked at together, so that a CPU's caches hold them."""
         split = self.place.vocab_axis is not None  # each look costs some sums over devices
-        return block if split or jax.default_backend() != "cpu" else min(block, 2)
+        return min(block, 2) if self.on_cpu and not split else block
 
     @property
     def equal_cotangents(self) -> bool:
@@ -136,7 +135,8 @@ def fused_divergence(
 ) -> TokenDivergence:
     """`token_divergence` without weights, in blocks; see there for the arguments."""
     heads = (student_head, *teacher_head)
-    plan = _Plan(config, tuple(h.softcap for h in heads), student_head.kernel.shape[0], place)
+    vocab_size, on_cpu = student_head.kernel.shape[0], platform() == "cpu"
+    plan = _Plan(config, tuple(h.softcap for h in heads), vocab_size, place, on_cpu)
     teachers = tuple((h, head.kernel) for h, head in zip(teacher_hidden, teacher_head, strict=True))
     operands = Operands(
         student_hidden,

@@ -31,6 +31,7 @@ from opsd_jax.method.rows import GradedBatch
 from opsd_jax.method.scoring import completion_hidden, hidden_of_each
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.head import output_head
+from opsd_jax.model.sharding import platform
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.prompts import Completion, Context
 from opsd_jax.sampling.tokens import filter_logits
@@ -239,7 +240,7 @@ class Reader:
         process: Callable[[jax.Array], jax.Array] | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         fused = self.config.implementation == "fused"
-        block = (self.config.token_block or 1024) if fused else None
+        block = self.config.rows_of_logits(platform() == "cpu") if fused else None
         head = output_head(policy.variables["params"], policy.model.config)
         return token_logps(head, hidden, self.completion.ids, mask, block, process)
 

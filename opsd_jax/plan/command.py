@@ -89,7 +89,7 @@ def make_plan(experiment: Experiment, config: ModelConfig, target: Target, width
     rollout = parts.method.rollout
     number, length = even_segments(rollout)
     ends = worthwhile(stages(widths.student, number, length), rollout)
-    block = experiment.divergence.token_block or 1024
+    block = experiment.divergence.rows_of_logits(on_cpu=False)
     chips = axis_size(parts.mesh, rows_axis(parts.mesh))
     rows = experiment.train.batch_size / experiment.train.num_micro_batches / chips
     blocks = math.ceil(rows * rollout.max_new_tokens / block)

@@ -59,8 +59,8 @@ def make_batch(contexts: ContextConfig, tokenizer: Tokenizer, problems: Iterable
                     f"= {contexts.budget(role)}; raise it, or leave the problem out"
                 )
             rows.append(ids)
-        ids, lengths = pad(rows, max(map(len, rows)), tokenizer.pad_id)
-        return Context(jnp.asarray(ids), jnp.asarray(lengths))
+        padded, lengths = pad(rows, max(map(len, rows)), tokenizer.pad_id)
+        return Context(jnp.asarray(padded), jnp.asarray(lengths))
 
     views = tuple(role_prompts(name) for name in contexts.teachers[1:])
     return Batch(role_prompts("student"), role_prompts("teacher"), views=views)
