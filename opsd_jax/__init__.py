@@ -12,8 +12,9 @@ Whole runs, as the command line has them; a call that is repeated goes on where 
     opsd_jax.tokens("runs/quick")                   # where the teacher disagrees
     opsd_jax.compare_evaluations("runs/quick/eval/a", "runs/quick/eval/b")
 
-`load_run(workdir)` reads a run that is there, `load_experiment(gin_files, bindings)` what would be
-run, an `Experiment` that `train` takes too. All that is wrong with an input is a `UserError`.
+`load_run(workdir)` reads a run that is there. `experiment, text = load_experiment(gin_files,
+bindings)` is what would be run; `train` takes that experiment, too. All that is wrong with an
+input is a `UserError`.
 
 A model:
 

@@ -119,7 +119,7 @@ def add_asking(commands: Any) -> None:
         "--prompt",
         type=flags.text,
         required=True,
-        help="the question; a run shows it as contexts.student (or evaluation) does",
+        help="the question; a run shows it as contexts.evaluation does",
     )
     for name, kind, default, words in (
         ("temperature", flags.number, 0.0, "0 = greedy"),

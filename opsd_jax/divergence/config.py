@@ -40,7 +40,8 @@ class DivergenceConfig:
       importance_clip: c of a weight sg[min(pS(y) / q(y), c)] on every token y, for completions
         of a filtered, 8-bit or older sampler q: q(y) is the probability under the very
         distribution that was sampled (`Completion.sampled_logps`), pS(y) at `temperature`. The
-        weight of "sampled_token", which it always has, is bounded by it. None is neither.
+        weight of "sampled_token", which it always has, is bounded by it. None: no weight, and no
+        bound on that of "sampled_token".
       support: entries that the loss sees: all, or the top k of the teacher, of the student,
         or of either.
       top_k: k of the truncated supports.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 
-# Bindings that a resumed run may change: they alter neither the state nor the trajectory.
+# Bindings that a resumed run may change: they alter neither the state nor the trajectory, but for
+# rounding where the mesh is another.
 FREE_TO_CHANGE = (
     "train.num_steps train.log_every_steps train.eval_every_steps train.checkpoint_every_steps "
     "train.checkpoint_every_minutes train.profile_steps train.compilation_cache train.hang_minutes "

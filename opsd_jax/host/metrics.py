@@ -7,7 +7,9 @@ of later steps with them. Names are flat `area/name`; plots and users' scripts r
 
 Only process 0 writes; on the others every call here does nothing.
 
-What a training step writes, nats per token of the student's own answers unless said:
+What a training step writes, nats per token of the student's own answers unless said. Further ones
+of rollouts: `method/train_step.py: rollout_metrics`; of terms, loss/NAME and policy/…:
+`method/mix.py`, `policy_gradient.py`; of contexts built after the rollout: `run/after_rollout.py`.
 
   loss/objective              what is minimised, with clips and weights
   loss/divergence             the same without them
@@ -19,11 +21,12 @@ What a training step writes, nats per token of the student's own answers unless 
   teacher/no_context_fraction rows for which the teacher could be shown nothing: they weigh 0
   loss/importance_mean        min(pS / p_sampled, divergence.importance_clip), and
     loss/importance_clip_fraction, the tokens that it bounds
-  rollout/logp_gap            |log p while sampling - log p while scoring|: 1e-6 in float32
+  rollout/logp_gap            |log p while sampling - log p while scoring|: 1e-6 in float32 on a CPU
   rollout/truncated_fraction  answers cut by rollout.max_new_tokens
   rollout/length_mean         tokens; rollout/tokens_total is all generated so far
   rollout/reward_mean         mean grade, where answers can be graded
-  optim/grad_norm             before it is clipped
+  reward/std                  of the grades; reward/zero_variance_fraction, groups graded alike
+  optim/grad_norm             before it is clipped; update_norm, param_norm: after the step
   time/rollout_s, time/update_s, time/step_s
                               of a step that is one program, the rollout is timed at evaluations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradient accumulation over micro-batches, each no wider than its longest completion."""
+"""Gradient accumulation over micro-batches, each of the least of a few widths that holds it."""
 
 from __future__ import annotations
 

@@ -3,8 +3,9 @@
 
 What an absent key means and how the two generations of files differ (transformers 4 has
 `rope_theta` and `rope_scaling`, 5 has `rope_parameters`; exports carry both) is left to
-transformers' own config class of the family. A key that this class does not know is an error: it
-might change the numbers. So is a value that we do not compute as transformers does.
+transformers' own config class of the family. A key that this class does not know is an error where
+it says anything: it might change the numbers. So is a value that we do not compute as transformers
+does.
 """
 
 from __future__ import annotations
@@ -189,7 +190,12 @@ def _refuse_unknown(raw: ForeignValues, model_type: str, family: Family) -> None
     known = known | _READ_BY_ALL | set(family.legacy_keys) | {"use_sliding_window", "layer_types"}
     if raw.values.get("use_sliding_window") is False:
         known |= {"sliding_window", "max_window_layers"}
-    unknown = sorted(key for key in raw.values if key not in known and raw.values[key])
+    unknown = sorted(
+        key
+        for key, value in raw.values.items()
+        # What is off, absent or empty changes nothing; a factor of 0 would.
+        if key not in known and (value or (value == 0 and value is not False))
+    )
     if unknown:
         raise UserError(
             f"config.json: unknown key {', '.join(map(shown, unknown[:8]))}, which might change "

@@ -79,8 +79,9 @@ class TrainConfig:
       remat: what the backward pass computes again: True whole layers, "keep_projections" all but
         the outputs of projections, "offload_projections" likewise with these in the host's memory,
         False nothing.
-      log_every_steps, eval_every_steps, checkpoint_every_steps: periods; 0 = never (a
-        checkpoint is always written at the end).
+      log_every_steps: a period, at least 1.
+      eval_every_steps, checkpoint_every_steps: periods; 0 = never (a checkpoint is always
+        written at the end).
       checkpoint_every_minutes: besides, so long after the last one, by the clock of process 0;
         0 = never.
       keep_checkpoints: the latest so many, and the best by eval/student/accuracy.

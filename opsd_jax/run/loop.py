@@ -2,9 +2,9 @@
 """The training loop: dispatches steps, logs one step late, evaluates, saves and guards.
 
 Each step is dispatched before the numbers of the step before it are read, so the device never
-waits for grading, logging or the disk. A step's line in metrics.jsonl is written before the
-checkpoint of that step; a run that is killed anywhere goes on from its last whole checkpoint,
-with the same batches, keys and numbers.
+waits for logging or the disk, nor for grading unless the step learns from grades. A step's line in
+metrics.jsonl is written before the checkpoint of that step; a run that is killed anywhere goes on
+from its last whole checkpoint, with the same batches, keys and numbers.
 """
 
 from __future__ import annotations

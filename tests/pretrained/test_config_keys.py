@@ -282,3 +282,14 @@ def test_the_oracle_tells_a_key_that_is_ignored(monkeypatch):
     for key, value in (("sliding_window", 3), ("rope_scaling", LLAMA3), ("rms_norm_eps", 1e-2)):
         with pytest.raises(AssertionError, match=key):
             family.check(key, family.raw | {key: value})
+
+
+@pytest.mark.parametrize("value", [2, 0, 0.0, True, "on", [1], {"a": 0}])
+def test_an_unknown_key_that_says_something_is_refused(value):
+    with pytest.raises(UserError, match="unknown key .*scale_of_all.*, which might change"):
+        config_from_hf(dict(SHAPE, model_type="llama", scale_of_all=value))
+
+
+@pytest.mark.parametrize("value", [None, False, "", [], {}])
+def test_an_unknown_key_that_is_off_or_empty_is_taken(value):
+    config_from_hf(dict(SHAPE, model_type="llama", scale_of_all=value))
