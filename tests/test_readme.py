@@ -103,6 +103,25 @@ def test_ci_runs_the_readmes_test_command():
 
 
 @pytest.mark.slow
+def test_in_python(smollm2_file, tmp_path):
+    """The section's lines, beside a quickstart that is the same short run."""
+    pytest.importorskip("matplotlib", reason="the extra plot is not installed")
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    code = block("ci:python", "python").replace("num_steps = 20", "num_steps = 2")
+    code = code.replace('load_run("runs/quickstart")', 'load_run("runs/twenty")')
+    run = subprocess.run(
+        [sys.executable, "-c", code + "\nprint(logits.shape)"],
+        cwd=tmp_path,
+        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.endswith("(1, 5, 49152)\n")
+    assert (tmp_path / "runs" / "quickstart" / "base").is_dir()
+
+
+@pytest.mark.slow
 def test_use_your_own_model(smollm2_file, tmp_path):
     """The section's commands, in a copy of the experiments, one after the other."""
     pytest.importorskip("reasoning_gym", reason="the extra reasoning is not installed")

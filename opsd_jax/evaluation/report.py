@@ -84,6 +84,7 @@ def report_command(
     groups = group_runs([read_run(folder, label) for label, folder in parsed])
     text = page(groups, name, levels)
     write_whole(Path(out), text)
+    print(f"opsd report: {len(parsed)} {'run' if len(parsed) == 1 else 'runs'} on {out}")
 
 
 def page(groups: Sequence[Group], name: str, levels: Sequence[float]) -> str:

@@ -292,3 +292,16 @@ def test_logits_are_never_gathered():
     shapes = [re.findall(r"\[([\d,]*)\]", line.split("all-reduce(")[0]) for line in moved]
     sizes = [int(n) for row in shapes for shape in row for n in shape.split(",") if n]
     assert max(sizes) < V // 8
+
+
+@pytest.mark.parametrize("platform, rows", [("cpu", 128), ("gpu", 1024), ("tpu", 1024)])
+def test_a_block_is_that_of_the_device_it_is_compiled_for(platform, rows):
+    """As `opsd plan` compiles it, on a machine that has a CPU alone."""
+    inputs = operands(2, 1024, V=8)
+    device = jax.sharding.AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        config = DivergenceConfig(implementation="fused")
+        text = str(jax.make_jaxpr(traced(config, inputs, 1.0))(*inputs[:2]))
+    found = {int(n) for n in re.findall(r"f32\[(\d+),8\]", text)} - {8}
+    assert max(found) == rows and (2 in found) == (platform == "cpu")
