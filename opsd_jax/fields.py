@@ -126,7 +126,7 @@ def _is_a(value: Any, hint: Any) -> bool:
         arguments = typing.get_args(hint)
         return not arguments or all(fits(inner, arguments[0]) for inner in value)
     if origin is collections.abc.Callable:
-        return callable(value) and _takes(value, typing.get_args(hint))
+        return callable(value) and _takes(value, _num_arguments(hint))
     if getattr(origin, "_is_protocol", False):
         return _has_members(value, origin)
     return not isinstance(origin, type) or isinstance(value, origin)
@@ -138,12 +138,18 @@ def _called(function: Callable[..., Any]) -> str:
     return f"@{getattr(function, '__name__', repr(function))}"
 
 
-def _takes(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:
-    """Whether a function can be called with the arguments of a Callable's annotation."""
-    if not arguments or not isinstance(arguments[0], list):
+def _num_arguments(hint: Any) -> int | None:
+    """Of a Callable's annotation; None where it does not say."""
+    of, *_ = typing.get_args(hint) or (None,)
+    return len(of) if isinstance(of, list) else None
+
+
+def _takes(function: Callable[..., Any], number: int | None) -> bool:
+    """Whether a function takes so many arguments; gin may have bound further ones."""
+    if number is None:
         return True
     try:
-        inspect.signature(function).bind(*arguments[0])
+        inspect.signature(function).bind_partial(*range(number))
     except ValueError:  # some builtins tell nothing
         return True
     except TypeError:
@@ -204,7 +210,6 @@ def _words(hint: Any, names: Mapping[Any, str]) -> str:
         *most, last = map(repr, rules[0])
         return f"{', '.join(most)} or {last}" if most else last
     kind = names.get(origin) or _WORDS.get(origin) or str(getattr(origin, "__name__", origin))
-    if origin is collections.abc.Callable and isinstance(typing.get_args(hint)[0], list):
-        number = len(typing.get_args(hint)[0])
+    if origin is collections.abc.Callable and (number := _num_arguments(hint)) is not None:
         kind += f" of {number} argument" + "s" * (number != 1)
     return " ".join([kind, " and ".join(rules)]).rstrip()

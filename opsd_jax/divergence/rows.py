@@ -59,8 +59,9 @@ class TokenDivergence:
     student_loss_logps: jax.Array
 
     @classmethod
-    def zeros(cls, shape: int, dtype: jnp.dtype) -> "TokenDivergence":
-        return cls(*[jnp.zeros(shape, dtype)] * len(dataclasses.fields(cls)))
+    def zeros(cls, num_tokens: int, dtype: jnp.dtype) -> "TokenDivergence":
+        """Of tokens that do not count, [num_tokens] each."""
+        return cls(*[jnp.zeros(num_tokens, dtype)] * len(dataclasses.fields(cls)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,10 +59,11 @@ def memory_peak_gib() -> float | None:
     return max(peaks) / 2**30 if peaks else None
 
 
+COMPILED = "/jax/core/compile/backend_compile_duration"  # or read from the cache on disk
 _COMPILING = (
     "/jax/core/compile/jaxpr_trace_duration",
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
-    "/jax/core/compile/backend_compile_duration",  # or reading what the cache on disk holds
+    COMPILED,
 )
 
 
@@ -82,7 +83,7 @@ class CompileClock:
         if event in _COMPILING:
             with self._lock:
                 self.seconds += duration_secs
-                self.programs += event == _COMPILING[-1]
+                self.programs += event == COMPILED
 
     def _happened(self, event: str, **_: str | int) -> None:
         if event == "/jax/compilation_cache/cache_hits":

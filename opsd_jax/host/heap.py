@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from opsd_jax.host.chips import COMPILED
+
 
 @contextlib.contextmanager
 def compilers_memory_returned(least_s: float = 0.5) -> Iterator[None]:
@@ -19,7 +21,7 @@ def compilers_memory_returned(least_s: float = 0.5) -> Iterator[None]:
     trim = _trim()
 
     def compiled(event: str, duration_secs: float, **_: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration" and duration_secs >= least_s:
+        if event == COMPILED and duration_secs >= least_s:
             trim()
 
     jax.monitoring.register_event_duration_secs_listener(compiled)

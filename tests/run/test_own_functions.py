@@ -29,6 +29,10 @@ def own_divergence(student_logps, teacher_logps, alpha=1.0):
     return alpha * inner_scale() * (teacher_logps - student_logps)
 
 @gin.configurable
+def own_weight(tokens, mask, factor):
+    return factor * mask
+
+@gin.configurable
 def own_grader(answer, completion, give=0.0):
     return give
 """
@@ -87,6 +91,12 @@ def test_a_wrong_shape_is_refused_before_anything_is_computed(tmp_path, capsys):
     told = capsys.readouterr().err.splitlines()[-1]
     assert "divergence.name: @flat must return shape (2, 3, 5), not (2, 3)" in told
     assert not (tmp_path / "run" / "config.gin").exists()
+
+
+def test_an_argument_without_a_default_may_be_bound(folder):
+    experiment, _ = load("divergence.weights = (@own_weight,)", "own_weight.factor = 3.0")
+    (weight,) = experiment.divergence.weights
+    assert weight(None, 2.0) == 6.0
 
 
 def test_another_config_read_meanwhile_changes_nothing(folder, tmp_path):
