@@ -64,7 +64,8 @@ def attend_token(
     from jax.experimental.pallas import triton as plgpu
 
     B, K, X, H = qkv_BKXH.shape
-    num_rows, num_near = _at_least(X - 2), _at_least(arrays[-1].shape[2])
+    sizes = X - 2, arrays[-1].shape[2]
+    num_rows, num_near = (max(LEAST, pl.next_power_of_2(size)) for size in sizes)
 
     def part(array: Any, num_grid: int, *shape: int) -> pl.BlockSpec:
         """What a program (row, key head) sees of an array whose first axes are the grid's.
@@ -92,11 +93,6 @@ def attend_token(
         name="attend_token",
     )(*arrays, qkv_BKXH, cos_Bh, sin_Bh, filled_B, *numbers)
     return attended, KV(keys, values)
-
-
-def _at_least(number: int) -> int:
-    """The power of 2, at least LEAST, that holds so many rows or slots."""
-    return max(LEAST, 1 << (number - 1).bit_length())
 
 
 def _kernel(
