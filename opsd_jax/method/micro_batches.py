@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax.method.batch import Batch
-from opsd_jax.model.sharding import placed
-from opsd_jax.sampling.prompts import Completion
+from opsd_jax.model.sharding import placed, whole_groups
+from opsd_jax.sampling.prompts import Completion, Context
 
 
 class MicroBatch(NamedTuple):
@@ -34,8 +34,9 @@ def accumulate(
     """Σ `function(trainable, part)` over `num_parts` micro-batches, one at a time.
 
     With one width, part i holds rows i, i + A, i + 2A, …: a strided split keeps every device's rows
-    on that device when the batch is sharded in contiguous blocks. With several, rows of like length
-    share a part, which is read at the smallest width that holds it.
+    on that device when the batch is sharded in contiguous blocks. Rows of one prompt stay together
+    where that is possible. With several widths rows of like length share a part, which is read at
+    the smallest width that holds it; they are of many prompts.
 
     Args:
       function: gives arrays of the same shapes for every part and width.
@@ -59,11 +60,26 @@ def accumulate(
 
 
 def strided(rows: MicroBatch, num_parts: int) -> MicroBatch:
-    """[A, B / A, ...] of [B, ...]: part i holds rows i, i + A, i + 2A, …"""
-    return jax.tree.map(
-        lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1),
-        rows,
-    )
+    """[A, B / A, ...] of [B, ...]: part i holds rows i, i + A, i + 2A, …, or groups of rows."""
+    G = whole_groups(rows.numbers.size // num_parts, rows.batch.student.copies)
+    if G == 1:
+        rows = mixed(rows)
+
+    def split(x):
+        parts = x.reshape(-1, num_parts, G, *x.shape[1:]).swapaxes(0, 1)
+        return parts.reshape(num_parts, -1, *x.shape[1:])
+
+    return jax.tree.map(split, rows)
+
+
+def mixed(rows: MicroBatch) -> MicroBatch:
+    """The same, of which adjacent ones need not have a prompt in common."""
+
+    def each(context: Any) -> Any:
+        return dataclasses.replace(context, copies=1) if isinstance(context, Context) else context
+
+    is_context = lambda x: isinstance(x, Context)  # noqa: E731
+    return rows._replace(batch=jax.tree.map(each, rows.batch, is_leaf=is_context))
 
 
 def split_by_length(rows: MicroBatch, num_parts: int) -> MicroBatch:
@@ -77,7 +93,7 @@ def split_by_length(rows: MicroBatch, num_parts: int) -> MicroBatch:
         parts = x[order].reshape(num_parts, -1, *x.shape[1:])
         return placed(parts, None, "batch", *[None] * (parts.ndim - 2))
 
-    return jax.tree.map(split, rows)
+    return jax.tree.map(split, mixed(rows))
 
 
 def widths(longest: int, num: int) -> list[int]:

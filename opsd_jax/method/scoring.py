@@ -3,7 +3,8 @@
 
 Layout: a row is `[prompt | completion | pad]` without a gap, so positions are an arange, causal
 attention needs no padding mask, and flash kernels may skip the tail. The rows that predict the
-completion start at the last prompt token, at each context's own offset `length - 1`.
+completion start at the last prompt token, at each context's own offset `length - 1`. Rows of one
+prompt are scored together, `[prompt | completion | … | completion]` (`model/branches.py`).
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from opsd_jax.model.branches import Branches
 from opsd_jax.model.decoder import Decoder
-from opsd_jax.model.sharding import placed, texts_split
+from opsd_jax.model.sharding import placed, texts_split, whole_groups
 from opsd_jax.sampling.prompts import Completion, Context
 
 
@@ -49,8 +51,13 @@ def scored_ids(
     ids = join(context, completion.ids)
     ids = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % multiple_of)))
     ends = context.lengths + jnp.sum(completion.mask, axis=1)
+    return filled(ids, jnp.arange(ids.shape[1]) < ends[:, None], vocab_size)
+
+
+def filled(ids: jax.Array, read: jax.Array, vocab_size: int) -> jax.Array:
+    """[B, T] ids, with others where nobody reads them."""
     filling = jnp.arange(ids.size, dtype=jnp.int32).reshape(ids.shape) % vocab_size
-    return jnp.where(jnp.arange(ids.shape[1]) < ends[:, None], ids, filling)
+    return jnp.where(read, ids, filling)
 
 
 def hidden_of_each(
@@ -92,7 +99,7 @@ def completion_hidden(
     Args:
       model: the decoder.
       variables: {"params"[, "lora"]} of the role that reads.
-      context: that role's prompts.
+      context: that role's prompts; one of several copies is read once for all of them.
       completion: [B, C] ids, the same for every role.
       dropout_key: for the adapters' dropout; None turns it off.
 
@@ -101,9 +108,42 @@ def completion_hidden(
     """
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     with texts_split() as num_parts:
+        copies = whole_groups(len(context.lengths), context.copies)
+        if copies > 1 and num_parts == 1:
+            return _of_groups(model, variables, context, copies, completion, rngs)
         ids = scored_ids(context, completion, model.config.vocab_size, num_parts)
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         hidden, _ = model.apply(variables, ids, positions, rngs=rngs)
         rows = context.lengths[:, None] - 1 + jnp.arange(completion.ids.shape[1])
         hidden = jnp.take_along_axis(hidden, rows[:, :, None], axis=1)
         return placed(hidden, "batch", "length", None) if num_parts > 1 else hidden
+
+
+def _of_groups(
+    model: Decoder,
+    variables: dict,
+    context: Context,
+    copies: int,
+    completion: Completion,
+    rngs: dict | None,
+) -> jax.Array:
+    """`completion_hidden` of rows that have their prompt in common with the next `copies - 1`."""
+    own = (x.reshape(-1, copies, *x.shape[1:])[:, 0] for x in (context.ids, context.lengths))
+    prompts, lengths = own
+    B, P = prompts.shape
+    C = completion.ids.shape[1]
+    ids = jnp.concatenate([prompts, completion.ids.reshape(B, -1)], axis=1)
+    asked = jnp.arange(P) < lengths[:, None]
+    read = jnp.concatenate([asked, completion.mask.reshape(B, -1)], axis=1)
+    branches = Branches(lengths, P, copies)
+    hidden, _ = model.apply(
+        variables,
+        filled(ids, read, model.config.vocab_size),
+        branches.positions(ids.shape[1]),
+        branches=branches,
+        rngs=rngs,
+    )
+    first = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
+    first = jnp.repeat(first, copies, axis=0)
+    later = hidden[:, P:].reshape(B * copies, C, -1)[:, : C - 1]
+    return jnp.concatenate([first, later], axis=1)

@@ -31,6 +31,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from opsd_jax.model.attention import attend_cached
+from opsd_jax.model.branches import Branches
 from opsd_jax.model.config import ModelConfig, layer_numbers
 from opsd_jax.model.joined import joined_product
 from opsd_jax.model.kv_cache import KV, KVCache, LayersKV, Recent, put
@@ -103,13 +104,17 @@ class Attention(nn.Module):
         return project(self, x_BTD, inputs, q_proj=q, k_proj=kv, v_proj=kv)
 
     def _attend(self, x_BTD, places, numbers, cache, recent) -> tuple[jax.Array, KV]:
-        c, (B, T, _), positions_BT = self.config, x_BTD.shape, places.positions
+        c, branches, positions_BT = self.config, places.branches, places.positions
         q, k, v = self._projected(x_BTD)
         if c.qk_norm:
             q, k = self._norm(q, "q_norm"), self._norm(k, "k_norm")
         turn = places.turn(numbers.rope)
         q, k = rotate(q, turn, numbers.query_scale), rotate(k, turn)
         q, k, v = map(in_parts, (q, k, v))
+        if branches:
+            q, k, v = map(branches.texts, (q, k, v))
+            positions_BT = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+        B, T = q.shape[:2]
         q_BKGTH = q.reshape(B, T, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
         kv = KV(keys=k.transpose(0, 2, 3, 1), values=v.transpose(0, 2, 1, 3))
         if cache is None and recent is None:
@@ -122,7 +127,7 @@ class Attention(nn.Module):
             new = KVCache(kv, positions_BS)
             out = attend_cached(c, q_BKGTH, cache, new, numbers.layer, positions_BT, numbers.window)
         out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, c.num_heads, c.head_dim)
-        return in_parts(out), kv
+        return in_parts(branches.columns(out) if branches else out), kv
 
     def _attend_at_once(self, x_BTD, places, numbers, cache, recent) -> tuple[jax.Array, KV]:
         """`_attend` of one token per row by one kernel (`token_attention.py`)."""
@@ -298,6 +303,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         recent: Recent | None = None,
         return_kv: bool = False,
+        branches: Branches | None = None,
     ) -> tuple[jax.Array, LayersKV | None]:
         """Runs the layers over T tokens that may also look at a cache.
 
@@ -307,6 +313,7 @@ class Decoder(nn.Module):
           cache: keys and values of earlier tokens, read only.
           recent: a buffer to be filled and read, for T = 1.
           return_kv: also return the new keys and values: those of the T tokens, or the buffer.
+          branches: of rows that hold a prompt and several answers; without any cache.
 
         Returns:
           hidden [B, T, D] after the final norm, and the new keys and values (None unless asked
@@ -329,7 +336,8 @@ class Decoder(nn.Module):
         x_BTD = (embed[ids_BT] if return_kv else looked_up(embed, ids_BT)).astype(c.dtype)
         x_BTD = c.embed_scale * scaled(x_BTD, None if scale_V1 is None else scale_V1[ids_BT])
         layers = self._scanned if c.scan_layers else self._unrolled
-        x_BTD, new_kv = layers(x_BTD, places_of(c, positions_BT), cache, recent, return_kv)
+        places = places_of(c, positions_BT, branches)
+        x_BTD, new_kv = layers(x_BTD, places, cache, recent, return_kv)
         x_BTD = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x_BTD)
         return c.output_scale * x_BTD, new_kv
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opsd_jax.model.branches import Branches
 from opsd_jax.model.config import ModelConfig, layer_numbers
 
 Turn = tuple[jax.Array, jax.Array]  # cos and sin of angles
@@ -22,12 +23,14 @@ Turn = tuple[jax.Array, jax.Array]  # cos and sin of angles
 class Places:
     """Where tokens stand.
 
-    positions: [B, T] int32; cos, sin: [R, B, T, H/2] float32 of position · frequency.
+    positions: [B, T] int32; cos, sin: [R, B, T, H/2] float32 of position · frequency; branches:
+    where several texts share a prompt.
     """
 
     positions: jax.Array
     cos: jax.Array
     sin: jax.Array
+    branches: Branches | None = None
 
     def turn(self, which: jax.Array) -> Turn:
         """[B, T, H/2] each, by the frequencies of a layer."""
@@ -41,11 +44,13 @@ def frequencies(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     return rope, which.reshape(-1).astype(np.int32)
 
 
-def places_of(config: ModelConfig, positions_BT: jax.Array) -> Places:
+def places_of(
+    config: ModelConfig, positions_BT: jax.Array, branches: Branches | None = None
+) -> Places:
     """The places of tokens at these positions."""
     rope, _ = frequencies(config)
     angle_RBTh = positions_BT[None, :, :, None].astype(jnp.float32) * rope[:, None, None]
-    return Places(positions_BT, jnp.cos(angle_RBTh), jnp.sin(angle_RBTh))
+    return Places(positions_BT, jnp.cos(angle_RBTh), jnp.sin(angle_RBTh), branches)
 
 
 def rotate(x_BTxH: jax.Array, turn: Turn, scale: jax.Array | float = 1.0) -> jax.Array:

@@ -232,6 +232,17 @@ def in_parts(x_BTNH: jax.Array) -> jax.Array:
     return placed(x_BTNH, "batch", "length", "heads", "head_dim")
 
 
+def num_devices(*axes: str) -> int:
+    """Along axes of the mesh that is set."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return math.prod(sizes.get(axis, 1) for axis in axes)
+
+
+def whole_groups(num_rows: int, copies: int) -> int:
+    """`copies`, or 1 where some device would have a part of a group of so many rows only."""
+    return 1 if num_rows % (copies * num_devices("replica", "data", "sequence")) else copies
+
+
 def length_axis(mesh: Mesh | AbstractMesh, length: int) -> Axis:
     """What splits so many tokens of a text that was read under `texts_split`."""
     size = dict(mesh.shape).get("sequence", 1)

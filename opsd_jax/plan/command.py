@@ -114,8 +114,10 @@ def padded_lengths(experiment: Experiment, widths: Widths) -> Lengths:
     """Every row as long as it can be."""
     size = experiment.train.batch_size
     student, teacher = (np.full(size, n) for n in widths)
-    views = (teacher,) * len(experiment.training_contexts.views)
-    return Lengths(student, teacher, np.full(size, experiment.rollout.max_new_tokens), views)
+    completion = np.full(size, experiment.rollout.max_new_tokens)
+    contexts = experiment.training_contexts
+    views = (teacher,) * len(contexts.views)
+    return Lengths(student, teacher, completion, views, bool(contexts.after_rollout))
 
 
 def floor_of(plan: Plan, target: Target, widths: Widths) -> Seconds | None:

@@ -11,6 +11,7 @@ may expect is the floor divided by the efficiency that its chip reaches, see `RE
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 
 from opsd_jax.host.chips import Peak
+from opsd_jax.method.train_step import Method
 from opsd_jax.model.sharding import axis_size, rows_axis
 from opsd_jax.plan.program import Collective
 from opsd_jax.run.assembly import Assembly
@@ -26,6 +28,8 @@ from opsd_jax.run.flops import (
     decoding_bytes,
     forward_flops,
     forward_parts,
+    readings,
+    repeated,
     step_flops,
     writer_prompts,
 )
@@ -63,7 +67,9 @@ def exchange_seconds(found: Sequence[Collective], scope: str, link: Link) -> flo
 def executed_flops(parts: Assembly, lengths: Lengths) -> tuple[float, float] | None:
     """FLOPs of (rollout, update) as compiled, over all devices: padded, and recomputed with remat.
 
-    None where the model FLOPs have no formula (`run.flops.step_flops`).
+    Of a prompt that a group shares, attention is made for every row (`model/branches.py`), and all
+    where rows of a micro-batch are no whole groups. None where the model FLOPs have no formula
+    (`run.flops.step_flops`).
 
     Args:
       parts: of the run.
@@ -72,13 +78,31 @@ def executed_flops(parts: Assembly, lengths: Lengths) -> tuple[float, float] | N
     found = step_flops(parts.method, lengths)
     if found is None:
         return None
-    (rollout, update), config = found, parts.model.config
+    config, method = parts.model.config, scored_in_groups(parts, len(lengths.student))
+    _, update = step_flops(method, lengths) or found
+    again = repeated(method, lengths.student)
+    *products, attended = forward_parts(config, again, 0 * again)
+    more = 3 * attended
+    for reader, prompts, shared in readings(method, lengths):
+        prompts = repeated(method, prompts[: len(prompts) * shared])
+        more += forward_parts(reader, prompts, 0 * prompts)[-1]
     if config.remat:
-        more = lengths.student + lengths.completion  # the layers of both, without logits
-        layers = forward_parts(config, more, 0 * lengths.completion)
-        again = sum(layers) if config.remat is True else layers[-1]  # attention alone
-        update += parts.method.num_updates * again
-    return rollout, update
+        texts = lengths.student + lengths.completion  # the layers of both, without logits
+        layers = forward_parts(config, texts, 0 * texts)
+        more += layers[-1]
+        if config.remat is True:
+            more += sum(layers[:-1]) - sum(products)
+    return found[0], update + method.num_updates * more
+
+
+def scored_in_groups(parts: Assembly, num_rows: int) -> Method:
+    """The method, of groups of 1 where the update reads each row's prompt."""
+    method, mesh = parts.method, parts.mesh
+    rows = num_rows // method.num_micro_batches
+    alone = rows % (method.group_size * axis_size(mesh, rows_axis(mesh)))
+    if alone or "sequence" in mesh.shape:
+        return dataclasses.replace(method, group_size=1)
+    return method
 
 
 def offload_seconds(parts: Assembly, lengths: Lengths, link: float | None) -> float:

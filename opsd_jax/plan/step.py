@@ -114,17 +114,20 @@ def abstract_batch(experiment: Experiment, mesh: Mesh, widths: Widths) -> Batch:
     def array(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
-    def context(width: int) -> Context:
-        return Context(array(size, width), array(size), experiment.train.group_size)
+    contexts, has_context = experiment.training_contexts, None
+
+    def context(width: int, name: str) -> Context:
+        copies = 1 if contexts.is_after(name) else experiment.train.group_size
+        return Context(array(size, width), array(size), copies)
 
     reference = None
     if not experiment.train.completions.generates:
-        reference = context(experiment.rollout.max_new_tokens)
-    contexts, has_context = experiment.training_contexts, None
+        reference = context(experiment.rollout.max_new_tokens, "student")
     if contexts.after_rollout:
         has_context = array(size, dtype=jnp.bool_)
-    views = (context(widths.teacher),) * len(contexts.views)
-    return Batch(context(widths.student), context(widths.teacher), reference, views, has_context)
+    student = context(widths.student, "student")
+    teacher, *views = (context(widths.teacher, name) for name in contexts.teachers)
+    return Batch(student, teacher, reference, tuple(views), has_context)
 
 
 def graded_step(method: Any, state: TrainState, batch: Batch) -> tuple:

@@ -10,6 +10,8 @@ matrices have no gradient of their own, which spares a third.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -21,12 +23,16 @@ from opsd_jax.model.config import ModelConfig
 
 
 class Lengths(NamedTuple):
-    """Tokens of each row of a global batch, [B] int; views: of the teacher's further prompts."""
+    """Tokens of each row of a global batch, [B] int.
+
+    views: of the teacher's further prompts; own: the teacher's prompts differ within a group.
+    """
 
     student: np.ndarray  # prompt
     teacher: np.ndarray  # prompt
     completion: np.ndarray
     views: tuple[np.ndarray, ...] = ()
+    own: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,32 +113,55 @@ def step_flops(method: Method, lengths: Lengths) -> tuple[float, float] | None:
     """Model FLOPs of (rollout, update) of a global batch; None where other texts are read, too: a
     teacher's analyses (teacher.reasons), references beside completions (Likelihood.of).
 
-    The student learns from every completion once a pass; the teacher reads it once in each of its
-    contexts where a term looks at the teacher, and the initial policy for an `Anchor`.
+    The student learns from every completion once a pass; others read it as `readings` has it. What
+    the rows of a group have in common is read once.
     """
-    terms = terms_of(method.objective)
-    others = any(isinstance(term, Likelihood) and term.of for term in terms)
+    others = any(isinstance(term, Likelihood) and term.of for term in terms_of(method.objective))
     if method.reasoner is not None or others:
         return None
     config, n = method.model.config, lengths.completion
-    teacher = method.external.config if method.external else config
+
+    def saved(count: Callable, config: ModelConfig, prompts: np.ndarray) -> float:
+        again = repeated(method, prompts)
+        return count(config, again, 0 * again)
+
     rollout = 0.0
     if method.completions.generates:
         prompts = writer_prompts(method, lengths)
         rollout = forward_flops(config, prompts, n)
-        if not isinstance(method.completions, MixedRollouts):  # a group's prompt is read once
-            again = prompts[np.arange(len(prompts)) % method.group_size > 0]
-            rollout -= forward_flops(config, again, np.zeros_like(again))
+        if not isinstance(method.completions, MixedRollouts):
+            rollout -= saved(forward_flops, config, prompts)
     update = training_flops(config, lengths.student, n)
-    if any(isinstance(term, Anchor) for term in terms):
-        update += forward_flops(config, lengths.student, n, adapters=False)
-    if any(getattr(term, "reads_teacher", True) for term in terms):
-        views = lengths.views
-        if method.divergence.target is not None and not views:  # the teacher without privilege
-            views = (lengths.student,)
-        for prompts in (lengths.teacher, *views):
-            update += forward_flops(teacher, prompts, n, adapters=False)
+    update -= saved(training_flops, config, lengths.student)
+    for reader, prompts, shared in readings(method, lengths):
+        update += forward_flops(reader, prompts, n, adapters=False)
+        if shared:
+            update -= saved(partial(forward_flops, adapters=False), reader, prompts)
     return rollout, method.num_updates * update
+
+
+def readings(method: Method, lengths: Lengths) -> list[tuple[ModelConfig, np.ndarray, bool]]:
+    """Who reads the completions without learning: (config, [B] prompts, whether groups share them).
+
+    The teacher once in each of its contexts, where a term looks at it, and the initial policy for
+    an `Anchor`.
+    """
+    terms, config = terms_of(method.objective), method.model.config
+    found = []
+    if any(isinstance(term, Anchor) for term in terms):
+        found.append((config, lengths.student, True))
+    if any(getattr(term, "reads_teacher", True) for term in terms):
+        teacher = method.external.config if method.external else config
+        shared = not lengths.own
+        found += [(teacher, prompts, shared) for prompts in (lengths.teacher, *lengths.views)]
+        if method.divergence.target is not None and not lengths.views:  # without privilege
+            found.append((teacher, lengths.student, True))
+    return found
+
+
+def repeated(method: Method, prompts: np.ndarray) -> np.ndarray:
+    """Of [B] prompts those that an earlier row of the group has, too."""
+    return prompts[np.arange(len(prompts)) % method.group_size > 0]
 
 
 def decoding_bytes(

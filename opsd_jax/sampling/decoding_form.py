@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from functools import partial
 
 import jax
@@ -17,7 +16,7 @@ from opsd_jax.model.decoder import Decoder, init_variables
 from opsd_jax.model.joined import joined
 from opsd_jax.model.projection import merge_lora
 from opsd_jax.model.quantized import quantized
-from opsd_jax.model.sharding import platform, variable_shardings
+from opsd_jax.model.sharding import num_devices, platform, variable_shardings
 from opsd_jax.model.weights_first import turned
 from opsd_jax.sampling.config import RolloutConfig
 
@@ -91,12 +90,6 @@ def joins(config: RolloutConfig) -> bool:
     one = num_devices("data", "sequence") == 1
     whole = num_devices("model") == 1 and (gathers(config) or one)
     return platform() == "gpu" and whole and config.weights is None
-
-
-def num_devices(*axes: str) -> int:
-    """Along axes of the mesh that is set."""
-    sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    return math.prod(sizes.get(axis, 1) for axis in axes)
 
 
 def cast(variables: dict, dtype: str) -> dict:

@@ -34,9 +34,10 @@ from opsd_jax.model.kv_cache import (
     merge,
     resized,
 )
+from opsd_jax.model.sharding import whole_groups
 from opsd_jax.model.weights_first import weights_first
 from opsd_jax.sampling.config import RolloutConfig
-from opsd_jax.sampling.decoding_form import decoding_form, num_devices
+from opsd_jax.sampling.decoding_form import decoding_form
 from opsd_jax.sampling.prompts import Completion, Context
 from opsd_jax.sampling.tokens import filter_logits, log_prob, penalise, prompt_tokens, sample
 
@@ -200,9 +201,8 @@ def start(
     copies: int = 1,
 ) -> tuple[Rows, Tokens]:
     """Reads the prompts, each of `copies` rows once, and samples every row's first token."""
-    B, devices = len(prompt_lengths), num_devices("replica", "data", "sequence")
-    if B % (copies * devices):  # then no device has all rows of a prompt
-        copies = 1
+    B = len(prompt_lengths)
+    copies = whole_groups(B, copies)
     own = [x.reshape(B // copies, copies, *x.shape[1:])[:, 0] for x in (prompt_ids, prompt_lengths)]
     cache, hidden_BD = prefill(model, variables, *own)
     hidden_BD = jnp.repeat(hidden_BD, copies, axis=0)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Micro-batches of rows of like length, at several widths: the same sums, at less work."""
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from opsd_jax.errors import UserError
@@ -104,6 +106,58 @@ def test_an_update_is_the_same_as_of_the_whole_batch(objective, num_devices, lon
         np.testing.assert_allclose(metrics[name], value, rtol=2e-4, atol=2e-6, err_msg=name)
     moved = [jax.tree.map(jnp.subtract, s.trainable, state.trainable) for s in (found, expected)]
     assert norm(jax.tree.map(jnp.subtract, *moved)) < 1e-3 * norm(moved[1])
+
+
+@pytest.mark.parametrize("num_parts, num_widths, copies, order", [
+    (2, 1, 2, [0, 1, 4, 5, 2, 3, 6, 7]),
+    (2, 1, 4, [0, 1, 2, 3, 4, 5, 6, 7]),
+    (4, 1, 4, [0, 4, 1, 5, 2, 6, 3, 7]),  # parts of two rows hold no group
+    (2, 3, 2, [2, 5, 1, 7, 4, 3, 6, 0]),  # by length
+])  # fmt: skip
+def test_groups_stay_together_where_they_can(num_parts, num_widths, copies, order):
+    batch = tiny_batch(8)
+    batch = dataclasses.replace(
+        batch,
+        student=dataclasses.replace(batch.student, copies=copies),
+        views=(dataclasses.replace(batch.teacher, copies=copies),),
+    )
+    rows = MicroBatch(batch, completion(LENGTHS), {}, jnp.arange(8))
+    seen = []
+
+    def read(trainable, part):
+        seen.append((part.batch.student.copies, part.batch.views[0].copies))
+        place = jnp.arange(8 // num_parts)
+        return jnp.zeros(8, jnp.int32).at[part.numbers].set(place)
+
+    place = accumulate(read, None, rows, num_parts, num_widths)
+    assert place.tolist() == [i % (8 // num_parts) for i in np.argsort(order)]
+    whole = order in ([0, 1, 4, 5, 2, 3, 6, 7], list(range(8)))
+    assert set(seen) == {(copies, copies) if whole else (1, 1)}
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 4])  # a part has two groups, for four devices
+def test_an_update_of_groups_is_the_same_as_of_their_rows(num_devices):
+    """In micro-batches, too; of the teacher's contexts some are each row's own."""
+    said, batch = completion(LENGTHS), tiny_batch(8)
+    rewards = jnp.array([1, 0, 1, 1, 0, 0, 0, 0], jnp.float32)
+    shared = jax.tree.map(lambda x: jnp.repeat(x[::2], 2, axis=0), batch.student)
+    objective = Mix((PolicyGradient(), Distillation()))
+    whole = method_of(tiny_config(), objective=objective, group_size=2)
+    whole = dataclasses.replace(whole, optimizer=optax.sgd(1.0))  # Adam's makes much of roundings
+    parts = dataclasses.replace(whole, num_micro_batches=2)
+    state = state_of(whole)
+    placement = MeshConfig()
+    mesh = make_mesh(placement, jax.devices()[:num_devices])
+    once = dataclasses.replace(shared, copies=2)
+    groups = dataclasses.replace(batch, student=once, views=(once,))
+    apart = dataclasses.replace(batch, student=shared, views=(shared,))
+    run = on_mesh(jax.jit(partial(update, parts)), mesh, placement.rules)
+    found, metrics = run(state, *shard_batch((groups, said, rewards), mesh))
+    expected, want = jax.jit(partial(update, whole))(state, apart, said, rewards)
+    for name, value in want.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-4, atol=2e-6, err_msg=name)
+    moved = [jax.tree.map(jnp.subtract, s.trainable, state.trainable) for s in (found, expected)]
+    assert norm(jax.tree.map(jnp.subtract, *moved)) < 2e-5 * norm(moved[1])
 
 
 def test_no_branch_is_wider_than_its_tokens():

@@ -30,13 +30,14 @@ BINDINGS = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["dense", "fused"])
+@pytest.mark.parametrize("implementation, group", [("dense", 1), ("dense", 4), ("fused", 1)])
 @pytest.mark.parametrize("trained", [(), ("train.lora = None",)], ids=["adapters", "all"])
 @pytest.mark.parametrize("remat", [True, "keep_projections", False])
-def test_an_update_computes_what_is_said(remat, trained, implementation):
-    """At most 1.25 times what is needed, with layers computed again. More than is said only where
+def test_an_update_computes_what_is_said(remat, trained, implementation, group):
+    """At most 1.26 times what is needed, with layers computed again. More than is said only where
     the fused loss makes logits again, for the gradient of a trained head."""
     more = (f"train.remat = {remat!r}", f"divergence.implementation = {implementation!r}")
+    more += (f"train.group_size = {group}",)
     experiment, _ = load_experiment([RECIPE], [*BINDINGS, *trained, *more])
     config = config_from_hf(SHAPE | WIDE)
     parts = parts_of(experiment, config, jax.devices()[:1])
@@ -49,6 +50,6 @@ def test_an_update_computes_what_is_said(remat, trained, implementation):
     one = parts_of(experiment, dataclasses.replace(config, num_layers=1), jax.devices()[:1])
     lengths = padded_lengths(experiment, WIDTHS)
     needed, said = (f(g, lengths)[1] for f, g in ((step_flops, one.method), (executed_flops, one)))
-    assert compiled <= 1.25 * needed
+    assert compiled <= 1.26 * needed
     again = implementation == "fused" and bool(trained)
-    assert 0.97 * said < compiled < (1.11 if again else 1.07) * said
+    assert 0.97 * said < compiled < (1.11 if again else 1.08) * said

@@ -121,8 +121,13 @@ def test_a_step_counts_who_writes_and_who_reads():
     off_policy = method(completions=TeacherRollouts(), objective=Likelihood())
     assert step_flops(off_policy, LENGTHS) == (read[1], learn)
     assert step_flops(method(completions=References()), LENGTHS)[0] == 0
-    of_a_group = read[0] - forward_flops(config, LENGTHS.student[1:], np.array([0]))
-    assert step_flops(method(group_size=2), LENGTHS) == pytest.approx((of_a_group, learn + read[1]))
+    again = [count(config, LENGTHS[role][1:], np.array([0])) for count, role in (
+        (forward_flops, 0), (training_flops, 0), (forward_flops, 1)
+    )]  # fmt: skip
+    of_a_group = read[0] - again[0], learn - again[1] + read[1] - again[2]
+    assert step_flops(method(group_size=2), LENGTHS) == pytest.approx(of_a_group)
+    own = step_flops(method(group_size=2), LENGTHS._replace(own=True))
+    assert own == pytest.approx((of_a_group[0], of_a_group[1] + again[2]))
     grpo = method(objective=PolicyGradient(), num_updates=2)
     assert step_flops(grpo, LENGTHS) == (read[0], 2 * learn)
     grpo.objective = Mix((PolicyGradient(), Anchor()))
