@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that XLA's compilers have freed, given back to the system before the program runs."""
+"""Memory that XLA's compilers and programs have freed, given back to the system."""
 
 import contextlib
 import ctypes
@@ -9,16 +9,21 @@ import jax
 
 from opsd_jax.host.chips import COMPILED
 
+_M_MMAP_THRESHOLD, _LARGE = -3, 16 << 20  # <malloc.h>; bytes
+
 
 @contextlib.contextmanager
 def compilers_memory_returned(least_s: float = 0.5) -> Iterator[None]:
     """Until the context ends, whatever takes `least_s` seconds to compile leaves no free memory.
 
     A compiler allocates in small pieces, which glibc keeps for the process once they are free:
-    100 to 300 MB for a step, at the moment that the step asks for its own. Other C libraries
-    are left alone.
+    100 to 300 MB for a step, at the moment that the step asks for its own. From then on to the end
+    of the process, blocks of 16 MiB and more go back as soon as they are free: glibc takes them for
+    the heap once it has seen some, and then holds what lies below the last. Other C libraries are
+    left alone.
     """
-    trim = _trim()
+    trim = _glibc("malloc_trim", 0)
+    _glibc("mallopt", _M_MMAP_THRESHOLD, _LARGE)()
 
     def compiled(event: str, duration_secs: float, **_: str | int) -> None:
         if event == COMPILED and duration_secs >= least_s:
@@ -31,9 +36,9 @@ def compilers_memory_returned(least_s: float = 0.5) -> Iterator[None]:
         jax.monitoring.unregister_event_duration_listener(compiled)
 
 
-def _trim() -> Callable[[], object]:
+def _glibc(name: str, *arguments: int) -> Callable[[], object]:
     try:
-        trim = ctypes.CDLL(None).malloc_trim
+        function = getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError, TypeError):  # no glibc; Windows takes no None
         return lambda: None
-    return lambda: trim(0)
+    return lambda: function(*arguments)
