@@ -26,7 +26,7 @@ from opsd_jax.host.guard import Guard
 from opsd_jax.host.heap import compilers_memory_returned
 from opsd_jax.host.identity import identity_of
 from opsd_jax.host.lock import only_writer
-from opsd_jax.host.metrics import MetricWriters
+from opsd_jax.host.metrics import MetricWriters, require_packages
 from opsd_jax.host.pod import connected_mesh, wait_for_all
 from opsd_jax.host.preemption import Preemption
 from opsd_jax.host.profile_window import ProfileWindow
@@ -107,6 +107,7 @@ def prepare(
     compiling = stack.enter_context(compile_clock())
     mesh = connected_mesh(experiment.mesh)
     check_batch(settings.batch_size, settings.num_micro_batches, mesh)
+    require_packages(settings.tensorboard, settings.wandb)
     kept = settings.keep_checkpoints
     checkpoints = stack.enter_context(checkpoints_of(workdir, kept, BEST_METRIC, say))
     identity = identity_of(workdir, checkpoints.meta())

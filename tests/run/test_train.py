@@ -264,22 +264,29 @@ def test_the_best_step_is_that_of_held_out_accuracy(whole, monkeypatch, capsys):
     [
         (["train.num_stepz = 1"], "num_stepz"),
         (["train.batch_size = 7"], "multiple of"),
+        (["mesh.data = 3", "train.compilation_cache = '{tmp}/deep/run/compiled'"], "mesh.data = 3"),
+        (["train.wandb = True"], "needs the package wandb"),
         (["contexts.student_max_tokens = 1"], "dropped"),
         (["train.problems = @JsonlProblems()", "JsonlProblems.path = '{tmp}/bad.jsonl'"], ":2"),
         (["train.problems = @JsonlProblems()", "JsonlProblems.path = '/no/such'"], "/no/such"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(bindings, words, tmp_path, capsys):
+def test_bad_input_is_one_line_and_status_2(bindings, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     (tmp_path / "bad.jsonl").write_text(
         '{"question": "q", "solution": "s", "answer": "a"}\n{"question": "q", "answer": "a"}\n'
     )
     filled = [b.replace("{tmp}", str(tmp_path)) for b in bindings]
-    assert main(command(tmp_path / "run", "train.num_steps = 1", *filled)) == 2
+    assert main(command(tmp_path / "deep" / "run", "train.num_steps = 1", *filled)) == 2
     told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opsd train: ")]
     assert len(told) == 1 and words in told[0]
-    # Nothing was claimed: the corrected command runs in the same workdir.
-    assert not (tmp_path / "run" / "checkpoints").exists()
-    assert not (tmp_path / "run" / "config.gin").exists()
+    # Nothing was claimed: the corrected command runs in the same workdir, and reads the problems
+    # that were made for this one.
+    left = {path.name for path in tmp_path.glob("deep/run/*")}
+    if words == "dropped":
+        assert left == {".lock", "problems"}
+    else:
+        assert not (tmp_path / "deep").exists()
 
 
 @pytest.mark.parametrize("kept", ["all", "all but the checkpoints"])
