@@ -19,11 +19,13 @@ from opsd_jax.errors import UserError
 from opsd_jax.evaluation.evaluate import Prompt
 from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.host.checkpoint_record import read_record
+from opsd_jax.host.files import read_metrics
 from opsd_jax.host.guard import GuardConfig
 from opsd_jax.host.stage import local
 from opsd_jax.main import main
 from opsd_jax.run import inputs as inputs_module
 from opsd_jax.run import train as train_module
+from opsd_jax.run.config import load_experiment
 from opsd_jax.run.loop import BEST_METRIC
 
 ROOT = Path(__file__).parents[2]
@@ -369,16 +371,47 @@ def test_held_out_questions_that_are_trained_on_are_counted():
     assert len(said) == 1 and said[0].startswith("2 of 3 held-out problems are trained on too")
 
 
-def test_a_script_of_many_runs_does_not_go_on_after_one_that_was_stopped(tmp_path, monkeypatch):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 3}\n')
+def test_a_script_of_many_runs_does_not_go_on_after_one_that_was_not_finished(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(train_module, "train", lambda *arguments: {})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 2}\n')
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)  # of which not every step has a line
 
-    def experiment(num_steps):
-        return SimpleNamespace(train=SimpleNamespace(num_steps=num_steps))
+    def whole_of(num_steps):
+        experiment = SimpleNamespace(train=SimpleNamespace(num_steps=num_steps))
+        return train_module.train_whole(experiment, "", tmp_path)
 
-    assert train_module.train_whole(experiment(3), "", tmp_path).last_step == 3
-    with pytest.raises(UserError, match="was stopped after step 3"):
-        train_module.train_whole(experiment(4), "", tmp_path)
+    assert whole_of(3).last_step == 2
+    with pytest.raises(UserError, match="was stopped after step 3; the same command"):
+        whole_of(4)
+    (tmp_path / "guard.json").write_text("{}")
+    with pytest.raises(UserError, match="was ended by its guard after step 3: see guard.json"):
+        whole_of(4)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="is trained to step 3, but has no line in metrics.jsonl"):
+        whole_of(2)
+
+
+def test_a_script_reads_a_finished_run_and_loads_nothing(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "load_inputs", lambda *_: pytest.fail("loaded"))
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+
+    def whole_of(*bindings):
+        lines = [*TINY, "train.num_steps = 6", *bindings]
+        return train_module.train_whole(*load_experiment(QUICKSTART, lines), whole)
+
+    assert whole_of().history == read_metrics(whole / "metrics.jsonl")
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+    with pytest.raises(UserError, match="train.learning_rate was"):
+        whole_of("train.learning_rate = 5e-4")
+    module = tmp_path / "own_rate_of_a_study.py"
+    module.write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="own_rate_of_a_study came in"):
+        (tmp_path / "own.gin").write_text(f"import {module.stem}\ninclude '{QUICKSTART}'\n")
+        found = load_experiment(str(tmp_path / "own.gin"), [*TINY, "train.num_steps = 6"])
+        train_module.train_whole(*found, whole)
 
 
 @pytest.mark.parametrize("which", ["problems", "heldout"])
