@@ -182,7 +182,7 @@ def load_experiment(
     for path in gin_files:
         if not os.path.isfile(path):
             what = "not a file" if os.path.exists(path) else "no such file"
-            raise UserError(f"--gin_file={path}: {what}")
+            raise UserError(f"gin file {path}: {what}")
     gin.clear_config()
     files, written = GinFiles(), _Written()
     of_last_file: list[Key] = []
@@ -210,7 +210,7 @@ def load_experiment(
         refused, replaced = unused(own, written.names, written.macros)
         refused += hidden(own, called)
         if refused:
-            raise UserError(f"--gin_bindings: {refused[0]}")
+            raise UserError(f"gin bindings: {refused[0]}")
         in_vain = [
             *unused(of_last_file, written.names, written.macros)[0],
             *hidden(of_last_file, called, own),

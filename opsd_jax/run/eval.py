@@ -142,7 +142,9 @@ def keep_clock(run: Restored, folder: Path) -> None:
         try:
             run.tokenizer.now = datetime.datetime.fromisoformat(began)
         except ValueError:
-            raise UserError(f"{folder}/{RECORD_FILE} is damaged; use another --out") from None
+            raise UserError(
+                f"{folder}/{RECORD_FILE} is damaged; use another folder as out"
+            ) from None
         run.identity.clock = began
 
 
@@ -157,7 +159,7 @@ def check_same_folder(folder: Path, log: GenerationLog) -> None:
         seen = multihost_utils.process_allgather(np.uint32(number))
         if len(set(seen.tolist())) > 1:
             raise UserError(
-                f"--out: {folder} has other generations on other hosts; it must be a folder that "
+                f"{folder} has other generations on other hosts; it must be a folder that "
                 "all of them see"
             )
 

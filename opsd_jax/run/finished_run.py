@@ -69,12 +69,12 @@ def restore_run(
     Raises:
       UserError: it is no training workdir, or has no such checkpoint.
     """
+    if isinstance(step, str) and step != "best":
+        raise UserError(f"step must be a number, 'best' or None, not {step!r}")
     workdir = local(workdir)
     own = workdir / "config.gin"
     if not own.exists():
-        raise UserError(
-            f"--workdir={shown(workdir)}: no config.gin there; is it a training workdir?"
-        )
+        raise UserError(f"{shown(workdir)}: no config.gin there; is it a training workdir?")
     experiment = read(str(own))
     identity = recorded_identity(workdir, say)
     identity.tell_code(own_code_parts(experiment.imports), say)
@@ -126,7 +126,7 @@ def read_state(
         say(f"step {step} is taken: the guard ended the run (see {shown(workdir)}/guard.json)")
     with _checkpoints(workdir, say) as checkpoints:
         if isinstance(step, str) and (step := checkpoints.best_step()) is None:
-            raise UserError(f"--step=best: no checkpoint of {shown(workdir)} was evaluated")
+            raise UserError(f"no checkpoint of {shown(workdir)} was evaluated: it has no best step")
         found = checkpoints.restore_only(wanted, step)
     return found.step, found.state
 

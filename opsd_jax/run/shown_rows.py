@@ -101,7 +101,7 @@ def _with_contexts(
         raise UserError(
             "no context of the teacher could be built from these rollouts "
             f"({', '.join(f'{statuses.count(s)} {s}' for s in sorted(set(statuses)))}); ask for "
-            "more with --num, or with another --seed"
+            "a larger num, or with another seed"
         )
     numbers = np.array([row for row, _, _ in kept.values()])
 

@@ -204,7 +204,7 @@ def check_config(workdir: Path, config_text: str) -> None:
     difference = None if text is None else first_difference(text, config_text)
     if difference is not None:
         raise UserError(
-            f"{shown(path)} belongs to another experiment: {difference}; use another --workdir, or "
+            f"{shown(path)} belongs to another experiment: {difference}; use another workdir, or "
             "the old setting"
         )
 

@@ -258,7 +258,7 @@ def test_the_best_step_is_that_of_held_out_accuracy(whole, monkeypatch, capsys):
         assert main(["eval", f"--workdir={whole}", "--step=best"]) == (0 if best else 2)
     out, err = capsys.readouterr()
     assert json.loads(out)["step"] == 4
-    assert f"--step=best: no checkpoint of {whole} was evaluated" in err
+    assert f"no checkpoint of {whole} was evaluated: it has no best step" in err
 
 
 @pytest.mark.parametrize(
