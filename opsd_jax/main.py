@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from opsd_jax.errors import UserError
+from opsd_jax.errors import UserError, as_named
 from opsd_jax.fields import Count, Seed, check, hints_of
 from opsd_jax.run import flags
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def ended(why: str, status: int) -> int:
     """Says why, on one line, escaping what a terminal could not show; returns the status."""
-    print(why.encode(errors="backslashreplace").decode(), file=sys.stderr)
+    print(as_named(why).encode(errors="backslashreplace").decode(), file=sys.stderr)
     return status
 
 

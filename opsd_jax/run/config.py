@@ -31,7 +31,7 @@ from gin.config_parser import (
     ParserDelegate,
 )
 
-from opsd_jax.errors import UserError
+from opsd_jax.errors import UserError, as_named
 from opsd_jax.fields import check_fields
 from opsd_jax.host.identity import changed_modules
 from opsd_jax.run.experiment import Experiment
@@ -220,7 +220,7 @@ def load_experiment(
         experiment = Experiment(**areas, imports=tuple(modules))
         text = files.header(modules) + gin.operative_config_str(max_line_length=96)
     for sentence in replaced:
-        log.warning("%s", sentence)
+        log.warning("%s", as_named(sentence))
     return experiment, text
 
 

@@ -31,7 +31,7 @@ from opsd_jax.host.pod import connected_mesh, wait_for_all
 from opsd_jax.host.preemption import Preemption
 from opsd_jax.host.profile_window import ProfileWindow
 from opsd_jax.host.progress import ProgressLine
-from opsd_jax.host.stage import local, shown
+from opsd_jax.host.stage import local
 from opsd_jax.host.watchdog import Watchdog
 from opsd_jax.method.train_step import TrainState
 from opsd_jax.model.sharding import num_bytes
@@ -204,7 +204,7 @@ def check_config(workdir: Path, config_text: str) -> None:
     difference = None if text is None else first_difference(text, config_text)
     if difference is not None:
         raise UserError(
-            f"{shown(path)} belongs to another experiment: {difference}; use another workdir, or "
+            f"{path} belongs to another experiment: {difference}; use another workdir, or "
             "the old setting"
         )
 
