@@ -177,17 +177,18 @@ def train_whole(experiment: Experiment, config_text: str, workdir: str | Path) -
 
 
 def is_finished(experiment: Experiment, config_text: str, workdir: Path) -> bool:
-    """Whether a workdir holds this experiment, trained to its last step.
+    """Whether a workdir holds this experiment, trained to its last step, with nothing to conclude.
 
     Raises:
       UserError: it holds another experiment, or one that other code was imported for.
     """
-    if saved_step(workdir) < experiment.train.num_steps or not (workdir / "config.gin").exists():
+    step = saved_step(workdir)
+    if step < experiment.train.num_steps or not (workdir / "config.gin").exists():
         return False
     check_config(workdir, pinned(experiment, config_text, workdir)[1])
     identity = identity_of(workdir, checkpoints_of(workdir).meta())
     identity.check(OWN_CODE, own_code_parts(experiment.imports))
-    return True
+    return not guard_of(experiment, workdir, step).ends_the_run
 
 
 def saved_step(workdir: Path) -> int:

@@ -403,6 +403,10 @@ def test_a_script_reads_a_finished_run_and_loads_nothing(whole, tmp_path, monkey
 
     assert whole_of().history == read_metrics(whole / "metrics.jsonl")
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+    with monkeypatch.context() as patch:  # killed before its guard could conclude it
+        patch.setattr(train_module.Guard, "ends_the_run", True)
+        with pytest.raises(pytest.fail.Exception, match="loaded"):
+            whole_of()
     with pytest.raises(UserError, match="train.learning_rate was"):
         whole_of("train.learning_rate = 5e-4")
     module = tmp_path / "own_rate_of_a_study.py"
