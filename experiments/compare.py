@@ -11,18 +11,15 @@ at the end, which needs `pip install '.[plot]'`. With --seeds=0 the study smollm
 cores about two hours.
 """
 
-import argparse
-import importlib.util
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import command
 import jax
 import numpy as np
 
-from opsd_jax.errors import UserError
 from opsd_jax.evaluation.report import spread
 from opsd_jax.evaluation.runs import ACCURACY, TOKENS, Group, Reach, Run, band, reach, token_ratio
 from opsd_jax.run.config import load_experiment
@@ -235,18 +232,12 @@ def write_study(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = command.parser(5, tunes=True)
     parser.add_argument("--study", choices=list(STUDIES), default="quickstart")
-    parser.add_argument("--seeds", type=int, default=5, help="besides seed 0, which tunes")
-    parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    if importlib.util.find_spec("matplotlib") is None:  # Told before the hours of training.
-        parser.exit(2, "the figure needs matplotlib: pip install '.[plot]'\n")
-    write_study(STUDIES[arguments.study], arguments.seeds, arguments.out.resolve())
+    command.require_matplotlib()
+    write_study(STUDIES[arguments.study], arguments.seeds, Path(arguments.out).resolve())
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    command.call(main)

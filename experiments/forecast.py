@@ -11,16 +11,15 @@ what is finished is kept below --out, a folder per case, and jobs go side by sid
 time. A probe or a run takes about 25 s of CPU time, and each of the nine bases 2 to 5 minutes more.
 """
 
-import argparse
 import csv
 import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import command
 import jax
 import numpy as np
 from compare import Method, Study, run
@@ -28,11 +27,11 @@ from forecast_cases import CASES, Row, ends, lines
 from processes import in_processes, keep_programs
 from scipy.stats import rankdata
 
-from opsd_jax.errors import UserError
 from opsd_jax.evaluation import forecast
 from opsd_jax.evaluation.report import spread
 from opsd_jax.evaluation.runs import ACCURACY, Run
 from opsd_jax.host.files import read_json
+from opsd_jax.run import flags
 from opsd_jax.run.config import load_experiment
 from opsd_jax.run.probe import probe_command
 
@@ -214,16 +213,13 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = command.parser(3)
     parser.add_argument("--only", default="", help="names of cases, with commas")
-    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--processes", type=flags.count, default=min(2, os.cpu_count() or 1))
     arguments = parser.parse_args()
-    out = arguments.out.resolve()
+    out = Path(arguments.out).resolve()
     chosen = [name for name in arguments.only.split(",") if name] or list(CASES)
-    if unknown := set(chosen) - set(CASES):
-        raise UserError(f"--only: no case {', '.join(sorted(unknown))}; {', '.join(CASES)}")
+    command.check_names("--only", chosen, CASES)
     keep_programs(out)
     seeds = range(1, 1 + arguments.seeds)
     finish(chosen, seeds, out, arguments.processes)
@@ -241,7 +237,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    command.call(main)

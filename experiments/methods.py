@@ -10,15 +10,12 @@ world or a teacher that is another model are left out, and named. Finished runs 
 --out.
 """
 
-import argparse
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
+import command
 from compare import STUDIES, Method, Study, draw_group, panels, write_study
 
-from opsd_jax.errors import UserError
 from opsd_jax.evaluation.runs import Group
 from opsd_jax.run.config import load_experiment
 from opsd_jax.run.testbed_base import TestbedBase
@@ -37,9 +34,7 @@ def title(path: Path) -> str:
 def methods(only: list[str]) -> tuple[dict[str, Method], list[str]]:
     """(title -> what runs on the quickstart's world, names of what does not)."""
     paths = sorted((HERE / "methods").glob("*.gin"))
-    unknown = set(only) - {path.stem for path in paths}
-    if unknown:
-        raise UserError(f"--only: experiments/methods/ has no {', '.join(sorted(unknown))}")
+    command.check_names("--only", only, [path.stem for path in paths])
     found, left_out = {FIRST: Method("quickstart.gin", NUM_STEPS, EVERY)}, []
     for path in paths:
         if only and path.stem not in only:
@@ -91,13 +86,10 @@ def draw(groups: list[Group], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=3, help="besides seed 0, which tunes")
+    parser = command.parser(3, tunes=True)
     parser.add_argument("--only", default="", help="names of gin files, with commas")
-    parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    if importlib.util.find_spec("matplotlib") is None:  # Told before the hours of training.
-        parser.exit(2, "the figure needs matplotlib: pip install '.[plot]'\n")
+    command.require_matplotlib()
     found, left_out = methods([name for name in arguments.only.split(",") if name])
     if left_out:
         print(f"not on this world: {', '.join(left_out)}\n")
@@ -108,11 +100,8 @@ def main() -> None:
         budgets=[10_000, 30_000, 60_000],
         seed_bindings=bindings,
     )
-    write_study(study, arguments.seeds, arguments.out.resolve(), draw)
+    write_study(study, arguments.seeds, Path(arguments.out).resolve(), draw)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    command.call(main)

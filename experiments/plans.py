@@ -10,17 +10,16 @@ eight minutes of one core. A plan that is finished is kept below --out; in the e
 OUT/table.md.
 """
 
-import argparse
 import csv
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # Nothing runs; a chip that is here is not taken.
 
+import command
 from processes import in_processes
 
 from opsd_jax.errors import UserError
@@ -31,6 +30,7 @@ from opsd_jax.plan.estimate import REACHED, executed_flops
 from opsd_jax.plan.step import Widths
 from opsd_jax.plan.targets import GIB, find_target
 from opsd_jax.pretrained.config import config_from_hf
+from opsd_jax.run import flags
 from opsd_jax.run.config import load_experiment
 from opsd_jax.run.flops import step_flops
 
@@ -161,12 +161,12 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = command.parser()
     parser.add_argument("--only", default="", help="parts of cases' names, all of which they have")
-    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--processes", type=flags.count, default=min(2, os.cpu_count() or 1))
     arguments = parser.parse_args()
-    out, wanted = arguments.out.resolve(), [part for part in arguments.only.split(",") if part]
+    out = Path(arguments.out).resolve()
+    wanted = [part for part in arguments.only.split(",") if part]
     out.mkdir(parents=True, exist_ok=True)
     chosen = [name for name in cases() if all(part in name for part in wanted)]
     if not chosen:
@@ -185,7 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    command.call(main)

@@ -14,22 +14,21 @@ and figure are made; of --then OUT/forgetting.md and OUT/then.csv. One cell: `op
 file of experiments/rules/.
 """
 
-import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import command
 import numpy as np
 from compare import Method, Study, run, tune
 from processes import Job, in_processes, keep_programs
 
 import opsd_jax
-from opsd_jax.errors import UserError
 from opsd_jax.evaluation.compare import read_evaluation
 from opsd_jax.evaluation.runs import Run
 from opsd_jax.host.files import read_json, read_json_lines
+from opsd_jax.run import flags
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE / "rules"))
@@ -212,23 +211,25 @@ def show(tables: Sequence[list[str]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = command.parser(3, tunes=True)
     parser.add_argument("--rules", default="sentence,json,greeting", help="the first tunes")
     parser.add_argument("--then", default="", help="learn this rule after the first one, alone")
     parser.add_argument("--rates", action="store_true", help="train nothing")
-    parser.add_argument("--seeds", type=int, default=3, help="besides seed 0, which tunes")
-    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--processes", type=flags.count, default=min(2, os.cpu_count() or 1))
     arguments = parser.parse_args()
-    out = arguments.out.resolve()
-    keep_programs(out)
+    out = Path(arguments.out).resolve()
     rules = arguments.rules.split(",")
+    from keeping import RULES  # late, as it tells gin what it has
+
+    command.check_names("--rules", rules, RULES)
+    command.check_names("--then", [arguments.then] if arguments.then else [], RULES)
+    if not arguments.rates:
+        command.require_matplotlib()
+    keep_programs(out)
     if arguments.rates:
         out.mkdir(parents=True, exist_ok=True)
         (out / "rates.md").write_text("\n".join(rates(out, rules)) + "\n", encoding="utf-8")
         return
-    if importlib.util.find_spec("matplotlib") is None:  # Told before the hours of training.
-        parser.exit(2, "the figure needs matplotlib: pip install '.[plot]'\n")
     seeds = range(1, 1 + arguments.seeds) if arguments.seeds else [0]
     tuning = [(learned, (out, rules[0], n, rate, 0)) for n in METHODS for rate in RATES]
     in_processes(tuning, arguments.processes, out / "processes.log")
@@ -242,7 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    command.call(main)

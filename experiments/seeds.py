@@ -6,16 +6,15 @@
 Finished runs are kept below --out and not repeated.
 """
 
-import argparse
 import statistics
-import sys
 from pathlib import Path
 
+import command
 import jax
 
-from opsd_jax.errors import UserError
 from opsd_jax.evaluation.report import spread
 from opsd_jax.evaluation.runs import ACCURACY, Line
+from opsd_jax.run import flags
 from opsd_jax.run.config import load_experiment
 from opsd_jax.run.train import train_whole
 
@@ -66,13 +65,11 @@ def print_table(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = command.parser(5)
     parser.add_argument("--gin_file", default=str(HERE / "quickstart.gin"))
-    parser.add_argument("--warm_seeds", type=int, default=3)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--warm_seeds", type=flags.count, default=3)
     arguments = parser.parse_args()
-    out = arguments.out.resolve()
+    out = Path(arguments.out).resolve()
     # Every run compiles the same programs.
     jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
     rows = [
@@ -84,7 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    command.call(main)

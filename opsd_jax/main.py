@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from opsd_jax.errors import UserError
-from opsd_jax.fields import Count, Seed, check, hints_of
+from opsd_jax.errors import UserError, as_named
+from opsd_jax.fields import check, hints_of
 from opsd_jax.run import flags
 
 MOST_ROLLOUTS_SHOWN = 1024  # of opsd tokens and opsd probe, in one batch
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def ended(why: str, status: int) -> int:
     """Says why, on one line, escaping what a terminal could not show; returns the status."""
-    print(why.encode(errors="backslashreplace").decode(), file=sys.stderr)
+    print(as_named(why).encode(errors="backslashreplace").decode(), file=sys.stderr)
     return status
 
 
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--stopped_status",
-        type=flags.integer,
+        type=flags.bounded(Annotated[int, ">= 0", "<= 125"]),
         default=0,
         help="exit status after SIGTERM or Ctrl-C saved a run that is not finished (default 0); "
         "75 tells a scheduler to start it again",
@@ -128,8 +128,8 @@ def add_asking(commands: Any) -> None:
         ("min_p", flags.number, 0.0, "least share of the largest probability"),
         ("repetition_penalty", flags.number, 1.0, "1 = off"),
         ("presence_penalty", flags.number, 0.0, "0 = off"),
-        ("max_tokens", flags.integer, 256, "of the answer, at most"),
-        ("seed", flags.integer, 0, "of the sampling"),
+        ("max_tokens", flags.count, 256, "of the answer, at most"),
+        ("seed", flags.seed, 0, "of the sampling"),
     ):
         generate.add_argument(
             f"--{name}", type=kind, default=default, help=f"{words} (default {default})"
@@ -142,15 +142,16 @@ def add_asking(commands: Any) -> None:
 
 def add_looking(commands: Any) -> None:
     """`data`, `probe`, `tokens` and `report`: what a run will see, and what runs did."""
+    num_rows = flags.bounded(Annotated[int, ">= 1", f"<= {MOST_ROLLOUTS_SHOWN}"])
     data = commands.add_parser("data", help="the first rows as each role will see them")
     add_gin(data, required=True)
-    data.add_argument("--num", type=flags.integer, default=3, help="rows to show (default 3)")
+    data.add_argument("--num", type=num_rows, default=3, help="rows to show (default 3)")
     data.set_defaults(run=run_data)
 
     probe = commands.add_parser("probe", help="before training: what can this teacher teach?")
     add_gin(probe, required=True)
-    probe.add_argument("--num", type=flags.integer, default=64, help="problems (default 64)")
-    probe.add_argument("--seed", type=flags.integer, default=0)
+    probe.add_argument("--num", type=num_rows, default=64, help="problems (default 64)")
+    probe.add_argument("--seed", type=flags.seed, default=0)
     probe.add_argument("--out", type=flags.file, help="a json file for the numbers")
     probe.set_defaults(run=run_probe)
 
@@ -162,8 +163,8 @@ def add_looking(commands: Any) -> None:
         help="a training run; `report` shows the file",
     )
     add_step(tokens)
-    tokens.add_argument("--num", type=flags.integer, default=8, help="rollouts")
-    tokens.add_argument("--seed", type=flags.integer, default=0)
+    tokens.add_argument("--num", type=num_rows, default=8, help="rollouts")
+    tokens.add_argument("--seed", type=flags.seed, default=0)
     tokens.set_defaults(run=run_tokens)
 
     report = commands.add_parser("report", help="many runs on one html page")
@@ -200,7 +201,7 @@ def add_planning(commands: Any) -> None:
     for role, most in (("student", 512), ("teacher", 2048)):
         plan.add_argument(
             f"--{role}_tokens",
-            type=flags.integer,
+            type=flags.count,
             help=f"width of its prompts (default: contexts.{role}_max_tokens, at most {most})",
         )
     plan.add_argument(
@@ -257,7 +258,7 @@ def add_distributed(command: argparse.ArgumentParser) -> None:
     )
     for name, kind, words in (
         ("coordinator", flags.address, "HOST:PORT of process 0, where JAX finds nothing by itself"),
-        ("num_processes", flags.integer, "how many there are, with --coordinator"),
+        ("num_processes", flags.count, "how many there are, with --coordinator"),
         ("process_id", flags.integer, "which of them this is, from 0, with --coordinator"),
     ):
         command.add_argument(f"--{name}", type=kind, metavar=name.upper(), help=words)
@@ -282,7 +283,6 @@ def join_pod(arguments: argparse.Namespace) -> None:
             )
         told = {}
     else:
-        check("--num_processes", told["num_processes"], Count)
         last = told["num_processes"] - 1
         check("--process_id", told["process_id"], Annotated[int, ">= 0", f"<= {last}"])
     if told or arguments.distributed:
@@ -299,7 +299,6 @@ def refuse(arguments: argparse.Namespace, chosen: str, *flags: str) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    check("--stopped_status", arguments.stopped_status, Annotated[int, ">= 0", "<= 125"])
     import jax
 
     from opsd_jax.evaluation.summary import summary
@@ -349,8 +348,6 @@ def run_generate(arguments: argparse.Namespace) -> None:
     chosen = {name: getattr(arguments, name) for name in shared}
     for name, value in chosen.items():
         check(f"--{name}", value, hints_of(RolloutConfig)[name])
-    check("--max_tokens", arguments.max_tokens, Count)
-    check("--seed", arguments.seed, Seed)
     settings = RolloutConfig(arguments.max_tokens, **chosen)
     from opsd_jax.run.generate import generate_command  # late: a refusal does not wait for jax
 
@@ -372,23 +369,18 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_tokens(arguments: argparse.Namespace) -> None:
-    check("--seed", arguments.seed, Seed)
-    check("--num", arguments.num, Annotated[int, ">= 1", f"<= {MOST_ROLLOUTS_SHOWN}"])
     from opsd_jax.run.tokens import tokens_command
 
     tokens_command(arguments.workdir, arguments.step, arguments.num, arguments.seed)
 
 
 def run_data(arguments: argparse.Namespace) -> None:
-    check("--num", arguments.num, Annotated[int, ">= 1", f"<= {MOST_ROLLOUTS_SHOWN}"])
     from opsd_jax.run.data import data_command
 
     data_command(arguments.gin_file, arguments.gin_bindings, arguments.num)
 
 
 def run_probe(arguments: argparse.Namespace) -> None:
-    check("--seed", arguments.seed, Seed)
-    check("--num", arguments.num, Annotated[int, ">= 1", f"<= {MOST_ROLLOUTS_SHOWN}"])
     from opsd_jax.run.probe import probe_command
 
     probe_command(
@@ -397,8 +389,6 @@ def run_probe(arguments: argparse.Namespace) -> None:
 
 
 def run_plan(arguments: argparse.Namespace) -> None:
-    for flag in ("student_tokens", "teacher_tokens"):
-        check(f"--{flag}", getattr(arguments, flag), Count | None)
     os.environ["JAX_PLATFORMS"] = "cpu"  # Nothing runs; a chip that is here is not taken.
     from opsd_jax.plan.command import plan_command
 

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
 from opsd_jax.data.problems import Problem
-from opsd_jax.errors import UserError
+from opsd_jax.errors import UserError, as_named
 
 log = logging.getLogger(__name__)
 ProblemT = TypeVar("ProblemT", bound=Problem)
@@ -90,7 +90,8 @@ def generated_problems(
             except Exception as error:  # Its readers have many names for a file cut short.
                 if not was_kept:
                     raise
-                log.warning("%s cannot be read (%s): made again.", kept, str(error).split("\n")[0])
+                told = f"{kept} cannot be read ({str(error).splitlines()[0]})"
+                log.warning("%s: made again.", as_named(told))
                 shutil.rmtree(kept)
                 rows = _rows(builder, config, root)
         except OSError as error:

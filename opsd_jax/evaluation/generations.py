@@ -173,14 +173,16 @@ def _check_record(folder: Path, record: dict[str, Any]) -> None:
     old = read_record(folder)
     if old is None:
         if (folder / GENERATIONS_FILE).exists():
-            raise UserError(f"{folder} has generations but no {RECORD_FILE}; use another --out")
+            raise UserError(
+                f"{folder} has generations but no {RECORD_FILE}; use another folder as out"
+            )
         return
     for name in sorted(old.keys() | record.keys()):
         if name not in old or name not in record or old[name] != record[name]:
             was, now = (_shown(side.get(name)) for side in (old, record))
             raise UserError(
                 f"{folder} holds another evaluation: {name} was {was} and is now {now}; use "
-                "another --out"
+                "another folder as out"
             )
 
 
@@ -198,7 +200,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged; use another --out")
+        raise UserError(f"{path} is damaged; use another folder as out")
     return found
 
 

@@ -100,7 +100,7 @@ def page(groups: Sequence[Group], name: str, levels: Sequence[float]) -> str:
     """
     for level in levels:
         if not 0 < level <= 1:
-            raise UserError(f"--levels: an accuracy lies in (0, 1], not {level}")
+            raise UserError(f"levels: an accuracy lies in (0, 1], not {level}")
     here = Path(__file__).parent
     template, style, script = (
         (here / f"report_page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")

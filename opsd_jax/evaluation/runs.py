@@ -29,7 +29,7 @@ from opsd_jax.host.files import (
     read_text,
 )
 from opsd_jax.host.guard import GuardConfig, number
-from opsd_jax.host.stage import local, shown
+from opsd_jax.host.stage import local
 
 ACCURACY = "eval/student/accuracy"
 TOKENS = "rollout/tokens_total"
@@ -138,12 +138,11 @@ def read_run(workdir: Path, label: str | None = None) -> Run:
       UserError: no such folder, or one that no run has written to.
     """
     if not workdir.is_dir():
-        raise UserError(f"--workdir={workdir}: no such folder")
+        raise UserError(f"{workdir}: no such folder")
     config, metrics = workdir / "config.gin", workdir / "metrics.jsonl"
     if not config.exists() and not metrics.exists():
         raise UserError(
-            f"--workdir={shown(workdir)}: neither config.gin nor metrics.jsonl there; is it a "
-            "workdir of opsd train?"
+            f"{workdir}: neither config.gin nor metrics.jsonl there; is it a workdir of opsd train?"
         )
     text = read_text(config) if config.exists() else ""
     return Run(workdir, label, text, read_metrics(metrics))

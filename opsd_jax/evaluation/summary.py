@@ -30,6 +30,8 @@ def summary(workdir: str | Path) -> str:
     """
     run = read_run(local(workdir))
     found = [line for line in run.history if ACCURACY in line]
+    if not run.history:
+        return "metrics.jsonl has no line of this run"
     if not found:
         return "no evaluation was made (train.heldout or train.eval_every_steps is unset)"
     first, last = found[0], found[-1]

@@ -143,7 +143,7 @@ class Checkpoints:
         if known and max(known) > step:
             raise UserError(
                 f"cannot save step {step}: {self._directory} already holds step {max(known)}; "
-                "remove the later steps or train into another --workdir"
+                "remove the later steps or train into another workdir"
             )
         record = make_record(state, data_iterator, meta or {}, metrics or {})
         self._scores[step] = finite_metric(record, self._best_metric)

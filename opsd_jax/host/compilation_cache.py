@@ -59,6 +59,7 @@ def kept_programs(setting: str | None, workdir: Path) -> Iterator[Path | None]:
     if folder is None:
         yield None
         return
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -71,6 +72,9 @@ def kept_programs(setting: str | None, workdir: Path) -> Iterator[Path | None]:
         yield folder
     finally:
         _use(before)
+        if is_new:
+            with contextlib.suppress(OSError):  # it holds programs
+                folder.rmdir()
 
 
 @contextlib.contextmanager

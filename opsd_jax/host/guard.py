@@ -257,4 +257,4 @@ def restored_step(workdir: Path) -> int | None:
         step = ""
     if step is None or is_count(step):
         return step
-    raise UserError(f"{path} is damaged: remove it, or pass --step")
+    raise UserError(f"{path} is damaged: remove it, or name a step")

@@ -83,7 +83,7 @@ class Identity:
         if self.resumed and (change := _first_change(before, now)):
             raise UserError(
                 f"{field} is not what the run in {self.workdir} began with: {change}; put the old "
-                "one back, or begin another --workdir"
+                "one back, or begin another workdir"
             )
         began |= now
 
@@ -125,7 +125,7 @@ def identity_of(workdir: Path, meta: Mapping[str, Any]) -> Identity:
     except KeyError as error:
         raise UserError(
             f"the checkpoints of {workdir} do not say what the run began with ({error}): they are "
-            "of an earlier version; begin another --workdir"
+            "of an earlier version; begin another workdir"
         ) from None
 
 

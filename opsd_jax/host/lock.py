@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -23,7 +24,8 @@ def only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Keeps every other command from writing to a folder until the context ends.
 
     Process 0 holds the lock for its pod, and all processes must call. However a process ends,
-    kill -9 included, the system takes its lock back; the file stays, which means nothing. In a
+    kill -9 included, the system takes its lock back; the file stays, which means nothing. Where
+    nothing was and nothing was written, as by a command that is refused, nothing stays. In a
     bucket a killed process's lock is taken over a minute later, and once the lock is there the
     folder is what the bucket has.
 
@@ -69,21 +71,50 @@ def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         raise UserError(f"{folder} is a file, and must be a folder")
     if path.exists() and not path.is_file():  # a pipe would be waited for without end
         raise UserError(f"{path} must be a file; remove it")
+    new = [place for place in (path, folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
     except OSError as error:
+        _remove_empty(new)
         raise UserError(f"cannot write to {folder}: {error.strerror}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_busy = not _is_same(file.fileno(), path)
         except BlockingIOError:
-            raise UserError(
-                f"another command is writing to {folder}; wait for its end, or name another folder"
-            ) from None
+            is_busy = True
         except OSError as error:
+            is_busy = False
             say(
                 f"{path} cannot be locked ({error.strerror}): make sure that no second command "
                 f"writes to {folder}"
             )
-        yield
+        if is_busy:
+            raise UserError(
+                f"another command is writing to {folder}; wait for its end, or name another folder"
+            )
+        try:
+            yield
+        finally:
+            if path in new and os.listdir(folder) == [path.name]:
+                _remove_empty(new)
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one there: who ended meanwhile may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_empty(places: Iterable[Path]) -> None:
+    """Removes an empty file and the folders around it, innermost first, as far as nothing else is
+    there by now."""
+    with contextlib.suppress(OSError):
+        for place in places:
+            if place.is_dir():
+                place.rmdir()
+            else:
+                place.unlink(missing_ok=True)

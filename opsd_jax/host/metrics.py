@@ -57,7 +57,7 @@ When a run misbehaves:
     thinking switches of contexts.
 """
 
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -230,13 +230,26 @@ class _WandB:
         self._run.finish()
 
 
+def require_packages(tensorboard: bool, wandb: bool) -> None:
+    """Raises a UserError for a package that `MetricWriters` will miss, before a model is loaded."""
+    if jax.process_index() == 0:
+        for module, extra, is_wanted in (
+            ("tensorboardX", "tensorboard", tensorboard),
+            ("wandb", "wandb", wandb),
+        ):
+            if is_wanted and importlib.util.find_spec(module) is None:
+                raise _missing(module, extra)
+
+
 def _import(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(
-            f"{extra}=True needs the package {module}: pip install '.[{extra}]'"
-        ) from error
+        raise _missing(module, extra) from error
+
+
+def _missing(module: str, extra: str) -> UserError:
+    return UserError(f"train.{extra} = True needs the package {module}: pip install '.[{extra}]'")
 
 
 def plain(value: Any) -> Any:

@@ -11,6 +11,8 @@ from typing import IO, Any
 
 import jax
 
+from opsd_jax.errors import as_named
+
 
 def in_notebook() -> bool:
     """Whether a Jupyter kernel runs this process, Colab's among them.
@@ -82,7 +84,7 @@ class ProgressLine:
         if self._before_steps:
             self._line, self._stale, self._before_steps = "", False, False
         if self._active:
-            self._say(text)
+            self._say(as_named(text))
 
     def close(self) -> None:
         """Shows the last state and ends the line."""

@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opsd_jax.errors import STAND_INS, as_named
 from opsd_jax.host.files import is_bucket, require_mounted, split_bucket
 
 if TYPE_CHECKING:
@@ -61,8 +62,7 @@ def stage_of(path: str | os.PathLike[str]) -> Stage | None:
 
 def shown(path: Path) -> str:
     """A path as its user knows it: of a file in a stage, the object's."""
-    stage = stage_of(path)
-    return str(path) if stage is None else str(stage.path_of(path))
+    return as_named(str(path))
 
 
 def remove(path: Path) -> None:
@@ -99,10 +99,11 @@ class Stage:
 
     def __init__(self, source: BucketPath):
         self.source = source
-        parent = tempfile.mkdtemp(prefix="opsd_jax_bucket_")
+        parent = os.path.realpath(tempfile.mkdtemp(prefix="opsd_jax_bucket_"))
         atexit.register(shutil.rmtree, parent, ignore_errors=True)
         self.folder = Path(parent).joinpath(*split_bucket(str(source)))
         self.folder.mkdir(parents=True)
+        STAND_INS[str(self.folder)] = str(source)
         self.lease: Lease | None = None  # of the writer that this process is
         self.removed: set[str] = set()
         self._known: dict[str, tuple[int, int]] = {}  # size and time as the bucket has them

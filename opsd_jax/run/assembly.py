@@ -275,8 +275,10 @@ def method_of(
     """What the train step of an experiment is made of."""
     train = experiment.train
     logps = jax.ShapeDtypeStruct((2, 3, 5), jnp.float32)
-    # A function of the user's is refused here, before anything is computed.
-    jax.eval_shape(entry_terms(experiment.divergence), logps, logps)
+    try:  # A function of the user's is refused here, before anything is computed.
+        jax.eval_shape(entry_terms(experiment.divergence), logps, logps)
+    except UserError as error:
+        raise UserError(f"{error}; it was given two of [B, C, V] = {logps.shape}") from None
     rollout = experiment.rollout.for_tokenizer(tokenizer.stop_ids, tokenizer.pad_id)
     reasoner = None
     if experiment.teacher.reasons:

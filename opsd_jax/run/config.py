@@ -31,7 +31,7 @@ from gin.config_parser import (
     ParserDelegate,
 )
 
-from opsd_jax.errors import UserError
+from opsd_jax.errors import UserError, as_named
 from opsd_jax.fields import check_fields
 from opsd_jax.host.identity import changed_modules
 from opsd_jax.run.experiment import Experiment
@@ -182,8 +182,7 @@ def load_experiment(
     for path in gin_files:
         if not os.path.isfile(path):
             what = "not a file" if os.path.exists(path) else "no such file"
-            raise UserError(f"--gin_file={path}: {what}")
-    gin.clear_config()
+            raise UserError(f"gin file {path}: {what}")
     files, written = GinFiles(), _Written()
     of_last_file: list[Key] = []
     with gin_errors_told(_known, _macros), _quiet_gin():
@@ -192,36 +191,71 @@ def load_experiment(
                 of_last_file = written.read(lines, files)
         own = written.read("\n".join(bindings), files)
         written.read("\n".join(defaults), files)
-        for name in (*AREAS, *written.names):
-            _register(name)
-        _forget(changed_modules(written.imports))
-        with _reading(files):
-            gin.parse_config(list(defaults))
-            gin.parse_config_files_and_bindings(
-                list(gin_files), list(bindings), finalize_config=False, skip_unknown=False
-            )
-        check_scopes(written.scopes)
-        make_absolute(gin.config._CONFIG)
-        _bind_functions()
-        gin.finalize()
+        _tell_gin(gin_files, bindings, defaults, files, written)
         areas = {name: _BUILDERS[name]() for name in AREAS}
         called = set(gin.config._OPERATIVE_CONFIG)
         _record_later_calls()
-        refused, replaced = unused(own, written.names, written.macros)
-        refused += hidden(own, called)
-        if refused:
-            raise UserError(f"--gin_bindings: {refused[0]}")
-        in_vain = [
-            *unused(of_last_file, written.names, written.macros)[0],
-            *hidden(of_last_file, called, own),
-        ]
-        replaced += [f"{gin_files[-1]}: {told}" for told in in_vain]
+        replaced, in_vain = _ignored(own, of_last_file, called, written)
         modules = sorted(statement.module for statement in gin.config._IMPORTS)  # a set
         experiment = Experiment(**areas, imports=tuple(modules))
         text = files.header(modules) + gin.operative_config_str(max_line_length=96)
-    for sentence in replaced:
-        log.warning("%s", sentence)
+    for sentence in (*replaced, *(f"{gin_files[-1]}: {told}" for told in in_vain)):
+        log.warning("%s", as_named(sentence))
     return experiment, text
+
+
+def _tell_gin(
+    gin_files: Sequence[str],
+    bindings: Sequence[str],
+    defaults: Sequence[str],
+    files: GinFiles,
+    written: _Written,
+) -> None:
+    """Has gin read a config anew, such that what it names can be called.
+
+    Args:
+      gin_files, bindings, defaults: as in `load_experiment`.
+      files: where includes are looked up.
+      written: what all of these say.
+    """
+    gin.clear_config()
+    for name in (*AREAS, *written.names):
+        _register(name)
+    _forget(changed_modules(written.imports))
+    with _reading(files):
+        gin.parse_config(list(defaults))
+        gin.parse_config_files_and_bindings(
+            list(gin_files), list(bindings), finalize_config=False, skip_unknown=False
+        )
+    check_scopes(written.scopes)
+    make_absolute(gin.config._CONFIG)
+    _bind_functions()
+    gin.finalize()
+
+
+def _ignored(
+    own: Sequence[Key],
+    of_last_file: Sequence[Key],
+    called: set[tuple[str, str]],
+    written: _Written,
+) -> tuple[list[str], list[str]]:
+    """Sentences on what is bound and changes nothing: (of the bindings, of the last file).
+
+    Args:
+      own: what the bindings bind.
+      of_last_file: what the last file binds itself.
+      called: scope and name of all that gin has called.
+      written: what the config says.
+
+    Raises:
+      UserError: a binding that cannot be meant; what another one replaced is only told.
+    """
+    refused, replaced = unused(own, written.names, written.macros)
+    refused += hidden(own, called)
+    if refused:
+        raise UserError(f"gin bindings: {refused[0]}")
+    in_vain, _ = unused(of_last_file, written.names, written.macros)
+    return replaced, in_vain + hidden(of_last_file, called, own)
 
 
 def load_run(

@@ -36,7 +36,7 @@ from opsd_jax.host.identity import (
 )
 from opsd_jax.host.lock import only_writer
 from opsd_jax.host.metrics import plain
-from opsd_jax.host.stage import local, shown
+from opsd_jax.host.stage import local
 from opsd_jax.run.assembly import load_models
 from opsd_jax.run.config import load_experiment, load_run
 from opsd_jax.run.finished_run import Restored, restore_run, say
@@ -111,7 +111,7 @@ def evaluate_held_out(
         log = stack.enter_context(GenerationLog(folder, record_of(run, evaluator), writes))
         check_same_folder(folder, log)
         if log.found:
-            say(f"{shown(folder)}: going on after {len(log.found):,} generations")
+            say(f"{folder}: going on after {len(log.found):,} generations")
         found = evaluator(run.student, run.teacher, log)
         metrics = {"step": run.step} | found.metrics
         if writes:  # while the folder is ours: in a bucket the lock's end sends them
@@ -142,7 +142,9 @@ def keep_clock(run: Restored, folder: Path) -> None:
         try:
             run.tokenizer.now = datetime.datetime.fromisoformat(began)
         except ValueError:
-            raise UserError(f"{folder}/{RECORD_FILE} is damaged; use another --out") from None
+            raise UserError(
+                f"{folder}/{RECORD_FILE} is damaged; use another folder as out"
+            ) from None
         run.identity.clock = began
 
 
@@ -157,7 +159,7 @@ def check_same_folder(folder: Path, log: GenerationLog) -> None:
         seen = multihost_utils.process_allgather(np.uint32(number))
         if len(set(seen.tolist())) > 1:
             raise UserError(
-                f"--out: {folder} has other generations on other hosts; it must be a folder that "
+                f"{folder} has other generations on other hosts; it must be a folder that "
                 "all of them see"
             )
 

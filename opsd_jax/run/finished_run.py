@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from opsd_jax.data.tokenizer import Tokenizer
-from opsd_jax.errors import UserError
+from opsd_jax.errors import UserError, as_named
 from opsd_jax.evaluation.runs import ACCURACY
 from opsd_jax.host.bucket_checkpoint import checkpoints_of
 from opsd_jax.host.checkpoint import Checkpoints
@@ -21,7 +21,7 @@ from opsd_jax.host.config_text import first_difference
 from opsd_jax.host.files import read_text
 from opsd_jax.host.guard import restored_step
 from opsd_jax.host.identity import Identity, identity_of, own_code_parts
-from opsd_jax.host.stage import local, shown
+from opsd_jax.host.stage import local
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.projection import merge_lora
 from opsd_jax.model.sharding import Rules
@@ -69,12 +69,12 @@ def restore_run(
     Raises:
       UserError: it is no training workdir, or has no such checkpoint.
     """
+    if isinstance(step, str) and step != "best":
+        raise UserError(f"step must be a number, 'best' or None, not {step!r}")
     workdir = local(workdir)
     own = workdir / "config.gin"
     if not own.exists():
-        raise UserError(
-            f"--workdir={shown(workdir)}: no config.gin there; is it a training workdir?"
-        )
+        raise UserError(f"{workdir}: no config.gin there; is it a training workdir?")
     experiment = read(str(own))
     identity = recorded_identity(workdir, say)
     identity.tell_code(own_code_parts(experiment.imports), say)
@@ -106,7 +106,7 @@ def recorded_identity(workdir: Path, say: Callable[[str], None]) -> Identity:
     meta = _checkpoints(workdir, say).meta()
     path = workdir / "config.gin"
     if meta and (difference := first_difference(meta.get("config", ""), read_text(path))):
-        raise UserError(f"{shown(path)} is not the run's own: {difference}; change it back")
+        raise UserError(f"{path} is not the run's own: {difference}; change it back")
     return identity_of(workdir, meta)
 
 
@@ -123,10 +123,10 @@ def read_state(
       say: told if the guard chose, or if a checkpoint is damaged.
     """
     if step is None and (step := restored_step(workdir)) is not None:
-        say(f"step {step} is taken: the guard ended the run (see {shown(workdir)}/guard.json)")
+        say(f"step {step} is taken: the guard ended the run (see {workdir}/guard.json)")
     with _checkpoints(workdir, say) as checkpoints:
         if isinstance(step, str) and (step := checkpoints.best_step()) is None:
-            raise UserError(f"--step=best: no checkpoint of {shown(workdir)} was evaluated")
+            raise UserError(f"no checkpoint of {workdir} was evaluated: it has no best step")
         found = checkpoints.restore_only(wanted, step)
     return found.step, found.state
 
@@ -180,4 +180,4 @@ class FinishedRun:
 def say(text: str) -> None:
     """To the terminal's error stream, once on a pod."""
     if jax.process_index() == 0:
-        print(text, file=sys.stderr)
+        print(as_named(text), file=sys.stderr)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 from opsd_jax.errors import UserError
+from opsd_jax.fields import Count, Seed, check
 from opsd_jax.host.files import is_bucket, require_mounted, split_bucket
 
 
@@ -46,6 +48,23 @@ def integer(value: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]{1,40}", value.strip()):  # int() gives up at 4,300 digits
         raise argparse.ArgumentTypeError(f"must be an integer, not {_shown(value)}")
     return int(value)
+
+
+def bounded(hint: Any) -> Callable[[str], int]:
+    """The type of an integer within an annotation's bounds, such as `fields.Count`."""
+
+    def bounded_integer(value: str) -> int:
+        found = integer(value)
+        try:
+            check("", found, hint)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error).strip()) from None
+        return found
+
+    return bounded_integer
+
+
+count, seed = bounded(Count), bounded(Seed)
 
 
 def number(value: str) -> float:

@@ -58,9 +58,9 @@ def gin_errors_told(known: Callable[[], Known], macros: Callable[[], list[str]])
         # Gin appends where the configurable was called; the first line is ours.
         raise UserError(str(error).splitlines()[0]) from None
     except tokenize.TokenError as error:
-        raise UserError(f"gin: --gin_bindings: {error.args[0]}") from None
+        raise UserError(f"gin: bindings: {error.args[0]}") from None
     except SyntaxError as error:
-        place = f"{error.filename or '--gin_bindings'}, line {error.lineno}"
+        place = f"{error.filename or 'bindings'}, line {error.lineno}"
         reason = (error.msg or "").splitlines()[-1].strip().rstrip(".")
         if reason.startswith("Failed to parse token"):
             reason += " (text stands in quotes)"
@@ -87,5 +87,5 @@ def _one_line(error: BaseException, known: Known, macros: list[str]) -> str:
         named = sorted(f"@{name}" for name in {*known} - {*AREAS})
         reason = unknown(found.group(1), named)
     where = " ".join(line for line in place if line != "^")
-    where = re.sub("In bindings string line", "in --gin_bindings line", where)
+    where = re.sub("In bindings string line", "in bindings, line", where)
     return f"{reason} {where}".rstrip()

@@ -92,7 +92,7 @@ class GinFiles:
 
     @contextmanager
     def read(self, path: str) -> Iterator[io.StringIO]:
-        """Opens what --gin_file or an include names.
+        """Opens a gin file, or what an include names.
 
         Raises:
           UserError: there is no such file, it includes itself, it is no text or it ends too early.

@@ -18,6 +18,7 @@ from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.inline import TokenView, run_html, token_view
 from opsd_jax.evaluation.runs import ACCURACY, Columns, Run, columns, newest, read_run
+from opsd_jax.fields import Count, Seed, check
 from opsd_jax.host.compilation_cache import process_programs
 from opsd_jax.host.files import is_bucket, read_json_lines
 from opsd_jax.host.progress import ProgressLine, in_notebook
@@ -186,6 +187,11 @@ def evaluate(
     if not is_run and step is not None:
         raise UserError(f"step = {step!r} does not apply to {path}, which is no training workdir")
     files = [] if gin_file is None else _listed(gin_file)
+    if not is_run and not files:
+        raise UserError(
+            f"{path} has no config.gin, so it is no training workdir; a model needs gin_file, "
+            "which says on what and how it is evaluated"
+        )
     workdir, model = (path, None) if is_run else (None, path)
     with process_programs():
         return evaluate_held_out(files, _listed(bindings), workdir, model, step, out)
@@ -205,6 +211,8 @@ def tokens(
     Raises:
       UserError: no run there, or a teacher of another shape.
     """
+    check("num", num, Count)
+    check("seed", seed, Seed)
     with process_programs():
         return token_view(write_tokens(os.fspath(workdir), step, num, seed))
 

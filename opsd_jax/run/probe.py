@@ -181,10 +181,10 @@ class Fork(NamedTuple):
 def right_answer(asked: Asked, wrong: Sequence[int]) -> dict[str, float]:
     """Whether either role, behind wrong text, would rather say the right answer than the wrong."""
     shown, run = asked.shown, asked.run
-    problems, texts = [shown.problems[b] for b in wrong], [shown.texts[b] for b in wrong]
     forks = []
-    for b, problem, graded in zip(wrong, problems, asked.grade(problems, texts), strict=True):
-        found = fork(run.tokenizer, asked.said[b], graded.answer or "", problem)
+    for b in wrong:
+        stated = shown.grades[b].answer or ""
+        found = fork(run.tokenizer, asked.said[b], stated, shown.problems[b])
         forks += [Fork(b, *found)] if found else []
     if not forks:
         return {}

@@ -13,6 +13,7 @@ import numpy as np
 
 from opsd_jax.data.attempts import Attempt, Group
 from opsd_jax.data.contexts import ContextConfig
+from opsd_jax.data.grader_pool import Grade
 from opsd_jax.data.problems import Problem, ProblemSet
 from opsd_jax.data.rendering import asked_text, render
 from opsd_jax.data.training_prompts import AfterPrompts
@@ -33,7 +34,7 @@ from opsd_jax.sampling.rollout import rollout
 class Shown(NamedTuple):
     """Rows to look at, a problem each.
 
-    problems, teacher_prompts, texts, rewards: of each row; batch: all that both roles read;
+    problems, teacher_prompts, texts, grades: of each row; batch: all that both roles read;
     completion: host arrays.
     """
 
@@ -42,7 +43,11 @@ class Shown(NamedTuple):
     batch: Batch
     completion: Completion
     texts: list[str]
-    rewards: list[float]
+    grades: list[Grade]
+
+    @property
+    def rewards(self) -> list[float]:
+        return [each.value for each in self.grades]
 
 
 def shown_rows(run: Restored, problems: ProblemSet, num: int, seed: int, grade: GradeAll) -> Shown:
@@ -72,17 +77,15 @@ def shown_rows(run: Restored, problems: ProblemSet, num: int, seed: int, grade: 
     texts = [tokenizer.decode(ids) for ids in said_ids(completion)]
     asked = [problem for problem in chosen for _ in range(size)]
     graded = grade(asked, texts)
-    rewards = [each.value for each in graded]
     if after is None:
         prompts_shown = [asked_text(contexts, problem) for problem in chosen]
-        return Shown(chosen, prompts_shown, batch, completion, texts, rewards)
+        return Shown(chosen, prompts_shown, batch, completion, texts, graded)
     attempts = [
         Attempt(after.shown(text), each.value if problem.answer else None, each.feedback)
         for problem, text, each in zip(asked, texts, graded, strict=True)
     ]
-    return _with_contexts(
-        Shown(asked, [], batch, completion, texts, rewards), attempts, size, contexts, after
-    )
+    rows = Shown(asked, [], batch, completion, texts, graded)
+    return _with_contexts(rows, attempts, size, contexts, after)
 
 
 def _with_contexts(
@@ -101,7 +104,7 @@ def _with_contexts(
         raise UserError(
             "no context of the teacher could be built from these rollouts "
             f"({', '.join(f'{statuses.count(s)} {s}' for s in sorted(set(statuses)))}); ask for "
-            "more with --num, or with another --seed"
+            "a larger num, or with another seed"
         )
     numbers = np.array([row for row, _, _ in kept.values()])
 
@@ -120,7 +123,7 @@ def _with_contexts(
         dataclasses.replace(batch, teacher=teacher, views=tuple(views)),
         take(rows.completion),
         [rows.texts[row] for row in numbers],
-        [rows.rewards[row] for row in numbers],
+        [rows.grades[row] for row in numbers],
     )
 
 

@@ -200,7 +200,7 @@ def write_tokens(workdir: str, step: int | str | None, num: int, seed: int) -> P
     run = restore_run(kept, step, load_run)
     if run.teacher is None:
         raise UserError(
-            f"--workdir={workdir}: its teacher.model is of another shape than the student, and "
+            f"{workdir}: its teacher.model is of another shape than the student, and "
             "`opsd tokens` compares weights of one shape"
         )
     train = run.experiment.train

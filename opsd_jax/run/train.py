@@ -22,16 +22,16 @@ from opsd_jax.host.compilation_cache import kept_programs
 from opsd_jax.host.config_text import first_difference
 from opsd_jax.host.files import read_metrics, read_text, write_whole
 from opsd_jax.host.goodput import Goodput
-from opsd_jax.host.guard import Guard
+from opsd_jax.host.guard import VERDICT, Guard
 from opsd_jax.host.heap import compilers_memory_returned
-from opsd_jax.host.identity import identity_of
+from opsd_jax.host.identity import OWN_CODE, identity_of, own_code_parts
 from opsd_jax.host.lock import only_writer
-from opsd_jax.host.metrics import MetricWriters
+from opsd_jax.host.metrics import MetricWriters, require_packages
 from opsd_jax.host.pod import connected_mesh, wait_for_all
 from opsd_jax.host.preemption import Preemption
 from opsd_jax.host.profile_window import ProfileWindow
 from opsd_jax.host.progress import ProgressLine
-from opsd_jax.host.stage import local, shown
+from opsd_jax.host.stage import local
 from opsd_jax.host.watchdog import Watchdog
 from opsd_jax.method.train_step import TrainState
 from opsd_jax.model.sharding import num_bytes
@@ -107,6 +107,7 @@ def prepare(
     compiling = stack.enter_context(compile_clock())
     mesh = connected_mesh(experiment.mesh)
     check_batch(settings.batch_size, settings.num_micro_batches, mesh)
+    require_packages(settings.tensorboard, settings.wandb)
     kept = settings.keep_checkpoints
     checkpoints = stack.enter_context(checkpoints_of(workdir, kept, BEST_METRIC, say))
     identity = identity_of(workdir, checkpoints.meta())
@@ -150,16 +151,49 @@ def prepare(
 def train_whole(experiment: Experiment, config_text: str, workdir: str | Path) -> Run:
     """`train` for scripts of many runs: the finished run, read back.
 
+    Of one that was finished before, only the files are read: no model and no problems, which may
+    be others by now.
+
     Raises:
-      UserError: also when the run was stopped before its last step, so that no script goes on.
+      UserError: also when the run ended before its last step, or its metrics are gone, so that no
+        script goes on.
     """
-    train(experiment, config_text, workdir)
-    run = read_run(local(workdir))
-    if run.last_step < experiment.train.num_steps:
+    workdir, name = local(workdir), str(workdir)
+    if not is_finished(experiment, config_text, workdir):
+        train(experiment, config_text, workdir)
+    run, step = read_run(workdir), saved_step(workdir)
+    if step < experiment.train.num_steps:
+        if (workdir / VERDICT).exists():
+            raise UserError(f"{name} was ended by its guard after step {step}: see {VERDICT} there")
         raise UserError(
-            f"{workdir} was stopped after step {run.last_step}; the same command goes on from there"
+            f"{name} was stopped after step {step}; the same command goes on from there"
+        )
+    if not run.history:
+        raise UserError(
+            f"{name} is trained to step {step}, but has no line in metrics.jsonl: put the file "
+            "back, or name another workdir"
         )
     return run
+
+
+def is_finished(experiment: Experiment, config_text: str, workdir: Path) -> bool:
+    """Whether a workdir holds this experiment, trained to its last step, with nothing to conclude.
+
+    Raises:
+      UserError: it holds another experiment, or one that other code was imported for.
+    """
+    step = saved_step(workdir)
+    if step < experiment.train.num_steps or not (workdir / "config.gin").exists():
+        return False
+    check_config(workdir, pinned(experiment, config_text, workdir)[1])
+    identity = identity_of(workdir, checkpoints_of(workdir).meta())
+    identity.check(OWN_CODE, own_code_parts(experiment.imports))
+    return not guard_of(experiment, workdir, step).ends_the_run
+
+
+def saved_step(workdir: Path) -> int:
+    """The step of the latest checkpoint, 0 without one: metrics.jsonl need not have every step."""
+    return max(checkpoints_of(workdir).steps(), default=0)
 
 
 def check_config(workdir: Path, config_text: str) -> None:
@@ -171,7 +205,7 @@ def check_config(workdir: Path, config_text: str) -> None:
     difference = None if text is None else first_difference(text, config_text)
     if difference is not None:
         raise UserError(
-            f"{shown(path)} belongs to another experiment: {difference}; use another --workdir, or "
+            f"{path} belongs to another experiment: {difference}; use another workdir, or "
             "the old setting"
         )
 

@@ -91,7 +91,7 @@ def test_a_damaged_line_is_named(tmp_path, line, message):
 
 def test_another_evaluation_in_the_folder_is_refused(tmp_path):
     whole = write(tmp_path, 2, {"seed": 0, "step": 5})
-    with pytest.raises(UserError, match="seed was 0 and is now 1; use another --out"):
+    with pytest.raises(UserError, match="seed was 0 and is now 1; use another folder as out"):
         GenerationLog(tmp_path, {"seed": 1, "step": 5})
     with pytest.raises(UserError, match="step was 5 and is now None"):
         GenerationLog(tmp_path, {"seed": 0})

@@ -62,3 +62,5 @@ def test_of_several_samples_the_vote_and_the_best_of_all(tmp_path):
 def test_a_run_without_evaluations_says_so(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/divergence": 0.1}\n')
     assert "no evaluation was made" in summary(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")  # it was lost, and the run resumed
+    assert summary(tmp_path) == "metrics.jsonl has no line of this run"

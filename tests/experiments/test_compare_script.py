@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """experiments/compare.py on curves whose tables are computed by hand."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,9 @@ PATH = Path(__file__).parents[2] / "experiments" / "compare.py"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("compare_script", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(PATH.parent))
+        yield importlib.import_module("compare")
 
 
 def run(*points):

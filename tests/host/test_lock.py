@@ -25,9 +25,10 @@ def test_a_second_training_or_evaluation_is_refused_and_touches_nothing(folder, 
     ):
         with only_writer(folder / name, print):
             assert main(asked) == 2
+            assert os.listdir(folder / name) == [".lock"]
         told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opsd ")]
         assert told == [f"opsd {asked[0]}: {REFUSED.format(folder / name)}"]
-        assert os.listdir(folder / name) == [".lock"]
+        assert not (folder / name).exists()
         with only_writer(folder / name, print):  # the end of the other has set it free
             pass
 
@@ -68,4 +69,31 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file is a file"):
         with only_writer(tmp_path / "file", print):
+            pass
+
+
+def test_nothing_stays_where_nothing_was_unless_something_was_written(tmp_path):
+    deep = tmp_path / "some" / "run"
+    for is_made, left in ((False, []), (True, [".lock"])):
+        if is_made:
+            deep.mkdir(parents=True)
+            (deep / ".lock").touch()
+        with pytest.raises(UserError, match="refused"), only_writer(deep, print):
+            raise UserError("refused")
+        assert sorted(path.name for path in tmp_path.rglob(".lock")) == left
+        assert deep.parent.exists() == is_made
+    with only_writer(tmp_path / "other", print):
+        (tmp_path / "other" / "config.gin").touch()
+    assert sorted(os.listdir(tmp_path / "other")) == [".lock", "config.gin"]
+
+
+def test_a_lock_that_its_owner_removed_is_nobodys(tmp_path, monkeypatch):
+    """Opened while another command held it, locked after that one has ended and removed it."""
+
+    def removed_first(file, how):
+        (tmp_path / ".lock").unlink()
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    with pytest.raises(UserError, match="another command is writing"):
+        with only_writer(tmp_path, print):
             pass

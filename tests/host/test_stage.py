@@ -3,13 +3,17 @@
 
 import pytest
 
+import opsd_jax
 from opsd_jax.errors import UserError
+from opsd_jax.evaluation.generations import GENERATIONS_FILE
 from opsd_jax.evaluation.runs import parse_workdir
-from opsd_jax.host.guard import forget_verdict, write_verdict
+from opsd_jax.host.guard import forget_verdict, restored_step, write_verdict
 from opsd_jax.host.lease import Lease
 from opsd_jax.host.lock import only_writer
 from opsd_jax.host.metrics import MetricWriters
+from opsd_jax.host.progress import ProgressLine
 from opsd_jax.host.stage import Stage, fetch, local, shown, stage_of, upload
+from opsd_jax.run.finished_run import say
 
 
 def content(folder) -> dict[str, str]:
@@ -142,3 +146,25 @@ def test_a_folder_that_is_mounted_is_itself(tmp_path):
 def test_a_workdir_of_the_report_may_be_in_a_bucket_and_have_a_label(bucket_run):
     assert parse_workdir(str(bucket_run)) == (None, local(str(bucket_run)))
     assert parse_workdir(f"OPSD={bucket_run}") == ("OPSD", local(str(bucket_run)))
+
+
+def test_messages_name_what_the_user_named_and_not_the_stage(bucket_run, capsys):
+    url, folder = str(bucket_run), local(str(bucket_run))
+    with pytest.raises(UserError, match=f"^{url}: neither config.gin"):
+        opsd_jax.load_run(url)
+    for name in ("guard.json", f"eval/a/{GENERATIONS_FILE}"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("damaged\n")
+    (folder / "metrics.jsonl").write_text('{"step": 3}\n')
+    for call, words in (
+        (lambda: opsd_jax.load_run(url).samples(2), f"^{url}/samples has no samples of step 2"),
+        (lambda: restored_step(folder), f"^{url}/guard.json is damaged"),
+        (lambda: opsd_jax.compare_evaluations(url, url), f"^{url}/eval/a is not finished"),
+    ):
+        with pytest.raises(UserError, match=words):
+            call()
+    say(f"{folder}/one: found")
+    with ProgressLine(3) as progress:
+        progress.note(f"profile: {folder}/two")
+    told = capsys.readouterr()
+    assert (told.out + told.err).splitlines() == [f"{url}/one: found", f"profile: {url}/two"]

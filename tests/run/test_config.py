@@ -120,7 +120,7 @@ def test_a_target_is_named_and_bound_in_a_gin_file():
         (["train.xyz = 3"], "train has no xyz; it has model, problems, num_steps, "),
         (
             ["trane.num_steps = 3"],
-            r"^gin: there is no trane; did you mean train\? in --gin",
+            r"^gin: there is no trane; did you mean train\? in bindings",
         ),
         (["jsonlproblems.path = 'x'"], r"no jsonlproblems; did you mean JsonlProblems\?"),
         (["qqq.x = 3"], "there is no qqq; there are Anchor, Benchmark, ChainArithmetic, "),
@@ -148,7 +148,7 @@ def test_a_target_is_named_and_bound_in_a_gin_file():
         (["divergence.clip = 'hard'"], "divergence.clip"),
         (["train.model = None"], "train.model"),
         (["train.num_steps ="], "Unable to parse"),
-        (["train.probes = ("], "--gin_bindings: .*EOF in multi-line"),
+        (["train.probes = ("], "^gin: bindings: .*EOF in multi-line"),
         (["heldoutt/ChainArithmetic.num_problems = 3"], "heldoutt/.*in use are heldout, train"),
         (
             ["heldout/evaluate.num_problems = 3"],

@@ -20,6 +20,7 @@ from opsd_jax.run.loop import Loop
 from tests.run.test_train import QUICKSTART, TINY
 
 SMALL = [*TINY, "evaluate.greedy = False", "evaluate.roles = ('student',)"]  # few programs
+RATE = "train.learning_rate = 5e-4"
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,39 @@ def test_every_experiment_is_the_same_after_it_was_written_as_gin():
         assert opsd_jax.load_experiment([], gin_lines(experiment))[0] == experiment, path
         count += 1
     assert count > 20
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda run: opsd_jax.load_run("/no/such"), "^/no/such: no such folder"),
+        (lambda run: opsd_jax.load_run(run / "samples"), "samples: neither config.gin nor metrics"),
+        (lambda run: opsd_jax.report(run, levels=[80]), "^levels: an accuracy lies in"),
+        (
+            lambda run: opsd_jax.evaluate(run / "samples"),
+            "no training workdir; a model needs gin_f",
+        ),
+        (lambda run: opsd_jax.evaluate(run, step="bst"), "step must be a number, 'best' or None"),
+        (lambda run: opsd_jax.evaluate(run, step=9), r"has no step 9, only \[\d, 3\]"),
+        (
+            lambda run: opsd_jax.evaluate(run, bindings="x.y = 1"),
+            "there is no x; .* bindings, line",
+        ),
+        (lambda run: opsd_jax.evaluate(run, bindings="X = 1"), "^gin bindings: X would be ignored"),
+        (lambda run: opsd_jax.tokens(run, num=0), "^num must be an integer >= 1, not 0"),
+        (lambda run: opsd_jax.tokens(run, seed=-1), "^seed must be an integer >= 0"),
+        (lambda run: opsd_jax.tokens(run / "samples"), "samples: no config.gin there"),
+        (lambda run: opsd_jax.load_experiment("no.gin"), "^gin file no.gin: no such file"),
+        (
+            lambda run: opsd_jax.train(QUICKSTART, run, [*SMALL, "train.num_steps = 4", RATE]),
+            "train.learning_rate was .*; use another workdir, or the old setting",
+        ),
+    ],
+)
+def test_what_is_refused_names_arguments_and_no_flag(workdir, call, words):
+    with pytest.raises(opsd_jax.UserError, match=words) as refused:
+        call(workdir)
+    assert "--" not in str(refused.value)
 
 
 def test_plot_draws_every_point_and_a_band_over_seeds(workdir):

@@ -89,7 +89,8 @@ def test_a_wrong_shape_is_refused_before_anything_is_computed(tmp_path, capsys):
     finally:
         sys.modules.pop("flat", None)
     told = capsys.readouterr().err.splitlines()[-1]
-    assert "divergence.name: @flat must return shape (2, 3, 5), not (2, 3)" in told
+    wanted = "divergence.name: @flat must return shape (2, 3, 5), not (2, 3)"
+    assert told == f"opsd train: {wanted}; it was given two of [B, C, V] = (2, 3, 5)"
     assert not (tmp_path / "run" / "config.gin").exists()
 
 

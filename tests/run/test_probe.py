@@ -160,7 +160,15 @@ def test_a_role_goes_on_from_what_was_begun_up_to_the_limit(looked_at):
 @pytest.mark.slow
 def test_the_numbers_are_of_the_rows_that_they_name(looked_at):
     run, problems, shown = looked_at
-    found = probe(run, problems, 8, 0, graded)
+    texts_graded = []
+
+    def counted(problems, texts):
+        texts_graded.extend(texts)
+        return graded(problems, texts)
+
+    found = probe(run, problems, 8, 0, counted)
+    # The student's answer once, the teacher's, and of a wrong one what both make of its half.
+    assert len(texts_graded) == 16 + 2 * found["num/wrong"]
     rewards = [float(len(text) % 2 == 0) for text in shown.texts]
     assert 0 < sum(rewards) < 8, "both kinds of answers must occur"
     assert found["student/accuracy"] == np.mean(rewards)

@@ -19,11 +19,13 @@ from opsd_jax.errors import UserError
 from opsd_jax.evaluation.evaluate import Prompt
 from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.host.checkpoint_record import read_record
+from opsd_jax.host.files import read_metrics
 from opsd_jax.host.guard import GuardConfig
 from opsd_jax.host.stage import local
 from opsd_jax.main import main
 from opsd_jax.run import inputs as inputs_module
 from opsd_jax.run import train as train_module
+from opsd_jax.run.config import load_experiment
 from opsd_jax.run.loop import BEST_METRIC
 
 ROOT = Path(__file__).parents[2]
@@ -256,7 +258,7 @@ def test_the_best_step_is_that_of_held_out_accuracy(whole, monkeypatch, capsys):
         assert main(["eval", f"--workdir={whole}", "--step=best"]) == (0 if best else 2)
     out, err = capsys.readouterr()
     assert json.loads(out)["step"] == 4
-    assert f"--step=best: no checkpoint of {whole} was evaluated" in err
+    assert f"no checkpoint of {whole} was evaluated: it has no best step" in err
 
 
 @pytest.mark.parametrize(
@@ -264,22 +266,29 @@ def test_the_best_step_is_that_of_held_out_accuracy(whole, monkeypatch, capsys):
     [
         (["train.num_stepz = 1"], "num_stepz"),
         (["train.batch_size = 7"], "multiple of"),
+        (["mesh.data = 3", "train.compilation_cache = '{tmp}/deep/run/compiled'"], "mesh.data = 3"),
+        (["train.wandb = True"], "needs the package wandb"),
         (["contexts.student_max_tokens = 1"], "dropped"),
         (["train.problems = @JsonlProblems()", "JsonlProblems.path = '{tmp}/bad.jsonl'"], ":2"),
         (["train.problems = @JsonlProblems()", "JsonlProblems.path = '/no/such'"], "/no/such"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(bindings, words, tmp_path, capsys):
+def test_bad_input_is_one_line_and_status_2(bindings, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     (tmp_path / "bad.jsonl").write_text(
         '{"question": "q", "solution": "s", "answer": "a"}\n{"question": "q", "answer": "a"}\n'
     )
     filled = [b.replace("{tmp}", str(tmp_path)) for b in bindings]
-    assert main(command(tmp_path / "run", "train.num_steps = 1", *filled)) == 2
+    assert main(command(tmp_path / "deep" / "run", "train.num_steps = 1", *filled)) == 2
     told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opsd train: ")]
     assert len(told) == 1 and words in told[0]
-    # Nothing was claimed: the corrected command runs in the same workdir.
-    assert not (tmp_path / "run" / "checkpoints").exists()
-    assert not (tmp_path / "run" / "config.gin").exists()
+    # Nothing was claimed: the corrected command runs in the same workdir, and reads the problems
+    # that were made for this one.
+    left = {path.name for path in tmp_path.glob("deep/run/*")}
+    if words == "dropped":
+        assert left == {".lock", "problems"}
+    else:
+        assert not (tmp_path / "deep").exists()
 
 
 @pytest.mark.parametrize("kept", ["all", "all but the checkpoints"])
@@ -362,16 +371,51 @@ def test_held_out_questions_that_are_trained_on_are_counted():
     assert len(said) == 1 and said[0].startswith("2 of 3 held-out problems are trained on too")
 
 
-def test_a_script_of_many_runs_does_not_go_on_after_one_that_was_stopped(tmp_path, monkeypatch):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 3}\n')
+def test_a_script_of_many_runs_does_not_go_on_after_one_that_was_not_finished(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(train_module, "train", lambda *arguments: {})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 2}\n')
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)  # of which not every step has a line
 
-    def experiment(num_steps):
-        return SimpleNamespace(train=SimpleNamespace(num_steps=num_steps))
+    def whole_of(num_steps):
+        experiment = SimpleNamespace(train=SimpleNamespace(num_steps=num_steps))
+        return train_module.train_whole(experiment, "", tmp_path)
 
-    assert train_module.train_whole(experiment(3), "", tmp_path).last_step == 3
-    with pytest.raises(UserError, match="was stopped after step 3"):
-        train_module.train_whole(experiment(4), "", tmp_path)
+    assert whole_of(3).last_step == 2
+    with pytest.raises(UserError, match="was stopped after step 3; the same command"):
+        whole_of(4)
+    (tmp_path / "guard.json").write_text("{}")
+    with pytest.raises(UserError, match="was ended by its guard after step 3: see guard.json"):
+        whole_of(4)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="is trained to step 3, but has no line in metrics.jsonl"):
+        whole_of(2)
+
+
+def test_a_script_reads_a_finished_run_and_loads_nothing(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "load_inputs", lambda *_: pytest.fail("loaded"))
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+
+    def whole_of(*bindings):
+        lines = [*TINY, "train.num_steps = 6", *bindings]
+        return train_module.train_whole(*load_experiment(QUICKSTART, lines), whole)
+
+    assert whole_of().history == read_metrics(whole / "metrics.jsonl")
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+    with monkeypatch.context() as patch:  # killed before its guard could conclude it
+        patch.setattr(train_module.Guard, "ends_the_run", True)
+        with pytest.raises(pytest.fail.Exception, match="loaded"):
+            whole_of()
+    with pytest.raises(UserError, match="train.learning_rate was"):
+        whole_of("train.learning_rate = 5e-4")
+    module = tmp_path / "own_rate_of_a_study.py"
+    module.write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="own_rate_of_a_study came in"):
+        (tmp_path / "own.gin").write_text(f"import {module.stem}\ninclude '{QUICKSTART}'\n")
+        found = load_experiment(str(tmp_path / "own.gin"), [*TINY, "train.num_steps = 6"])
+        train_module.train_whole(*found, whole)
 
 
 @pytest.mark.parametrize("which", ["problems", "heldout"])
