@@ -116,57 +116,18 @@ def _kernel(
     from jax.experimental.pallas import triton as plgpu
 
     *gains, out, new_keys, new_values = rest
-    H, half = qkv.shape[1], qkv.shape[1] // 2
-    num_rows, halves = out.shape[0], (pl.ds(0, half), pl.ds(half, half))
+    H, num_rows = qkv.shape[1], out.shape[0]
+    halves, turn = _halves(H), (cos[...][None], sin[...][None])
     mine = (jnp.arange(num_rows) < G)[:, None]
-
-    def turned(x, gain, factor):
-        """Normed, rotated and scaled, rounded as `RMSNorm` and `rotate` round."""
-        x1, x2 = (each.astype(jnp.float32) for each in x)
-        if settings.norm is not None:
-            eps, offset = settings.norm
-            square = jnp.sum(x1 * x1, axis=1) + jnp.sum(x2 * x2, axis=1)
-            root = jax.lax.rsqrt(square / H + eps)[:, None]
-            g1, g2 = (offset + gain[at].astype(jnp.float32)[None] for at in halves)
-            x1, x2 = (
-                (y.astype(qkv.dtype).astype(jnp.float32)) for y in (x1 * root * g1, x2 * root * g2)
-            )
-        c, s = cos[...][None], sin[...][None]
-        found = (x1 * c - x2 * s, x2 * c + x1 * s)
-        return [(each * factor).astype(qkv.dtype) for each in found]
-
-    wide = jnp.broadcast_to(mine, (num_rows, half))
+    wide = jnp.broadcast_to(mine, (num_rows, H // 2))
     q = [plgpu.load(qkv.at[pl.ds(0, num_rows), at], mask=wide, other=0.0) for at in halves]
-    q = turned(q, gains[0] if gains else None, scale[0])
-    k = turned([qkv[pl.ds(G, 1), at] for at in halves], gains[1] if gains else None, 1.0)
+    q = _turned(settings.norm, q, gains[0] if gains else None, turn, scale[0])
+    k = [qkv[pl.ds(G, 1), at] for at in halves]
+    k = _turned(settings.norm, k, gains[1] if gains else None, turn, 1.0)
     v = qkv[pl.ds(G + 1, 1), :]
     for at, part in zip(halves, k, strict=True):
-        new_keys[at, slot[0]] = part.reshape(half).astype(new_keys.dtype)
+        new_keys[at, slot[0]] = part.reshape(H // 2).astype(new_keys.dtype)
     new_values[slot[0], :] = v.reshape(H).astype(new_values.dtype)
-
-    def product(x, y):
-        return plgpu.dot(x.astype(y.dtype), y, allow_tf32=y.dtype != jnp.float32)
-
-    def add(of_keys, of_values, first, last, start, size, sums):
-        """The slots of a block, of those from `first` to before `last`, join the softmax."""
-        highest, total, attended = sums
-        slots, here = start + jnp.arange(size), pl.ds(start, size)
-        seen = (slots >= first) & (slots < last)
-
-        def held(ref, *at, mask):
-            shape = tuple(each.size for each in at)
-            return plgpu.load(ref.at[at], mask=jnp.broadcast_to(mask, shape), other=0.0)
-
-        scores = sum(
-            product(x, held(of_keys, at, here, mask=seen[None]))
-            for x, at in zip(q, halves, strict=True)
-        )
-        scores = jnp.where(seen[None], soft_cap(scores, settings.softcap), -jnp.inf)
-        now = jnp.maximum(highest, jnp.max(scores, axis=1))
-        weights, rescale = jnp.exp(scores - now[:, None]), jnp.exp(highest - now)
-        more = product(weights, held(of_values, here, pl.ds(0, H), mask=seen[:, None]))
-        total = total * rescale + jnp.sum(weights, axis=1)
-        return now, total, attended * rescale[:, None] + more
 
     # Its own token, which every query sees: from here on the highest score is finite.
     own = [x.astype(jnp.float32) * y.astype(jnp.float32) for x, y in zip(q, k, strict=True)]
@@ -174,17 +135,69 @@ def _kernel(
     attended = jnp.broadcast_to(v.astype(jnp.float32), (num_rows, H))
     sums = (own, jnp.ones((num_rows,), jnp.float32), attended)
     oldest = slot[0] - window[0] + 1
-    sums = add(near_keys, near_values, oldest, slot[0], 0, near_values.shape[0], sums)
-    first, size = jnp.maximum(filled[0] + oldest, 0), BLOCK
+    near = pl.ds(0, near_values.shape[0])
+    sums = _joined(settings, q, near_keys, near_values, near, (oldest, slot[0]), sums)
+    seen = jnp.maximum(filled[0] + oldest, 0), filled[0]
 
     def one(n, sums):
-        return add(keys, values, first, filled[0], n * size, size, sums)
+        return _joined(settings, q, keys, values, pl.ds(n * BLOCK, BLOCK), seen, sums)
 
-    blocks = jax.lax.div(first, size), jax.lax.div(filled[0] + size - 1, size)
+    blocks = jax.lax.div(seen[0], BLOCK), jax.lax.div(seen[1] + BLOCK - 1, BLOCK)
     _, total, attended = jax.lax.fori_loop(*blocks, one, sums)
     attended = (attended / total[:, None]).astype(out.dtype)
     mask = jnp.broadcast_to(mine, (num_rows, H))
     plgpu.store(out.at[pl.ds(0, num_rows), pl.ds(0, H)], attended, mask=mask)
+
+
+def _halves(H: int) -> tuple[Any, Any]:
+    from jax.experimental import pallas as pl
+
+    return pl.ds(0, H // 2), pl.ds(H // 2, H // 2)
+
+
+def _turned(norm, halves, gain, turn, factor) -> list[jax.Array]:
+    """The halves of heads normed, rotated and scaled, rounded as `RMSNorm` and `rotate` round."""
+    dtype, (cos, sin) = halves[0].dtype, turn
+    x1, x2 = (each.astype(jnp.float32) for each in halves)
+    if norm is not None:
+        eps, offset = norm
+        H = 2 * x1.shape[1]
+        square = jnp.sum(x1 * x1, axis=1) + jnp.sum(x2 * x2, axis=1)
+        root = jax.lax.rsqrt(square / H + eps)[:, None]
+        g1, g2 = (offset + gain[at].astype(jnp.float32)[None] for at in _halves(H))
+        x1, x2 = (y.astype(dtype).astype(jnp.float32) for y in (x1 * root * g1, x2 * root * g2))
+    found = (x1 * cos - x2 * sin, x2 * cos + x1 * sin)
+    return [(each * factor).astype(dtype) for each in found]
+
+
+def _joined(settings, q, keys, values, here, ends, sums) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The softmax (highest, total, attended) with what stands in the slots `here`, from the first
+    of `ends` to before the last."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    highest, total, attended = sums
+    slots = here.start + jnp.arange(here.size)
+    seen = (slots >= ends[0]) & (slots < ends[1])
+    H = values.shape[1]
+
+    def held(ref, *at, mask):
+        shape = tuple(each.size for each in at)
+        return plgpu.load(ref.at[at], mask=jnp.broadcast_to(mask, shape), other=0.0)
+
+    def product(x, y):
+        return plgpu.dot(x.astype(y.dtype), y, allow_tf32=y.dtype != jnp.float32)
+
+    scores = sum(
+        product(x, held(keys, at, here, mask=seen[None]))
+        for x, at in zip(q, _halves(H), strict=True)
+    )
+    scores = jnp.where(seen[None], soft_cap(scores, settings.softcap), -jnp.inf)
+    now = jnp.maximum(highest, jnp.max(scores, axis=1))
+    weights, rescale = jnp.exp(scores - now[:, None]), jnp.exp(highest - now)
+    more = product(weights, held(values, here, pl.ds(0, H), mask=seen[:, None]))
+    total = total * rescale + jnp.sum(weights, axis=1)
+    return now, total, attended * rescale[:, None] + more
 
 
 def attend_new(
