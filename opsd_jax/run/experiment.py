@@ -55,7 +55,8 @@ class TrainConfig:
       heldout: what is evaluated on; None evaluates nothing.
       num_steps: optimiser steps.
       batch_size: B, completions per step over all devices.
-      group_size: G, completions of each problem, B / G problems a step.
+      group_size: G, completions of each problem, B / G problems a step. What they have in common is
+        read once, where each device's rows of a micro-batch are whole groups.
       completions: where they come from: @StudentRollouts(), @TeacherRollouts(),
         @MixedRollouts() or @References().
       objective: what is learned from them: @Distillation(), @Likelihood(), @PolicyGradient(), or
