@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from opsd_jax.divergence.fused import vocabulary_mesh
-from opsd_jax.divergence.vocabulary import Vocabulary
+from opsd_jax.divergence.vocabulary import Vocabulary, vocabulary_mesh
 from opsd_jax.model.head import Head, head_logits
 from opsd_jax.model.sharding import axis_size
 

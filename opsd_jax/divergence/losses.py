@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax.divergence.config import DivergenceConfig, Weight
-from opsd_jax.divergence.fused import fused_divergence, vocabulary_mesh
+from opsd_jax.divergence.fused import fused_divergence
 from opsd_jax.divergence.rows import TokenDivergence, prepare_rows, row_divergence
-from opsd_jax.divergence.vocabulary import Vocabulary
+from opsd_jax.divergence.vocabulary import Vocabulary, vocabulary_mesh
 from opsd_jax.errors import UserError
 from opsd_jax.fields import check_shape
 from opsd_jax.model.head import Head, head_logits

@@ -9,10 +9,14 @@ Alphabet: V vocabulary, U = V / devices entries of the local slice, K chosen ent
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from opsd_jax.model.sharding import Axis, axis_size, length_axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,3 +106,47 @@ class Vocabulary:
         if self.axis_name is None:
             return 0
         return jax.lax.axis_index(self.axis_name) * values.shape[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabularyMesh:
+    """Where the fused divergence runs: which mesh axes split the batch and the vocabulary.
+
+    Args:
+      mesh: a concrete or abstract mesh with Auto axes, or None for one device.
+      batch_axis: axis or axes that split the rows, or None.
+      vocab_axis: axis that splits the head's vocabulary, or None.
+      length_axis: axis that splits the tokens of a row, or None.
+    """
+
+    mesh: Any = None
+    batch_axis: tuple[str, ...] | None = None
+    vocab_axis: str | None = None
+    length_axis: Axis = None
+
+    @property
+    def tokens(self) -> PartitionSpec:
+        """Of arrays [B, C, ...]."""
+        return PartitionSpec(self.batch_axis, self.length_axis)
+
+
+def vocabulary_mesh(mesh: Any, shape: Sequence[int], vocab_axis: str = "model") -> VocabularyMesh:
+    """The layout of [B, C] tokens on `mesh`, or on that of `jax.set_mesh` when `mesh` is None.
+
+    Axes that are absent, or that some outer `shard_map` already took, are left alone; rows that
+    do not divide over the batch axis are computed on every device of it.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    auto = {
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types or (), strict=True)
+        if kind == jax.sharding.AxisType.Auto and mesh.shape[name] > 1
+    }
+    if not auto:
+        return VocabularyMesh()
+    length = length_axis(mesh, shape[1]) if "sequence" in auto else None
+    others = auto - {vocab_axis, length}
+    batch_axis = tuple(name for name in mesh.axis_names if name in others) or None
+    rows_divide = shape[0] % axis_size(mesh, batch_axis) == 0
+    vocab = vocab_axis if vocab_axis in auto else None
+    return VocabularyMesh(mesh, batch_axis if rows_divide else None, vocab, length)

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from opsd_jax.divergence.config import DivergenceConfig
-from opsd_jax.divergence.fused import VocabularyMesh, vocabulary_mesh
+from opsd_jax.divergence.vocabulary import VocabularyMesh, vocabulary_mesh
 from opsd_jax.errors import UserError
 from opsd_jax.method.scoring import completion_hidden
 from opsd_jax.method.train_step import init_state, jitted_step, state_shardings, update
