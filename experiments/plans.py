@@ -167,10 +167,10 @@ def main() -> None:
     arguments = parser.parse_args()
     out = Path(arguments.out).resolve()
     wanted = [part for part in arguments.only.split(",") if part]
-    out.mkdir(parents=True, exist_ok=True)
     chosen = [name for name in cases() if all(part in name for part in wanted)]
     if not chosen:
         raise UserError(f"--only={arguments.only}: no case; the names are {', '.join(cases())}")
+    out.mkdir(parents=True, exist_ok=True)
     missing = [name for name in chosen if not (out / f"{name}.json").exists()]
     jobs = [(plan, (name, out)) for name in missing]
     in_processes(jobs, max(1, min(arguments.processes, len(jobs))), out / "log.txt")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import jax
 
@@ -67,54 +68,66 @@ def _leased(stage: Stage, folder: Path, say: Callable[[str], None]) -> Iterator[
 @contextlib.contextmanager
 def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     path = folder / ".lock"
+    file, new = _locked_file(path, say)
+    while not _is_same(file.fileno(), path):
+        file.close()  # who ended meanwhile has removed it
+        file, new = _locked_file(path, say)
+    with file:
+        try:
+            yield
+        finally:
+            if path in new:
+                _remove_unused(path, new)
+
+
+def _locked_file(path: Path, say: Callable[[str], None]) -> tuple[IO[str], list[Path]]:
+    """The file, locked, and what of it and the folders around it was made for it, innermost first.
+
+    Raises:
+      UserError: it is another's, or cannot be made.
+    """
+    folder = path.parent
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, and must be a folder")
     if path.exists() and not path.is_file():  # a pipe would be waited for without end
         raise UserError(f"{path} must be a file; remove it")
-    new = [place for place in (path, folder, *folder.parents) if not place.exists()]
+    around = (folder, *folder.parents)
+    if broken := [place for place in around if place.is_symlink() and not place.exists()]:
+        raise UserError(f"cannot write to {folder}: {broken[-1]} is a link to what is not there")
+    new = [place for place in (path, *around) if not os.path.lexists(place)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
     except OSError as error:
-        _remove_empty(new)
+        _remove_unused(path, new)
         raise UserError(f"cannot write to {folder}: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_busy = not _is_same(file.fileno(), path)
-        except BlockingIOError:
-            is_busy = True
-        except OSError as error:
-            is_busy = False
-            say(
-                f"{path} cannot be locked ({error.strerror}): make sure that no second command "
-                f"writes to {folder}"
-            )
-        if is_busy:
-            raise UserError(
-                f"another command is writing to {folder}; wait for its end, or name another folder"
-            )
-        try:
-            yield
-        finally:
-            if path in new and os.listdir(folder) == [path.name]:
-                _remove_empty(new)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"another command is writing to {folder}; wait for its end, or name another folder"
+        ) from None
+    except OSError as error:
+        say(
+            f"{path} cannot be locked ({error.strerror}): make sure that no second command "
+            f"writes to {folder}"
+        )
+    return file, new
 
 
 def _is_same(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one there: who ended meanwhile may have removed it."""
+    """Whether the open file is still the one there."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _remove_empty(places: Iterable[Path]) -> None:
-    """Removes an empty file and the folders around it, innermost first, as far as nothing else is
-    there by now."""
+def _remove_unused(path: Path, new: Sequence[Path]) -> None:
+    """Removes the file and the folders that are new, as far as nothing else is there by now."""
     with contextlib.suppress(OSError):
-        for place in places:
-            if place.is_dir():
-                place.rmdir()
-            else:
-                place.unlink(missing_ok=True)
+        if os.listdir(path.parent) in ([], [path.name]):
+            path.unlink(missing_ok=True)
+            for folder in new[1:]:
+                folder.rmdir()

@@ -71,6 +71,7 @@ import numpy as np
 
 from opsd_jax.errors import UserError
 from opsd_jax.host.files import read_metrics, read_text, write_json_lines, write_whole
+from opsd_jax.host.pod import refuse_together
 from opsd_jax.host.stage import remove
 
 Scalars = Mapping[str, Any]
@@ -231,14 +232,17 @@ class _WandB:
 
 
 def require_packages(tensorboard: bool, wandb: bool) -> None:
-    """Raises a UserError for a package that `MetricWriters` will miss, before a model is loaded."""
-    if jax.process_index() == 0:
-        for module, extra, is_wanted in (
-            ("tensorboardX", "tensorboard", tensorboard),
-            ("wandb", "wandb", wandb),
-        ):
-            if is_wanted and importlib.util.find_spec(module) is None:
-                raise _missing(module, extra)
+    """Raises a UserError for a package that `MetricWriters` will miss, before a model is loaded.
+
+    Process 0 alone writes, and on the others it need not be; all must call.
+    """
+    wanted = {"tensorboardX": ("tensorboard", tensorboard), "wandb": ("wandb", wandb)}
+    missing = [
+        _missing(module, extra)
+        for module, (extra, is_wanted) in wanted.items()
+        if is_wanted and importlib.util.find_spec(module) is None
+    ]
+    refuse_together(missing[0] if missing else None, "the writers of metrics")
 
 
 def _import(module: str, extra: str) -> Any:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -38,6 +39,20 @@ class Batch:
         if self.has_context is None:
             return jnp.zeros((), jnp.float32)
         return jnp.mean(~self.has_context, dtype=jnp.float32)
+
+
+def ungrouped(tree: Any) -> Any:
+    """The same, of which adjacent rows need not have a prompt in common: for rows that are picked.
+
+    Args:
+      tree: a `Batch`, a `Context` or a tree of them.
+    """
+    is_context = lambda x: isinstance(x, Context)  # noqa: E731
+
+    def apart(leaf: Any) -> Any:
+        return dataclasses.replace(leaf, copies=1) if is_context(leaf) else leaf
+
+    return jax.tree.map(apart, tree, is_leaf=is_context)
 
 
 class Policy(NamedTuple):

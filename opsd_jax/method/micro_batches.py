@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from opsd_jax.method.batch import Batch
+from opsd_jax.method.batch import Batch, ungrouped
 from opsd_jax.model.sharding import placed, whole_groups
-from opsd_jax.sampling.prompts import Completion, Context
+from opsd_jax.sampling.prompts import Completion
 
 
 class MicroBatch(NamedTuple):
@@ -63,23 +63,13 @@ def strided(rows: MicroBatch, num_parts: int) -> MicroBatch:
     """[A, B / A, ...] of [B, ...]: part i holds rows i, i + A, i + 2A, …, or groups of rows."""
     G = whole_groups(rows.numbers.size // num_parts, rows.batch.student.copies)
     if G == 1:
-        rows = mixed(rows)
+        rows = ungrouped(rows)
 
     def split(x):
         parts = x.reshape(-1, num_parts, G, *x.shape[1:]).swapaxes(0, 1)
         return parts.reshape(num_parts, -1, *x.shape[1:])
 
     return jax.tree.map(split, rows)
-
-
-def mixed(rows: MicroBatch) -> MicroBatch:
-    """The same, of which adjacent ones need not have a prompt in common."""
-
-    def each(context: Any) -> Any:
-        return dataclasses.replace(context, copies=1) if isinstance(context, Context) else context
-
-    is_context = lambda x: isinstance(x, Context)  # noqa: E731
-    return rows._replace(batch=jax.tree.map(each, rows.batch, is_leaf=is_context))
 
 
 def split_by_length(rows: MicroBatch, num_parts: int) -> MicroBatch:
@@ -93,7 +83,7 @@ def split_by_length(rows: MicroBatch, num_parts: int) -> MicroBatch:
         parts = x[order].reshape(num_parts, -1, *x.shape[1:])
         return placed(parts, None, "batch", *[None] * (parts.ndim - 2))
 
-    return jax.tree.map(split, mixed(rows))
+    return jax.tree.map(split, ungrouped(rows))
 
 
 def widths(longest: int, num: int) -> list[int]:

@@ -117,7 +117,8 @@ def padded_lengths(experiment: Experiment, widths: Widths) -> Lengths:
     completion = np.full(size, experiment.rollout.max_new_tokens)
     contexts = experiment.training_contexts
     views = (teacher,) * len(contexts.views)
-    return Lengths(student, teacher, completion, views, bool(contexts.after_rollout))
+    own = tuple(map(contexts.is_after, contexts.teachers))
+    return Lengths(student, teacher, completion, views, own)
 
 
 def floor_of(plan: Plan, target: Target, widths: Widths) -> Seconds | None:

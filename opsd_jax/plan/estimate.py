@@ -99,8 +99,9 @@ def scored_in_groups(parts: Assembly, num_rows: int) -> Method:
     """The method, of groups of 1 where the update reads each row's prompt."""
     method, mesh = parts.method, parts.mesh
     rows = num_rows // method.num_micro_batches
-    alone = rows % (method.group_size * axis_size(mesh, rows_axis(mesh)))
-    if alone or "sequence" in mesh.shape:
+    alone = rows % (method.group_size * axis_size(mesh, rows_axis(mesh))) > 0
+    by_length = method.num_micro_batches > 1 and method.num_widths > 1
+    if alone or by_length or "sequence" in mesh.shape:
         return dataclasses.replace(method, group_size=1)
     return method
 

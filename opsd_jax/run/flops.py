@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from operator import not_
 from typing import NamedTuple
 
 import numpy as np
@@ -25,14 +26,15 @@ from opsd_jax.model.config import ModelConfig
 class Lengths(NamedTuple):
     """Tokens of each row of a global batch, [B] int.
 
-    views: of the teacher's further prompts; own: the teacher's prompts differ within a group.
+    views: of the teacher's further prompts; own: for the teacher's and each of these, whether they
+    differ within a group; () is none.
     """
 
     student: np.ndarray  # prompt
     teacher: np.ndarray  # prompt
     completion: np.ndarray
     views: tuple[np.ndarray, ...] = ()
-    own: bool = False
+    own: tuple[bool, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +154,9 @@ def readings(method: Method, lengths: Lengths) -> list[tuple[ModelConfig, np.nda
         found.append((config, lengths.student, True))
     if any(getattr(term, "reads_teacher", True) for term in terms):
         teacher = method.external.config if method.external else config
-        shared = not lengths.own
-        found += [(teacher, prompts, shared) for prompts in (lengths.teacher, *lengths.views)]
+        contexts = (lengths.teacher, *lengths.views)
+        own = lengths.own or (False,) * len(contexts)
+        found += [(teacher, *each) for each in zip(contexts, map(not_, own), strict=True)]
         if method.divergence.target is not None and not lengths.views:  # without privilege
             found.append((teacher, lengths.student, True))
     return found

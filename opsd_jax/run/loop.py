@@ -263,9 +263,9 @@ class Loop:
             "time/update_s": step_s - self._rollout_s,
         }
         student, teacher, *views = step.prompts
-        lengths = Lengths(
-            student, teacher, rows["rows/tokens"], tuple(views), bool(step.taken.lengths)
-        )
+        teachers = self.experiment.training_contexts.teachers
+        own = tuple(name in step.taken.lengths for name in teachers)
+        lengths = Lengths(student, teacher, rows["rows/tokens"], tuple(views), own)
         metrics |= self.meter.line(step.number, lengths, tokens, self._rollout_s, step_s)
         metrics |= evaluated or {}
         self.writers.write(step.number, metrics)

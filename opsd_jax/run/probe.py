@@ -30,6 +30,7 @@ from opsd_jax.evaluation import forecast
 from opsd_jax.evaluation.evaluate import sample_keys
 from opsd_jax.host.files import require_writable, write_whole
 from opsd_jax.host.identity import identity_of
+from opsd_jax.method.batch import ungrouped
 from opsd_jax.method.scoring import completion_hidden
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.head import head_logits, output_head
@@ -193,7 +194,7 @@ def right_answer(asked: Asked, wrong: Sequence[int]) -> dict[str, float]:
     values: dict[str, np.ndarray] = {}
     compiled = jax.jit(partial(two_logps, run.parts.model))
     for role in forecast.ROLES:
-        context = jax.tree.map(lambda x: np.asarray(x)[rows], asked.contexts[role])
+        context = jax.tree.map(lambda x: np.asarray(x)[rows], ungrouped(asked.contexts[role]))
         logps = on_mesh(compiled, run.parts.mesh, run.parts.rules)(
             asked.variables[role], context, completion, places, np.stack([right, wrong_ids], 1)
         )

@@ -18,7 +18,7 @@ from opsd_jax.data.problems import Problem, ProblemSet
 from opsd_jax.data.rendering import asked_text, render
 from opsd_jax.data.training_prompts import AfterPrompts
 from opsd_jax.errors import UserError
-from opsd_jax.method.batch import Batch, Policy
+from opsd_jax.method.batch import Batch, Policy, ungrouped
 from opsd_jax.method.reason_first import Reasoner
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.sharding import on_mesh
@@ -109,7 +109,7 @@ def _with_contexts(
     numbers = np.array([row for row, _, _ in kept.values()])
 
     def take(tree: Any) -> Any:
-        return jax.tree.map(lambda x: np.asarray(x)[numbers], tree)
+        return jax.tree.map(lambda x: np.asarray(x)[numbers], ungrouped(tree))
 
     batch = take(rows.batch)
     known = dict(zip(contexts.teachers, (batch.teacher, *batch.views), strict=True))

@@ -4,6 +4,7 @@
 import errno
 import fcntl
 import os
+import shutil
 
 import pytest
 
@@ -87,13 +88,33 @@ def test_nothing_stays_where_nothing_was_unless_something_was_written(tmp_path):
     assert sorted(os.listdir(tmp_path / "other")) == [".lock", "config.gin"]
 
 
-def test_a_lock_that_its_owner_removed_is_nobodys(tmp_path, monkeypatch):
+def test_a_lock_that_its_owner_removed_is_made_again(tmp_path, monkeypatch):
     """Opened while another command held it, locked after that one has ended and removed it."""
+    numbers = []
 
     def removed_first(file, how):
-        (tmp_path / ".lock").unlink()
+        numbers.append(os.fstat(file.fileno()).st_nlink)
+        if len(numbers) == 1:
+            (tmp_path / "run" / ".lock").unlink()
+            (tmp_path / "run").rmdir()
 
     monkeypatch.setattr(fcntl, "flock", removed_first)
-    with pytest.raises(UserError, match="another command is writing"):
-        with only_writer(tmp_path, print):
-            pass
+    with only_writer(tmp_path / "run", print):
+        assert len(numbers) == 2 and (tmp_path / "run" / ".lock").exists()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_link_to_what_is_not_there_is_named_and_stays(tmp_path):
+    link = tmp_path / "runs"
+    link.symlink_to(tmp_path / "not_mounted")
+    for place in (link, link / "some" / "run"):
+        with pytest.raises(UserError, match=f"{link} is a link to what is not there"):
+            with only_writer(place, print):
+                pass
+        assert link.is_symlink()
+
+
+def test_the_reason_is_told_though_the_folder_is_gone(tmp_path):
+    with pytest.raises(UserError, match="the true reason"), only_writer(tmp_path / "run", print):
+        shutil.rmtree(tmp_path / "run")
+        raise UserError("the true reason")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Teacher contexts out of a step's graded attempts, of a model whose texts are hostile."""
 
+import contextlib
 import json
 import logging
 import re
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,12 +22,17 @@ from opsd_jax.errors import UserError
 from opsd_jax.host.files import read_metrics
 from opsd_jax.host.preemption import Preemption
 from opsd_jax.main import main
-from opsd_jax.method.batch import Batch
+from opsd_jax.method.batch import Batch, ungrouped
 from opsd_jax.model.sharding import MeshConfig, make_mesh, shard_batch
 from opsd_jax.pretrained.export import save_pretrained
 from opsd_jax.run import stepping
 from opsd_jax.run.after_rollout import AfterRollout, check_groups
+from opsd_jax.run.config import load_experiment
 from opsd_jax.run.graded_rows import Graded
+from opsd_jax.run.probe import untrained_run
+from opsd_jax.run.shown_rows import shown_rows
+from opsd_jax.run.tokens import compared
+from opsd_jax.run.train import grading
 from opsd_jax.sampling.prompts import Context
 from tests.data.test_tokenizer import byte_tokenizer
 from tests.pods import run_pod
@@ -395,6 +402,25 @@ def test_evaluation_and_tokens_say_what_the_teacher_is_asked(folder, capsys):
         assert line["teacher_prompt"].startswith(start)
         assert f"{len(line['completion'])} characters right: " in line["teacher_prompt"]
         assert "".join(token["text"] for token in line["tokens"]) == line["completion"]
+
+
+@pytest.mark.slow
+def test_rows_that_are_shown_are_of_as_many_prompts(folder, monkeypatch):
+    """One of each group: that its rows had a prompt in common says nothing of those beside it."""
+    monkeypatch.syspath_prepend(str(folder))
+    bindings = ["contexts.views = ('answer',)", "divergence.target = @target_mean"]
+    bindings.append("contexts.teacher = '{question} own: {attempt}'")
+    experiment, _ = load_experiment([str(folder / "run.gin")], bindings)
+    run = untrained_run(experiment, str(folder))
+    problems = experiment.train.problems.load(str(folder))
+    with contextlib.ExitStack() as stack:
+        shown = shown_rows(run, problems, 8, 0, grading(problems, 0, stack))
+    assert len({problem.id for problem in shown.problems}) == 8
+    batch = jax.tree.map(jnp.asarray, ungrouped(shown.batch))
+    expected = compared(run, shown._replace(batch=batch)).terms
+    found = compared(run, shown).terms
+    np.testing.assert_allclose(found.divergence, expected.divergence, atol=1e-5)
+    np.testing.assert_allclose(found.student_logps, expected.student_logps, atol=1e-5)
 
 
 @pytest.mark.slow

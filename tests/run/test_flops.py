@@ -126,7 +126,13 @@ def test_a_step_counts_who_writes_and_who_reads():
     )]  # fmt: skip
     of_a_group = read[0] - again[0], learn - again[1] + read[1] - again[2]
     assert step_flops(method(group_size=2), LENGTHS) == pytest.approx(of_a_group)
-    own = step_flops(method(group_size=2), LENGTHS._replace(own=True))
+    two = LENGTHS._replace(views=(LENGTHS.student,))
+    both, one, none = (
+        step_flops(method(group_size=2), two._replace(own=own))[1]
+        for own in ((True, True), (False, True), (False, False))
+    )
+    assert both - one == pytest.approx(again[2]) and one - none == pytest.approx(again[0])
+    own = step_flops(method(group_size=2), LENGTHS._replace(own=(True,)))
     assert own == pytest.approx((of_a_group[0], of_a_group[1] + again[2]))
     grpo = method(objective=PolicyGradient(), num_updates=2)
     assert step_flops(grpo, LENGTHS) == (read[0], 2 * learn)
