@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -31,7 +32,7 @@ from opsd_jax.run.config import load_experiment
 from opsd_jax.run.graded_rows import Graded
 from opsd_jax.run.probe import untrained_run
 from opsd_jax.run.shown_rows import shown_rows
-from opsd_jax.run.tokens import compared
+from opsd_jax.run.tokens import compare_tokens
 from opsd_jax.run.train import grading
 from opsd_jax.sampling.prompts import Context
 from tests.data.test_tokenizer import byte_tokenizer
@@ -416,9 +417,12 @@ def test_rows_that_are_shown_are_of_as_many_prompts(folder, monkeypatch):
     with contextlib.ExitStack() as stack:
         shown = shown_rows(run, problems, 8, 0, grading(problems, 0, stack))
     assert len({problem.id for problem in shown.problems}) == 8
-    batch = jax.tree.map(jnp.asarray, ungrouped(shown.batch))
-    expected = compared(run, shown._replace(batch=batch)).terms
-    found = compared(run, shown).terms
+    method, batch = run.parts.method, jax.tree.map(jnp.asarray, shown.batch)
+    compare = jax.jit(partial(compare_tokens, method.model, method.divergence))  # on one device
+    found, expected = (
+        compare(run.student, run.teacher, each, shown.completion).terms
+        for each in (batch, ungrouped(batch))
+    )
     np.testing.assert_allclose(found.divergence, expected.divergence, atol=1e-5)
     np.testing.assert_allclose(found.student_logps, expected.student_logps, atol=1e-5)
 
