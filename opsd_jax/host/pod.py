@@ -171,8 +171,9 @@ def refuse_together(refusal: UserError | None, what: str) -> None:
     wait_for_all()
     if jax.process_count() > 1:
         fine = multihost_utils.broadcast_one_to_all(np.asarray(refusal is None))
-        if refusal is None and not fine:
-            refusal = UserError(f"{what} cannot be used; process 0 tells why")
+        if jax.process_index() > 0:
+            told = UserError(f"{what} cannot be used; process 0 tells why")
+            refusal = None if fine else told
     if refusal is not None:
         raise refusal
 
