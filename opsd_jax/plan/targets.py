@@ -109,7 +109,9 @@ def tpu_slice(text: str, chip: str, shape: list[int]) -> Target:
 
 def cuda_hosts(text: str, chip: str, shape: list[int]) -> Target:
     """Hosts of NVIDIA cards, described to the CUDA plugin."""
-    if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+    # The parent first: a dotted name raises where its parent is not installed.
+    parts = ("jax_plugins", "jax_plugins.xla_cuda12")
+    if not all(importlib.util.find_spec(part) for part in parts):
         raise UserError(
             f"--target={text} needs the CUDA compiler: pip install 'opsd_jax[plan-cuda]'"
         )
