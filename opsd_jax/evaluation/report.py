@@ -36,7 +36,7 @@ from opsd_jax.evaluation.runs import (
     token_ratio,
 )
 from opsd_jax.host.files import read_json_lines, write_whole
-from opsd_jax.host.guard import Alarm, alarms
+from opsd_jax.host.guard import Alarm, alarms, is_watched
 
 # x axis -> its metric, and what its numbers are multiplied by.
 COSTS = {
@@ -112,10 +112,12 @@ def page(groups: Sequence[Group], name: str, levels: Sequence[float]) -> str:
             name=name or " / ".join(group.label for group in groups),
             style=style,
             script=script,
-            num_runs=counted(sum(len(group.runs) for group in groups), "run"),
+            total_runs=(total := sum(len(group.runs) for group in groups)),
+            num_runs=counted(total, "run"),
             num_methods=counted(len(groups), "method"),
             first=groups[0].label,
             alarms=list(all_alarms(groups)),
+            unmeasured=list(unmeasured(groups)),
             level_names=["", *(f"{level:g}" for level in levels)],
             levels=[level_row(groups, group, levels) for group in groups],
             summary=[summary_row(group) for group in groups],
@@ -201,8 +203,22 @@ def all_alarms(groups: Sequence[Group]) -> Iterable[tuple[str, Alarm]]:
     """(run, what went wrong with it)."""
     for group in groups:
         for run in group.runs:
-            where = f"{group.label}, {run.workdir.name}" if len(group.runs) > 1 else group.label
-            yield from ((where, alarm) for alarm in alarms(run.guard, run.history))
+            yield from ((named(group, run), alarm) for alarm in alarms(run.guard, run.history))
+
+
+def unmeasured(groups: Sequence[Group]) -> Iterable[tuple[str, str]]:
+    """(run, what of it no alarm could tell, as it was not measured)."""
+    for group in groups:
+        for run in group.runs:
+            if not is_watched(run.guard, run.history):
+                yield named(group, run), "nothing was measured that would show a collapse"
+            elif not len(run.series(ACCURACY)):
+                yield named(group, run), "never evaluated, so that a fall of accuracy was not seen"
+
+
+def named(group: Group, run: Run) -> str:
+    """A run in words: its method, and its folder where the method has several runs."""
+    return f"{group.label}, {run.workdir.name}" if len(group.runs) > 1 else group.label
 
 
 def level_row(groups: Sequence[Group], group: Group, levels: Sequence[float]) -> list[Cell]:
@@ -215,6 +231,9 @@ def level_row(groups: Sequence[Group], group: Group, levels: Sequence[float]) ->
         else:
             text, short = own.spread, own.num_reached < own.num_runs
             note = f"{own.num_reached} of {own.num_runs} runs reached it" if short else ""
+        if missing := len(group.runs) - own.num_runs:
+            text, note = (text, note) if own.num_runs else ("not measured", "")
+            note += ("; " if note else "") + f"{counted(missing, 'run')} never evaluated"
         ratio = token_ratio(first, own) if group is not groups[0] else None
         if ratio is not None:
             note += ("; " if note else "") + ("> " if ratio[1] else "") + f"{ratio[0]:.2f} ×"
@@ -249,12 +268,11 @@ def counted(number: int, noun: str) -> str:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """mean ± sd, or the one value; a dash without any."""
+    """mean ± sd of several values, equal ones too, or the one value; a dash without any."""
     if not values:
         return "–"
     mean = format(np.mean(values), form)
-    equal = len(set(values)) == 1
-    return mean if equal else f"{mean} ± {format(np.std(values, ddof=1), form)}"
+    return mean if len(values) == 1 else f"{mean} ± {format(np.std(values, ddof=1), form)}"
 
 
 def setting_rows(groups: Sequence[Group]) -> Iterable[list[Cell]]:
@@ -287,5 +305,4 @@ def token_view(group: Group, run: Run) -> Iterable[dict[str, Any]]:
     path = newest(run.workdir / "tokens")
     rows = [] if path is None else read_token_samples(path)
     if rows:
-        label = group.label if len(group.runs) == 1 else f"{group.label}, {run.workdir.name}"
-        yield {"label": label, "step": rows[0]["step"], "samples": rows}
+        yield {"label": named(group, run), "step": rows[0]["step"], "samples": rows}

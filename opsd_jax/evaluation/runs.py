@@ -259,9 +259,9 @@ def tokens_to_reach(run: Run, level: float) -> float | None:
 class Reach(NamedTuple):
     """What a group needs for one level.
 
-    num_reached of num_runs; mean and sd (None for one run) of the tokens of those that reached
-    it; at_least: mean over all runs, where one that did not reach it counts with all it
-    generated: a lower bound of what the method needs.
+    num_reached of num_runs, those that were ever evaluated; mean and sd (None for one run) of the tokens of those that reached
+    it; at_least: mean over these runs, where one that did not reach it counts with all it
+    generated: a lower bound of what the method needs. NaN where none was evaluated.
     """
 
     num_reached: int
@@ -277,25 +277,27 @@ class Reach(NamedTuple):
 
 
 def reach(group: Group, level: float) -> Reach:
-    """Tokens to a level over the runs of a group."""
-    needed = [tokens_to_reach(run, level) for run in group.runs]
+    """Tokens to a level over the runs of a group that were evaluated."""
+    runs = [run for run in group.runs if len(run.series(ACCURACY, TOKENS))]
+    needed = [tokens_to_reach(run, level) for run in runs]
     found = np.array([n for n in needed if n is not None])
-    bounds = [r.num_tokens if n is None else n for r, n in zip(group.runs, needed, strict=True)]
+    bounds = [r.num_tokens if n is None else n for r, n in zip(runs, needed, strict=True)]
     return Reach(
         num_reached=len(found),
         num_runs=len(needed),
         mean=float(found.mean()) if len(found) else None,
         sd=float(found.std(ddof=1)) if len(found) > 1 else None,
-        at_least=float(np.mean(bounds)),
+        at_least=float(np.mean(bounds)) if bounds else float("nan"),
     )
 
 
 def token_ratio(first: Reach, other: Reach) -> tuple[float, bool] | None:
     """(tokens of `other` / tokens of `first`, whether that is only a lower bound).
 
-    None where nothing can be said: the first method does not always get there, or needs nothing.
+    None where nothing can be said: the first method does not always get there, or needs nothing,
+    or the other was never evaluated.
     """
-    if first.num_reached < first.num_runs or not first.mean:
+    if first.num_reached < first.num_runs or not first.mean or not other.num_runs:
         return None
     return other.at_least / first.mean, other.num_reached < other.num_runs
 

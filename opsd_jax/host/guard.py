@@ -87,6 +87,15 @@ def alarms(config: GuardConfig, history: Iterable[Mapping[str, Any]]) -> list[Al
     return guard.alarms
 
 
+def is_watched(config: GuardConfig, history: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a run was measured enough for any alarm: a whole window, an evaluation, a probe."""
+    guard, leaks = Guard(config), False
+    for line in history:
+        guard.see(line)
+        leaks = leaks or number(line, "probe/teacher/leak") is not None
+    return bool(guard.first or guard.best or leaks)
+
+
 class Guard:
     """`alarms`, one line at a time; each alarm rings once.
 

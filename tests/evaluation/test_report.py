@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from opsd_jax.evaluation.report import page
-from opsd_jax.evaluation.runs import Group, read_run
+from opsd_jax.evaluation.runs import Group, group_runs, read_run
 from opsd_jax.main import main
 from tests.browser import Page
 
@@ -103,7 +103,35 @@ def test_alarms_stand_on_top(written):
     text = written.read_text()
     top = text.split('id="legend"')[0]
     assert "<b>slow: length</b> at step 11" in top  # mean of five is 32 or more, twice the 14
-    assert top.count("<li>") == 1
+    assert top.count("<li><b>") == 1
+
+
+def test_what_was_not_measured_is_said_so(tmp_path):
+    """A run that was never evaluated has not failed to reach anything, nor shown to be sound."""
+    blind = [write_run(tmp_path / f"blind_seed{seed}", seed, 0.01) for seed in (0, 1)]
+    for folder in blind:
+        lines = [json.loads(t) for t in (folder / "metrics.jsonl").read_text().splitlines()[:31]]
+        kept = [{k: v for k, v in line.items() if "eval/" not in k} for line in lines]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    seen = write_run(tmp_path / "seen", 2, 0.012)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.gin").write_text("")
+    text = page(group_runs([read_run(f) for f in (*blind, seen, tmp_path / "begun")]), "", (0.6,))
+    rows = cells(text, "Generated tokens to reach an accuracy")[1:]
+    assert rows[0] == ["blind", "not measured 2 runs never evaluated"]
+    assert rows[1][1] == "7,143"
+    assert rows[2] == ["begun", "not measured 1 run never evaluated"]
+    # Two seeds that agree are two seeds still.
+    runs = cells(text, "<h2>Runs</h2>")[1:]
+    assert runs[0][1:5] == ["2", "30 ± 0", "30,000 ± 0", "1.0 ± 0.0"] and runs[1][2] == "30"
+    assert "No other run shows a sign of collapse" in text
+    assert "<li>blind, blind_seed1: never evaluated, so that a fall" in text
+    assert "<li>begun: nothing was measured that would" in text
+    mixed = Group("mixed", [read_run(seen), read_run(blind[0])])
+    text = page([mixed], "", (0.6,))
+    assert "1 run never evaluated" in cells(text, "to reach an accuracy")[1][1]
+    text = page([Group("blind", [read_run(blind[0])])], "", (0.6,))
+    assert "shows a sign" not in text and "not reached" not in text
 
 
 def test_nothing_in_the_page_can_end_its_script_or_leave_it(written):
