@@ -37,6 +37,7 @@ MEASURED = {
     "from_wrong": "right, from half a wrong answer",
     "right_answer": "right answer behind wrong text",
 }
+NATS = "nats per token"
 _NO_GAP = 1e-3  # nats per token; the quickstart's has 0.1 to 0.3, one learned in full 0.01
 _LEAK = 0.5  # of P(right answer) behind wrong text, above the student's own
 
@@ -107,8 +108,14 @@ def role_metrics(what: str, values: Mapping[str, Sequence[float] | np.ndarray]) 
     return found
 
 
-def table(found: Metrics) -> str:
-    """The numbers for a terminal: roles side by side, then the gap on all, right, wrong answers."""
+def table(found: Metrics, divergence: str = "divergence", unit: str = NATS) -> str:
+    """The numbers for a terminal: roles side by side, then the gap on all, right, wrong answers.
+
+    Args:
+      found: the numbers.
+      divergence: its name.
+      unit: of the gap; of a user's own divergence it is not known to be nats.
+    """
     lines = [
         f"{found['num/all']:,.0f} answers of the student's, {found['num/tokens']:,.0f} tokens: "
         f"{found['num/right']:,.0f} right, {found['num/wrong']:,.0f} wrong"
@@ -121,14 +128,14 @@ def table(found: Metrics) -> str:
             lines.append(_line(name, *(_cell(found, f"{role}/{what}") for role in ROLES)))
     named = [name for name in ROWS if found[f"num/{name}"]]
     lines += ["", _line("", *(f"{name} answers" for name in named))]
-    for what, words in (("gap", "divergence, nats per token"), ("agreement", "same first choice")):
+    for what, words in (("gap", f"{divergence}, {unit}"), ("agreement", "same first choice")):
         lines.append(_line(words, *(_cell(found, f"{what}/{name}") for name in named)))
     shares = (
         f"{found[f'first/{k}']:.0%} in the first {k if k > 1 else 'token'}"
         f" ({found[f'first/{k}_of_tokens']:.0%} of the tokens)"
         for k in FIRST
     )
-    if found["num/tokens"]:
+    if not math.isnan(found["first/1"]):
         lines += ["", f"of the divergence: {', '.join(shares)}"]
     if probes := [f"{n} {v:.3f}" for n, v in found.items() if n.startswith("probe/")]:
         lines.append(f"the task's own probes: {', '.join(probes)}")
@@ -164,7 +171,7 @@ def difference(found: Metrics, what: str) -> tuple[float, float]:
 ADVICE = {
     "silent": "The student says nothing: see both prompts with opsd data.",
     "no gap": (
-        "Nothing to learn: the teacher is {gap:.1g} nats per token from the student; show it "
+        "Nothing to learn: the teacher is {gap:.1g} {unit} from the student; show it "
         "something more in contexts.teacher (opsd data prints both prompts)."
     ),
     "worse": (
@@ -202,11 +209,12 @@ ADVICE = {
 }
 
 
-def advice(found: Metrics) -> str:
+def advice(found: Metrics, unit: str = NATS) -> str:
     """One sentence, of `kind`."""
     ahead, error = difference(found, "accuracy")
     return ADVICE[kind(found)].format(
         gap=found["gap/all"],
+        unit=unit,
         error=error,
         less=-ahead,
         mends=difference(found, "from_wrong")[0],

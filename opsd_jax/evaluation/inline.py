@@ -19,7 +19,7 @@ from opsd_jax.errors import UserError
 from opsd_jax.evaluation.compare import LEVEL, Difference, compare
 from opsd_jax.evaluation.plot import Workdir, grouped, plot
 from opsd_jax.evaluation.report import environment, page
-from opsd_jax.evaluation.runs import ACCURACY, Run, read_token_samples
+from opsd_jax.evaluation.runs import ACCURACY, Run, read_token_samples, unit_of
 from opsd_jax.evaluation.summary import summary
 from opsd_jax.host.files import write_whole
 
@@ -89,12 +89,13 @@ class TokenView:
     def _repr_html_(self) -> str:
         every = [token["divergence"] or 0.0 for s in self.samples for token in s["tokens"]]
         top = sorted(every)[int(0.98 * (len(every) - 1))] if every else 0.0
+        unit = unit_of(self.samples)
         rows = [
-            {**sample, "tokens": [_token(token, top or 1.0) for token in sample["tokens"]]}
+            {**sample, "tokens": [_token(token, top or 1.0, unit) for token in sample["tokens"]]}
             for sample in self.samples
         ]
         step = self.samples[0]["step"] if self.samples else "–"
-        return filled("tokens", step=step, top=top, samples=rows)
+        return filled("tokens", step=step, top=top, unit=unit, samples=rows)
 
 
 def token_view(path: Path) -> TokenView:
@@ -102,10 +103,10 @@ def token_view(path: Path) -> TokenView:
     return TokenView(read_token_samples(path))
 
 
-def _token(token: Mapping[str, Any], top: float) -> dict[str, Any]:
+def _token(token: Mapping[str, Any], top: float, unit: str) -> dict[str, Any]:
     """What is shown of a token: its text, how dark, and what stands beside it when pointed at."""
     text = token["text"].replace("\n", "⏎\n") + ("■" if token["stop"] else "")
-    told = [f"divergence {token['divergence']} nats"]
+    told = [f"divergence {token['divergence']}{unit}"]
     for side in ("teacher", "student"):
         likely = (f"{text or f'id {id}'!r} {prob}" for id, text, prob in token[f"{side}_top"])
         told.append(f"{side}: {', '.join(likely)}")

@@ -27,6 +27,7 @@ from opsd_jax.evaluation.runs import (
     band,
     differing_settings,
     group_runs,
+    in_nats,
     newest,
     parse_workdir,
     reach,
@@ -34,6 +35,7 @@ from opsd_jax.evaluation.runs import (
     read_token_samples,
     thinned,
     token_ratio,
+    unit_of,
 )
 from opsd_jax.host.files import read_json_lines, write_whole
 from opsd_jax.host.guard import Alarm, alarms, is_watched
@@ -46,7 +48,7 @@ COSTS = {
 }
 # metric -> title of its chart against steps; a metric that no run has is left out.
 CURVES = {
-    "loss/divergence": "divergence of student and teacher, unclipped, nats per token",
+    "loss/divergence": "divergence of student and teacher, unclipped",
     "loss/divergence_right": "divergence on completions graded right",
     "loss/divergence_wrong": "divergence on completions graded wrong",
     "loss/clip_fraction": "share of tokens whose divergence was clipped",
@@ -189,7 +191,20 @@ def curve_charts(groups: Sequence[Group]) -> Iterable[dict[str, Any]]:
     for metric, title in CURVES.items():
         series = chart(groups, metric, "step")
         if series:
-            yield {"place": "curves", "title": title, "x": "steps", "series": series}
+            title, note = divergence_told(groups, metric, title)
+            yield {"place": "curves", "title": title, "note": note, "x": "steps", "series": series}
+
+
+def divergence_told(groups: Sequence[Group], metric: str, title: str) -> tuple[str, str]:
+    """(title, note below the plot): of a divergence which it is, and whether it is in nats."""
+    if not metric.startswith("loss/divergence"):
+        return title, ""
+    runs = [run for group in groups for run in group.runs if len(run.series(metric))]
+    names = list(dict.fromkeys(run.divergence for run in runs if run.divergence))
+    title += f" ({'; '.join(names)})" if names else ""
+    title += ", nats per token" if all(map(in_nats, names)) else ", per token"
+    differ = "Curves of different divergences cannot be compared."
+    return title, differ if len(names) > 1 else ""
 
 
 class Cell(NamedTuple):
@@ -305,4 +320,9 @@ def token_view(group: Group, run: Run) -> Iterable[dict[str, Any]]:
     path = newest(run.workdir / "tokens")
     rows = [] if path is None else read_token_samples(path)
     if rows:
-        yield {"label": named(group, run), "step": rows[0]["step"], "samples": rows}
+        yield {
+            "label": named(group, run),
+            "step": rows[0]["step"],
+            "unit": unit_of(rows),
+            "samples": rows,
+        }

@@ -101,7 +101,8 @@ function draw(chart) {
     rule.setAttribute("visibility", "hidden");
     tip.hidden = true;
   });
-  return html("figure", { class: chart.large ? "large" : "small" }, html("figcaption", {}, chart.title), root);
+  const note = chart.note ? [html("div", { class: "note" }, chart.note)] : [];
+  return html("figure", { class: chart.large ? "large" : "small" }, html("figcaption", {}, chart.title), root, ...note);
 }
 
 function drawSeries(root, series, X, Y, path, large) {
@@ -195,9 +196,9 @@ function alternatives(title, found, sampled) {
   return table;
 }
 
-function explain(token, event) {
+function explain(token, unit, event) {
   const facts = [
-    `divergence ${short(token.divergence)} nats`,
+    `divergence ${short(token.divergence)}${unit}`,
     `probability: student ${chance(token.student_logps)}, teacher ${chance(token.teacher_logps)}`,
     `entropy: student ${short(token.student_entropy)}, teacher ${short(token.teacher_entropy)}`,
   ];
@@ -212,14 +213,14 @@ function explain(token, event) {
   );
 }
 
-function drawTokens(sample, top) {
+function drawTokens(sample, top, unit) {
   const box = html("div", { class: "tokens" });
   for (const token of sample.tokens) {
     const span = html("span", { class: "token" }, visible(token));
     span.style.setProperty("--d", Math.min(1, Math.max(0, token.divergence / top)).toFixed(3));
     span.classList.toggle("differs", token.teacher_top[0][0] !== token.student_top[0][0]);
     span.classList.toggle("bare", token.text === "");
-    span.addEventListener("pointerenter", (event) => explain(token, event));
+    span.addEventListener("pointerenter", (event) => explain(token, unit, event));
     span.addEventListener("pointerleave", () => (tip.hidden = true));
     box.append(span);
   }
@@ -229,12 +230,12 @@ function drawTokens(sample, top) {
 function drawView(view) {
   const all = view.samples.flatMap((sample) => sample.tokens.map((token) => token.divergence)).sort((a, b) => a - b);
   const top = all[Math.floor(0.98 * (all.length - 1))] || 1;
-  const key = html("p", {}, "divergence 0", html("span", { class: "scale" }), `${short(top)} nats and more (98th percentile)`);
+  const key = html("p", {}, "divergence 0", html("span", { class: "scale" }), `${short(top)}${view.unit} and more (98th percentile)`);
   const details = html("details", {}, html("summary", {}, `${view.label}, step ${view.step}`), key);
   for (const sample of view.samples)
     details.append(html("div", { class: "sample" },
       html("div", { class: "text" }, sample.question),
-      drawTokens(sample, top),
+      drawTokens(sample, top, view.unit),
       html("div", { class: "note" }, `answer ${sample.answer}; graded ${sample.reward ?? "–"}; the teacher was asked:`),
       html("div", { class: "text note" }, sample.teacher_prompt),
       ...(sample.analysis == null ? [] : [

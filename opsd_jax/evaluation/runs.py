@@ -33,6 +33,7 @@ from opsd_jax.host.stage import local
 
 ACCURACY = "eval/student/accuracy"
 TOKENS = "rollout/tokens_total"
+NATS = ("forward_kl", "reverse_kl", "jensen_shannon", "sampled_token")  # not a user's function
 Line = Mapping[str, Any]
 
 
@@ -61,6 +62,13 @@ class Run:
             return re.sub(r"%([\w./]+)", lambda m: found.get(m.group(1), m.group()), value)
 
         return {name: filled(value) for name, value in found.items()}
+
+    @property
+    def divergence(self) -> str:
+        """Which divergence its loss is, as its config says it; "" where it does not."""
+        name = self.settings.get("divergence.name", "").strip("'\"")
+        beta = self.settings.get("divergence.beta")
+        return f"{name}, beta {beta}" if name == "jensen_shannon" and beta else name
 
     @property
     def guard(self) -> GuardConfig:
@@ -155,10 +163,21 @@ def newest(folder: Path) -> Path | None:
 
 def read_token_samples(path: Path) -> list[dict[str, Any]]:
     """What the page draws of a file of `opsd tokens`; samples that it cannot draw are left out."""
-    drawn = "step question answer teacher_prompt analysis reward tokens".split()
+    drawn = "step divergence question answer teacher_prompt analysis reward tokens".split()
     return [
         {name: row.get(name) for name in drawn} for row in read_json_lines(path) if _is_sample(row)
     ]
+
+
+def in_nats(divergence: Any) -> bool:
+    """Whether a divergence, by its name, is measured in nats; of a user's function nobody knows."""
+    return isinstance(divergence, str) and divergence.partition(",")[0] in NATS
+
+
+def unit_of(samples: Sequence[Line]) -> str:
+    """What follows a divergence of `read_token_samples`; the files name theirs."""
+    name = samples[0].get("divergence") if samples else None
+    return " nats" if name is None or in_nats(name) else ""
 
 
 def _is_sample(row: Line) -> bool:
@@ -259,9 +278,9 @@ def tokens_to_reach(run: Run, level: float) -> float | None:
 class Reach(NamedTuple):
     """What a group needs for one level.
 
-    num_reached of num_runs, those that were ever evaluated; mean and sd (None for one run) of the tokens of those that reached
-    it; at_least: mean over these runs, where one that did not reach it counts with all it
-    generated: a lower bound of what the method needs. NaN where none was evaluated.
+    num_reached of num_runs, those that were ever evaluated; mean and sd (None for one run) of the
+    tokens of those that reached it; at_least: mean over all num_runs, where one that did not reach
+    it counts with all it generated: a lower bound of what the method needs (NaN of no run).
     """
 
     num_reached: int

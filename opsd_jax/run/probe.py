@@ -61,7 +61,10 @@ def probe_command(
         problems = experiment.train.problems.load(folder)
         grade = grading(problems, experiment.train.grader_workers, stack)
         found = probe(untrained_run(experiment, folder), problems, num, seed, grade)
-    print(forecast.table(found), forecast.advice(found), sep="\n\n")
+    divergence = experiment.divergence.name
+    unit = "per token" if callable(divergence) else forecast.NATS
+    name = divergence if isinstance(divergence, str) else getattr(divergence, "__name__", "own")
+    print(forecast.table(found, name, unit), forecast.advice(found, unit), sep="\n\n")
     if out is not None:
         write_whole(Path(out), as_json(found) + "\n")
     return found

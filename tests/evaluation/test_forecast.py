@@ -66,6 +66,10 @@ def test_nothing_graded_or_nothing_said_has_no_number():
     silent = forecast.gap_metrics(DIVERGENCE, AGREEMENT, np.zeros_like(MASK), nan)
     assert math.isnan(silent["gap/all"]) and "nan" not in forecast.table(silent)
     assert "says nothing" in forecast.advice(silent)
+    equal = forecast.gap_metrics(np.zeros((B, C)), AGREEMENT, MASK, REWARDS)
+    told = forecast.table(equal, "mine", "per token")
+    assert "nan" not in told and "nats" not in told and "\nmine, per token   " in told
+    assert "is 0 per token from" in forecast.advice(equal, "per token")
     assert "No answer is graded" in forecast.advice(found | {"first/8": 0.2})
 
 

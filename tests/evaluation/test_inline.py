@@ -44,6 +44,15 @@ def test_tokens_are_shaded_by_their_divergence(tmp_path):
     assert told.startswith("divergence 0.5 nats\nteacher: ") and "0.75" in told
 
 
+@pytest.mark.parametrize("name, unit", [("reverse_kl", " nats"), ("mine", "")])
+def test_a_divergence_of_the_users_own_has_no_unit(name, unit, tmp_path):
+    sample = {"step": 3, "divergence": name, "question": "q", "teacher_prompt": "", "answer": ""}
+    path = tmp_path / "step_000003.jsonl"
+    path.write_text(json.dumps(sample | {"tokens": [token("a", 0.5, 7)]}) + "\n")
+    text = token_view(path)._repr_html_()
+    assert f"divergence 0.5{unit}\n" in text and f"up to 0.5{unit} and more" in text
+
+
 def test_a_view_of_nothing(tmp_path):
     (tmp_path / "step_000030.jsonl").write_text("")
     assert "Step –" in token_view(tmp_path / "step_000030.jsonl")._repr_html_()

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from opsd_jax.evaluation.report import page
-from opsd_jax.evaluation.runs import Group, group_runs, read_run
+from opsd_jax.divergence.config import DIVERGENCES
+from opsd_jax.evaluation.report import curve_charts, page
+from opsd_jax.evaluation.runs import NATS, Group, group_runs, read_run
 from opsd_jax.main import main
 from tests.browser import Page
 
@@ -132,6 +133,28 @@ def test_what_was_not_measured_is_said_so(tmp_path):
     assert "1 run never evaluated" in cells(text, "to reach an accuracy")[1][1]
     text = page([Group("blind", [read_run(blind[0])])], "", (0.6,))
     assert "shows a sign" not in text and "not reached" not in text
+
+
+def test_a_plot_says_which_divergence_it_shows(tmp_path):
+    """KL in either direction and a function of the user's are not on one scale."""
+
+    def title(*names: str) -> tuple[str, str]:
+        groups = []
+        for number, name in enumerate(names):
+            folder = tmp_path / "_".join(names) / str(number)
+            run = write_run(folder, number, 0.01, loss__divergence=lambda step: 0.1)
+            (run / "config.gin").write_text(f"divergence.name = {name}\ndivergence.beta = 0.3\n")
+            groups.append(Group(str(number), [read_run(run)]))
+        (found,) = (c for c in curve_charts(groups) if c["title"].startswith("divergence of"))
+        return found["title"].removeprefix("divergence of student and teacher, "), found["note"]
+
+    assert title("'forward_kl'") == ("unclipped (forward_kl), nats per token", "")
+    assert title("@mine") == ("unclipped (@mine), per token", "")
+    words = "unclipped (reverse_kl; jensen_shannon, beta 0.3), nats per token"
+    differ = "Curves of different divergences cannot be compared."
+    assert title("'reverse_kl'", "'jensen_shannon'", "'reverse_kl'") == (words, differ)
+    assert title("'forward_kl'", "@mine")[0] == "unclipped (forward_kl; @mine), per token"
+    assert NATS == DIVERGENCES
 
 
 def test_nothing_in_the_page_can_end_its_script_or_leave_it(written):

@@ -188,7 +188,7 @@ def test_the_command_prints_and_writes(gin_file, tmp_path, capsys):
     flags = [f"--gin_file={gin_file}", "--num=8", f"--out={tmp_path}/found.json"]
     assert main(["probe", *flags]) == 0
     printed = capsys.readouterr().out
-    assert "8 answers of the student's" in printed and "divergence, nats per token" in printed
+    assert "8 answers of the student's" in printed and "forward_kl, nats per token" in printed
     found = json.loads((tmp_path / "found.json").read_text())
     assert f"{found['gap/all']:.3f} ±{found['gap/all_se']:.3f}" in printed
     # A teacher that is shown nothing more has nothing to teach.
