@@ -7,32 +7,56 @@ of later steps with them. Names are flat `area/name`; plots and users' scripts r
 
 Only process 0 writes; on the others every call here does nothing.
 
-What a training step writes, nats per token of the student's own answers unless said. Further ones
-of rollouts: `method/train_step.py: rollout_metrics`; of terms, loss/NAME and policy/…:
-`method/mix.py`, `policy_gradient.py`; of contexts built after the rollout: `run/after_rollout.py`.
+What a training step writes, nats per token of the student's own answers unless said (a divergence
+that is a function of your own has that function's unit). Of contexts built after the rollout
+`run/after_rollout.py` says more, of rollouts `method/train_step.py: rollout_metrics`.
 
-  loss/objective              what is minimised, with clips and weights
+  loss/objective              what is minimised, with clips and weights; of PolicyGradient about 0
+                              whatever is learned, as its advantages are centred
   loss/divergence             the same without them
+  loss/divergence_right       of answers graded 1/2 or more; loss/divergence_wrong, of the others
   loss/clip_fraction          tokens that the clip changes
   loss/negative_fraction      tokens whose loss is below 0
   loss/kept_teacher_mass      teacher's probability on entries that support and clip leave alone
+  loss/TERM                   what a term of a Mix adds to loss/objective
   student/entropy             and teacher/entropy: near log V a side has lost its weights
-  teacher/nll_of_rollout      -log p of the answers under the teacher
+  student/nll_of_rollout      -log p of the answers under the student
+  teacher/nll_of_rollout      the same under the teacher
+  teacher/argmax_agreement    tokens where both sides' most probable token is the same
   teacher/no_context_fraction rows for which the teacher could be shown nothing: they weigh 0
+  context/*_fraction          rows whose contexts built after the rollout ended so
   loss/importance_mean        min(pS / p_sampled, divergence.importance_clip), and
-    loss/importance_clip_fraction, the tokens that it bounds
+                              loss/importance_clip_fraction, the tokens that it bounds
+  policy/clip_fraction        tokens whose probability ratio is clipped; policy/outside_support,
+                              tokens that the student would no longer sample at all
+  policy/kl_initial           KL of the student and the initial policy, as Anchor.name says
   rollout/logp_gap            |log p while sampling - log p while scoring|: 1e-6 in float32 on a CPU
   rollout/truncated_fraction  answers cut by rollout.max_new_tokens
-  rollout/length_mean         tokens; rollout/tokens_total is all generated so far
-  rollout/reward_mean         mean grade, where answers can be graded
-  reward/std                  of the grades; reward/zero_variance_fraction, groups graded alike
-  optim/grad_norm             before it is clipped; update_norm, param_norm: after the step
+  rollout/length_mean         tokens; rollout/length_p50, rollout/length_p90, rollout/length_max;
+                              rollout/tokens_total is all generated so far
+  rollout/finished_by_*       answers done within that percentage of the limit
+  rollout/padded_fraction     places for tokens that hold none; rollout/idle_fraction, decoded steps
+                              of answers that were done already
+  rollout/reward_mean         mean grade, where answers can be graded; rollout/ungraded_fraction, of
+                              those where the grader failed
+  reward/std                  of the grades, over the whole batch and not within a group;
+                              reward/zero_variance_fraction, groups graded alike
+  analysis/tokens             that the teacher wrote before it scores, analysis/length_mean of them
+                              a row; analysis/truncated_fraction, those cut by their limit
+  optim/learning_rate         of this step
+  optim/grad_norm             before it is clipped; optim/update_norm, optim/param_norm: after the
+                              step
   time/rollout_s, time/update_s, time/step_s
                               of a step that is one program, the rollout is timed at evaluations
+  time/tokens_per_s           tokens of the rollout over time/rollout_s; the console's tok/s are
+                              by the clock on the wall, over the latest steps with all they do
+  eval/*                      held out (evaluation/statistics.py); probe/*, of train.probes
+  step, wall_s                finished updates; seconds of running time
 
 How busy the chips are; what cannot be known (a peak that chips.py does not list) has no name:
 
-  time/rollout_tokens_per_s_per_chip  sampled; time/update_tokens_…: read in the update
+  time/rollout_tokens_per_s_per_chip  sampled
+  time/update_tokens_per_s_per_chip   read in the update
   chip/model_tflops           10^12 FLOPs of the step per chip, by formula (run/flops.py)
   chip/mfu, chip/update_mfu   their share of the peak (bfloat16, whatever train.dtype is) in
                               time/step_s and, of the update's own, in time/update_s
@@ -41,7 +65,7 @@ How busy the chips are; what cannot be known (a peak that chips.py does not list
   time/compile_s              since the line before; time/compile_programs, and of them
                               time/compile_from_disk (train.compilation_cache)
   time/data_s, time/grading_s waited for, since the line before
-  goodput/…                   since the first start (host/goodput.py)
+  goodput/*                   since the first start (host/goodput.py)
 
 When a run misbehaves:
 

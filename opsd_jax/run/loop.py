@@ -32,6 +32,7 @@ from opsd_jax.host.profile_window import ProfileWindow
 from opsd_jax.host.progress import ProgressLine
 from opsd_jax.host.watchdog import Watchdog
 from opsd_jax.method.batch import Batch
+from opsd_jax.method.optimizer import learning_rate_schedule
 from opsd_jax.method.train_step import TrainState
 from opsd_jax.model.sharding import shard_batch
 from opsd_jax.run.after_rollout import AfterRollout
@@ -94,6 +95,8 @@ class Loop:
         self._step = make_step(self.parts, self._grade_rows, self.after)
         self._time_rollout = rollout_timer(self.parts)
         self._rollout_s = float("nan")
+        peak = self.experiment.train.learning_rate
+        self._learning_rate = learning_rate_schedule(self.experiment.optimizer, peak)
         self._best = -np.inf
         self._time_to_save = FirstProcessSays(self.parts.mesh)
         self._saved_at = time.monotonic()
@@ -257,6 +260,7 @@ class Loop:
         if grades is None:
             grades = self._grade_rows(step.taken.completion, step.problems)
         metrics |= grade_metrics(grades, rows) | dict(step.taken.contexts)
+        metrics["optim/learning_rate"] = float(self._learning_rate(step.number - 1))
         metrics |= {
             "time/step_s": step_s,
             "time/rollout_s": self._rollout_s,

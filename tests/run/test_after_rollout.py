@@ -37,6 +37,7 @@ from opsd_jax.run.train import grading
 from opsd_jax.sampling.prompts import Context
 from tests.data.test_tokenizer import byte_tokenizer
 from tests.pods import run_pod
+from tests.run.test_train import unexplained
 from tests.tiny import tiny_config, tiny_variables
 
 BYTES = HFTokenizer(byte_tokenizer())
@@ -436,6 +437,7 @@ def test_own_contexts_and_views_run(folder):
         "contexts.views = ('{question} {wrong_sibling}', 'answer')",
         "divergence.target = @target_mean",
     )
+    assert unexplained(folder / "views") == set()
     for line in lines:
         assert 0 < line["context/missing_fraction"] < 1 and np.isfinite(line["loss/objective"])
 

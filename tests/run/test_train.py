@@ -3,20 +3,24 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import opsd_jax
 from opsd_jax.data.problems import LoadedProblems, Problem
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.evaluate import Prompt
+from opsd_jax.host import metrics as metrics_module
 from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.host.checkpoint_record import read_record
 from opsd_jax.host.files import read_metrics
@@ -65,6 +69,16 @@ def lines_of(workdir) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
 
 
+def unexplained(workdir) -> set[str]:
+    """Metrics of a run that the text of host/metrics.py does not name."""
+    text = metrics_module.__doc__
+    names = re.findall(r"\w+/[\w*]+|step|wall_s", text)
+    written = set().union(*read_metrics(Path(workdir) / "metrics.jsonl"))
+    terms = {f"loss/{term}" for term in ("policy_gradient", "anchor", "distillation")}  # loss/TERM
+    written -= terms
+    return {key for key in written if not any(fnmatch(key, name) for name in names)}
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Six steps without interruption."""
@@ -91,6 +105,7 @@ def test_a_run_leaves_what_the_contract_names(whole):
     waited = "time/data_s time/grading_s time/compile_s time/rollout_tokens_per_s_per_chip"
     assert set(waited.split()) <= set(last)
     assert lines[6]["rollout/tokens_total"] <= 6 * 8 * 4
+    assert unexplained(whole) == set()
     assert (whole / "config.gin").exists() and (whole / "checkpoints" / "6").is_dir()
     samples = [json.loads(x) for x in (whole / "samples/step_000006.jsonl").open()]
     assert {row["role"] for row in samples} == {"student", "teacher"}
@@ -157,6 +172,10 @@ def test_a_run_that_learns_from_grades_resumes_bit_for_bit(tmp_path):
     assert [*cut[:2], first, *cut[3:]] == whole
     names = "reward/zero_variance_fraction policy/clip_fraction policy/kl_initial"
     assert set(names.split()) <= set(whole[1]) and "loss/divergence" not in whole[1]
+    assert unexplained(tmp_path / "whole") == set()
+    # Warmed up over the quickstart's five steps, of two passes each, also where the run was cut.
+    rates = [line["optim/learning_rate"] for line in whole[1:]]
+    np.testing.assert_allclose(np.array(rates) / rates[-1], [0.2, 0.4, 0.6, 0.8, 1], rtol=1e-5)
 
 
 def start(workdir, *bindings, flags=()) -> subprocess.Popen:
