@@ -62,6 +62,7 @@ class TrainingPrompts:
       names: of the contexts: "student", then of "teacher" and its views those known before.
       levels: a width for each of them, ascending.
       longest: tokens of the longest prompt of the student and of the teacher's contexts.
+      num_equal: rows in which every context of the teacher's is the student's.
     """
 
     def __init__(
@@ -82,6 +83,8 @@ class TrainingPrompts:
             self._rows[problem.id] = tuple(kept) if fits else None
         fitting = [row for row in self._rows.values() if row is not None]
         longest = [max((len(row[n]) for row in fitting), default=1) for n in range(len(self.names))]
+        shown = [] if after else fitting
+        self.num_equal = sum(all(np.array_equal(row[0], r) for r in row[1:]) for row in shown)
         later = after.longest if after else ()
         self.longest = (longest[0], max((*longest[1:], *later)))
         self.levels = widths(longest, config.num_widths)

@@ -184,18 +184,22 @@ class Experiment:
         """What student and teacher are asked in training."""
         return self.contexts.reasoning_first() if self.teacher.reasons else self.contexts
 
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether what is minimised, or who answers, looks at the teacher's context."""
+        completions, terms = self.train.completions, terms_of(self.train.objective)
+        # An objective of the user's own may look at anything.
+        reads = any(getattr(term, "reads_teacher", True) for term in terms)
+        return reads or (completions.generates and not completions.on_policy)
+
     def __post_init__(self):
         self._check_contexts()
-        terms = terms_of(self.train.objective)
-        # An objective of the user's own may look at anything.
-        reads_teacher = any(getattr(term, "reads_teacher", True) for term in terms)
-        if self.teacher.reasons and not reads_teacher:
-            if self.train.completions.on_policy or not self.train.completions.generates:
-                raise UserError(
-                    "teacher.reasons is of no use: neither train.objective nor train.completions "
-                    "looks at the teacher's context; set it to None"
-                )
-        for term in terms:
+        if self.teacher.reasons and not self.asks_teacher:
+            raise UserError(
+                "teacher.reasons is of no use: neither train.objective nor train.completions "
+                "looks at the teacher's context; set it to None"
+            )
+        for term in terms_of(self.train.objective):
             if "varied" in parts_of(getattr(term, "rows", ())) and self.train.group_size == 1:
                 raise UserError(
                     f"{type(term).__name__}.rows = 'varied' takes problems whose completions have "

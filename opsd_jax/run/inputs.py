@@ -118,6 +118,12 @@ def training_batches(
     dropped = getattr(render, "dropped", ())
     if dropped:
         say(f"{len(dropped):,} problems left out: their reference exceeds rollout.max_new_tokens")
+    if prompts.num_equal and experiment.asks_teacher and experiment.teacher.model is None:
+        say(
+            f"the teacher is asked the same as the student in {prompts.num_equal:,} of "
+            f"{len(problems):,} problems: there is no privilege to distil; show {{solution}} or "
+            "{answer} in contexts.teacher only"
+        )
     return iter(batches), prompts.longest
 
 

@@ -25,12 +25,14 @@ from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.host.checkpoint_record import read_record
 from opsd_jax.host.files import read_metrics
 from opsd_jax.host.guard import GuardConfig
+from opsd_jax.host.identity import identity_of
 from opsd_jax.host.stage import local
 from opsd_jax.main import main
 from opsd_jax.run import inputs as inputs_module
 from opsd_jax.run import train as train_module
 from opsd_jax.run.config import load_experiment
 from opsd_jax.run.loop import BEST_METRIC
+from opsd_jax.testbed.world import ChainTokenizer
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "experiments" / "quickstart.gin")
@@ -375,6 +377,31 @@ def test_training_tells_what_is_held_out_and_trained_on(tmp_path, monkeypatch, c
     monkeypatch.setattr(train_module, "start_or_resume", stop)
     assert main(command(tmp_path, "heldout/ChainArithmetic.split = 'train'")) == 2
     assert "16 of 16 held-out problems are trained on too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "bindings, number",
+    [
+        ([], 0),
+        (["contexts.teacher = '{question}'"], 40),
+        (["contexts.teacher = '{question}'", "contexts.views = ('{question}',)"], 40),
+        (["contexts.teacher = '{question}'", "contexts.views = ('{question} {answer}',)"], 0),
+        (["contexts.teacher = '{question}'", "train.completions = @TeacherRollouts()"], 40),
+        # Nobody asks this teacher, or it is another model.
+        (["contexts.teacher = '{question}'", "train.objective = @Likelihood()"], 0),
+        (["contexts.teacher = '{question}'", "teacher.model = @RandomModel()"], 0),
+    ],
+)
+def test_a_teacher_without_privilege_is_told(bindings, number, tmp_path):
+    several = ["divergence.target = @target_mean"] * any("views" in line for line in bindings)
+    lines = [*TINY, "contexts.student = '{question}'", *bindings, *several]
+    experiment, _ = load_experiment([QUICKSTART], lines)
+    problems = experiment.train.problems.load(str(tmp_path))
+    said = []
+    tokenizer, identity = ChainTokenizer(), identity_of(tmp_path, {})
+    inputs_module.training_batches(experiment, problems, tokenizer, said.append, identity)
+    told = [text for text in said if "no privilege to distil" in text]
+    assert len(told) == (number > 0) and all(f"in {number} of 40" in text for text in told)
 
 
 def test_held_out_questions_that_are_trained_on_are_counted():
