@@ -222,6 +222,7 @@ def _tell_gin(
     for name in (*AREAS, *written.names):
         _register(name)
     _forget(changed_modules(written.imports))
+    files.check_modules(written.imports)
     with _reading(files):
         gin.parse_config(list(defaults))
         gin.parse_config_files_and_bindings(

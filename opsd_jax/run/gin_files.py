@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import os
 import sys
@@ -128,6 +129,27 @@ class GinFiles:
             if any(os.path.exists(os.path.join(folder, n + end)) for n in names for end in _MODULES)
         ]
         return "".join(f"{_HEADER}{folder}\n" for folder in found)
+
+    def check_modules(self, modules: Iterable[str]) -> None:
+        """Raises a UserError for a module beside the files that is not the one of its name."""
+        for name in sorted({module.partition(".")[0] for module in modules} - {"opsd_jax"}):
+            files = [os.path.join(folder, name) for folder in self.folders]
+            own = [f + end for f in files for end in _MODULES if os.path.isfile(f + end)]
+            if not own:
+                continue
+            if name in sys.modules:
+                found = getattr(sys.modules[name], "__file__", None)
+            else:
+                spec = importlib.util.find_spec(name)
+                found = spec.origin if spec else None
+            if found is None or not os.path.isfile(found):
+                found = "a module of Python itself"
+            elif any(os.path.samefile(found, path) for path in own):
+                continue
+            raise UserError(
+                f"import {name}: not {own[0]} would be imported but {found}, which has the same "
+                "name: rename yours"
+            )
 
     def _add(self, folder: str) -> None:
         if folder not in self.folders:

@@ -46,6 +46,22 @@ def test_what_cannot_be_read_is_told(tmp_path, text, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["random", "sys", "colorsys", "yaml", "taken"])
+def test_a_module_that_another_of_its_name_hides_is_refused(tmp_path, name, monkeypatch):
+    """Of the standard library, built in, not imported yet, installed, or found before."""
+    own = "import gin\ngin.configurable('own')(lambda s, t: t - s)\n"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "taken.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / f"{name}.py").write_text(own)
+    (tmp_path / "a.gin").write_text(f"import {name}\ninclude '{QUICKSTART}'\n")
+    hider = r"a module of Python itself" if name == "sys" else rf"/\S*{name}\S*\.py"
+    words = rf"^import {name}: not {tmp_path}/{name}.py would be imported but {hider}, .* rename"
+    with pytest.raises(UserError, match=words):
+        load_experiment([str(tmp_path / "a.gin")])
+
+
 def test_modules_are_beside_the_gin_file_and_found_again_from_its_config(tmp_path):
     """In processes of their own, started as the installed script is: without the cwd."""
     mine = tmp_path / "mine"
