@@ -172,10 +172,12 @@ def _own_turns(
     said = function(problem, *seen)
     if said is None:
         raise NothingToShow(f"problem {problem.id!r}: contexts.{name} returned None")
-    if isinstance(said, str) and said:
-        return (*question_turns(problem)[:-1], Message("user", said))
     try:
-        return turns_of(said or [])
+        if isinstance(said, str):
+            if not said.strip():
+                raise UserError("is an empty text")
+            return (*question_turns(problem)[:-1], Message("user", said))
+        return turns_of(said)
     except UserError as error:
         raise UserError(f"problem {problem.id!r}: what contexts.{name} returned {error}") from None
 

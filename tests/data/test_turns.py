@@ -134,6 +134,10 @@ def wrong(problem):
     return said(("assistant", "A"))
 
 
+def empty(problem):
+    return " "
+
+
 def test_a_function_says_the_last_turn_or_all():
     config = ContextConfig(teacher=one, teacher_system="T", evaluation=whole)
     assert chat_of(config, PROBLEM, "teacher").messages == (
@@ -151,7 +155,12 @@ def test_a_function_says_the_last_turn_or_all():
 
 
 @pytest.mark.parametrize(
-    ("function", "words"), [(nothing, "returned None"), (wrong, "returned must end with")]
+    ("function", "words"),
+    [
+        (nothing, "returned None"),
+        (wrong, "returned must end with"),
+        (empty, "returned is an empty text$"),
+    ],
 )
 def test_a_function_that_says_nothing_is_named(function, words):
     with pytest.raises(UserError, match=f"'7': .*contexts.student {words}"):
