@@ -37,6 +37,7 @@ from opsd_jax.host.pod import time_of_first_process
 Parts = Mapping[str, Any]  # name -> digest, or name -> value for a part that is small
 Say = Callable[[str], None]
 OWN_CODE = "the code that the config imports"
+_APART = " (a module for each method keeps the runs of the others resumable when one changes)"
 _READ: dict[str, str] = {}  # module -> digest of its source when a config last named it
 _VERSIONS = ("jax", "jaxlib", "flax", "optax")
 
@@ -83,7 +84,7 @@ class Identity:
         if self.resumed and (change := _first_change(before, now)):
             raise UserError(
                 f"{field} is not what the run in {self.workdir} began with: {change}; put the old "
-                "one back, or begin another workdir"
+                "one back, or begin another workdir" + (_APART if field == OWN_CODE else "")
             )
         began |= now
 

@@ -140,7 +140,7 @@ CHANGES = {
     "train.model .* tokenizer was": lambda: edit(
         "model/tokenizer.json", "<|im_end|>", "<|im-end|>"
     ),
-    "the code that the config imports .* own_grader_of_inputs was": lambda: Path(
+    "code that the config imports .* own_grader_of_inputs was .*each method keeps": lambda: Path(
         "own_grader_of_inputs.py"
     ).write_text(GRADER.replace("0.5", "0.25")),
 }
