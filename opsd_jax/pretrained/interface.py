@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
+from opsd_jax.errors import UserError
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.head import head_logits, output_head
 from opsd_jax.pretrained.load import load_pretrained
@@ -40,11 +43,37 @@ def forward(
       variables: {"params"[, "lora"]}.
       ids: [B, T] int32.
       lengths: [B] int32, or None when every row is full; logits beyond a row's length are 0.
+
+    Raises:
+      UserError: ids that are no rows of one length, or that the model has not; where they are
+        known, which inside jit they are not.
     """
-    ids = jnp.asarray(ids, jnp.int32)
+    ids = jnp.asarray(_checked(ids, model.config.vocab_size), jnp.int32)
     if lengths is None:
         lengths = jnp.full(ids.shape[0], ids.shape[1], jnp.int32)
     return _forward(model, variables, ids, jnp.asarray(lengths))
+
+
+def _checked(ids: Any, vocab_size: int) -> Any:
+    """The ids, which an embedding would take whatever they are."""
+    if isinstance(ids, jax.core.Tracer) or not getattr(ids, "is_fully_addressable", True):
+        return ids
+    try:
+        found = np.asarray(ids)
+    except ValueError:  # rows of several lengths
+        found = np.zeros(0)
+    if found.ndim != 2 or found.dtype.kind not in "iu":
+        raise UserError(
+            "forward: ids must be whole numbers in rows of one length, [B, T]: pad them on the "
+            "right, with any id, and give lengths"
+        )
+    if found.size and not 0 <= found.min() <= found.max() < vocab_size:
+        wrong = found.min() if found.min() < 0 else found.max()
+        raise UserError(
+            f"forward: ids has {wrong}, and the model's ids are 0 to {vocab_size - 1:,}: take "
+            "those of its own tokenizer"
+        )
+    return ids
 
 
 @partial(jax.jit, static_argnums=0)
