@@ -94,7 +94,7 @@ def find_target(text: str) -> Target:
 def tpu_slice(text: str, chip: str, shape: list[int]) -> Target:
     """A slice of TPUs, described by libtpu."""
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--target={text} needs the TPU compiler: pip install 'opsd_jax[plan-tpu]'")
+        raise UserError(f"--target={text} needs the TPU compiler: pip install '.[plan-tpu]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # Asks no metadata server, which is not there.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # No chip is taken.
     try:
@@ -112,9 +112,7 @@ def cuda_hosts(text: str, chip: str, shape: list[int]) -> Target:
     # The parent first: a dotted name raises where its parent is not installed.
     parts = ("jax_plugins", "jax_plugins.xla_cuda12")
     if not all(importlib.util.find_spec(part) for part in parts):
-        raise UserError(
-            f"--target={text} needs the CUDA compiler: pip install 'opsd_jax[plan-cuda]'"
-        )
+        raise UserError(f"--target={text} needs the CUDA compiler: pip install '.[plan-cuda]'")
     if len(shape) > 2:
         raise UserError(f"--target={text}: cards are counted as N, or as hosts x cards")
     hosts, cards = (1, *shape)[-2:]

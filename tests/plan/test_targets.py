@@ -36,7 +36,7 @@ def bare(name: str) -> None:
 @pytest.mark.parametrize("text, extra", [("v5e:2x2", "plan-tpu"), ("h100:2", "plan-cuda")])
 def test_a_compiler_that_is_not_installed_is_named(text, extra, monkeypatch):
     monkeypatch.setattr(targets.importlib.util, "find_spec", bare)
-    with pytest.raises(UserError, match=rf"pip install 'opsd_jax\[{extra}\]'"):
+    with pytest.raises(UserError, match=rf"pip install '\.\[{extra}\]'"):
         find_target(text)
 
 
