@@ -151,6 +151,8 @@ def accuracy_table(groups: list[Group], rates: dict[str, float], budgets: list[i
 
 
 def reach_cell(found: Reach) -> str:
+    if not found.num_runs:
+        return "not measured"
     if not found.num_reached:
         return f"not in {found.at_least:,.0f}"
     missing = found.num_runs - found.num_reached

@@ -135,7 +135,7 @@ function readOff(chart, at, event) {
     const points = many ? series.band || [] : series.lines[0];
     if (!points.length) continue;
     const [x, y, spread] = points.reduce((a, b) => (Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a));
-    const error = spread ? ` ± ${short(spread)}${many ? " sd" : " se"}` : "";
+    const error = spread !== undefined ? ` ± ${short(spread)}${many ? " sd" : " se"}` : "";
     table.append(row(swatch(series.group), DATA.groups[series.group], short(y) + error, `at ${short(x)}`));
   }
   show(event, html("b", {}, chart.title), table);

@@ -231,6 +231,8 @@ def test_in_a_browser(written, tmp_path):
         page.point_at("#accuracy svg", part=0.98)
         assert "0.865 ± 0.007071 sd" in page.evaluate(tip)
         assert "0.74 ± 0.02 se" in page.evaluate(tip)
+        page.point_at("#accuracy svg", part=0.13)
+        assert "0.5 ± 0 sd" in page.evaluate(tip)  # two seeds that agree are two seeds still
         page.point_at(".token")
         told = page.evaluate(tip)
         assert "divergence 0.5 nats" in told and "0.750" in told and "window.broken" in told
@@ -247,6 +249,30 @@ def test_in_a_browser(written, tmp_path):
         assert page.evaluate("typeof window.broken") == "undefined"
     finally:
         page.close()
+
+
+def test_the_browser_shows_that_divergences_differ_and_which_has_no_unit(tmp_path):
+    groups = []
+    for name in ("'forward_kl'", "@mine"):
+        run = write_run(tmp_path / name.strip("@'"), 0, 0.01, loss__divergence=lambda step: 0.1)
+        (run / "config.gin").write_text(f"divergence.name = {name}\n")
+        groups.append(Group(name, [read_run(run)]))
+    sample = {"step": 30, "divergence": "mine", "question": "", "teacher_prompt": "", "answer": ""}
+    (run / "tokens").mkdir()
+    line = json.dumps(sample | {"tokens": [token("a", 0.5, 7)]})
+    (run / "tokens" / "step_000030.jsonl").write_text(line + "\n")
+    (tmp_path / "r.html").write_text(page(groups, "", (0.6,)))
+    shown = Page((tmp_path / "r.html").as_uri(), tmp_path / "profile")
+    try:
+        notes = "[...document.querySelectorAll('#curves .note')].map(p => p.textContent)"
+        told = ["Curves of different divergences cannot be compared."]
+        assert shown.evaluate(notes) == told and shown.errors == []
+        shown.point_at(".token")
+        tip = shown.evaluate("document.getElementById('tip').innerText")
+        assert "divergence 0.5\n" in tip and "nats" not in tip
+        assert "0.5 and more" in shown.evaluate("document.getElementById('views').innerText")
+    finally:
+        shown.close()
 
 
 @pytest.mark.parametrize(

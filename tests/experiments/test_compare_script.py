@@ -44,6 +44,8 @@ def test_accuracies_and_tokens_by_hand(script):
         "| GRPO | 2,000 (1 of 2 never) | ≥ 8.0 |",
     ]
     assert script.reach_table([SLOW, FAST], [0.6])[2] == "| GRPO | 2,000 (1 of 2 never) |  |"
+    unseen = Group("SFT", [Run(Path("somewhere"), None, "", [{"step": 1, TOKENS: 100}])])
+    assert script.reach_table([FAST, unseen], [0.6])[3] == "| SFT | not measured |  |"
 
 
 def test_the_rate_with_the_best_curve_wins(script):
