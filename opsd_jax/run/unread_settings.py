@@ -56,8 +56,8 @@ def rules(experiment: Experiment) -> list[Rule]:
         if divergence.clip == "none":
             found.append(Rule("divergence", ("clip_threshold",), "divergence.clip is 'none'"))
         if divergence.support == "full":
-            unread = ("top_k", "completion")
-            found.append(Rule("divergence", unread, "divergence.support is 'full'"))
+            why = "divergence.support is 'full'"
+            found.append(Rule("divergence", ("top_k", "completion"), why))
     for weights, field in (("ema", "ema_decay"), ("snapshot", "snapshot_every_steps")):
         if teacher.model is not None:
             found.append(Rule("teacher", (field,), "teacher.model is what teaches"))
