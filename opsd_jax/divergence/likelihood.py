@@ -31,6 +31,8 @@ def token_logps(
 ) -> tuple[jax.Array, jax.Array]:
     """log p(ids) and the entropy of p in nats, at temperature 1, each [B, C] float32.
 
+    Both have gradients.
+
     Args:
       head: kernel [V, D], of floats.
       hidden: [B, C, D]; row t predicts ids[:, t].
@@ -76,8 +78,7 @@ def _read(
     logits = vocabulary.without_padding(head_logits(Head(kernel, softcap), hidden))
     logps = vocabulary.log_softmax(process(logits) if process else logits)
     chosen = vocabulary.take(logps, ids[..., None])[..., 0]
-    known = jax.lax.stop_gradient(logps)
-    entropy = -vocabulary.sum(jnp.exp(known) * jnp.where(known > -jnp.inf, known, 0.0))
+    entropy = -vocabulary.sum(jnp.exp(logps) * jnp.where(logps > -jnp.inf, logps, 0.0))
     return chosen, entropy
 
 

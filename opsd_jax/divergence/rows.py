@@ -37,8 +37,9 @@ class TokenDivergence:
       divergence: the named divergence in nats, unclipped, unweighted and over the full
         vocabulary (KL(student || teacher) for "sampled_token"), at the loss temperatures.
       clipped: 1 where the clip acted, else 0.
-      kept_teacher_mass: teacher probability on the entries of the completed support whose
-        pull the clip left in place.
+      kept_teacher_mass: teacher probability on the entries of the support whose pull the clip
+        left in place; a kept tail is one entry.
+      student_support_mass: student probability on the entries of the support, without a tail.
       student_entropy: nats, at temperature 1 like all the fields below.
       teacher_entropy: nats.
       student_logps: log-probability of the sampled ids under the student.
@@ -51,6 +52,7 @@ class TokenDivergence:
     divergence: jax.Array
     clipped: jax.Array
     kept_teacher_mass: jax.Array
+    student_support_mass: jax.Array
     student_entropy: jax.Array
     teacher_entropy: jax.Array
     student_logps: jax.Array
@@ -117,16 +119,19 @@ def row_divergence(
 ) -> TokenDivergence:
     """Every field for rows [..., U]; `objective` is differentiable where U = V."""
     student, teacher, over = rows.student, rows.teacher, vocabulary
+    seen: tuple[jax.Array, ...] = ()
     if rows.index is not None:
-        student = complete(config, support_logps(config, vocabulary, student, rows.index))
-        teacher = complete(config, support_logps(config, vocabulary, teacher, rows.index))
+        seen = tuple(support_logps(config, vocabulary, x, rows.index) for x in (student, teacher))
+        student, teacher = (complete(config, logps) for logps in seen)
         over = Vocabulary(student.shape[-1])
     clip = clip_terms(config, over, entry_terms(config)(student, teacher))
+    kept, student_mass = _masses(config, over, seen, clip, teacher)
     return TokenDivergence(
         objective=clip.objective,
         divergence=_whole_divergence(config, vocabulary, rows),
         clipped=clip.clipped,
-        kept_teacher_mass=_kept_mass(config, over, rows, clip, teacher),
+        kept_teacher_mass=kept,
+        student_support_mass=student_mass,
         student_loss_logps=vocabulary.take(rows.student, ids[..., None])[..., 0],
         **_diagnostics(vocabulary, *rows.plain, ids),
     )
@@ -170,16 +175,26 @@ def _support_slope(config, vocabulary, rows):
     return slope, jnp.sum(chosen_slope, axis=-1)
 
 
-def _kept_mass(config, over, rows, clip, teacher):
-    """Teacher mass on the entries that still pull; exactly 1 where that is known."""
-    partial = rows.index is not None and config.completion == "truncate"
+def _masses(config, over, seen, clip, teacher):
+    """(kept teacher mass, student mass on the support); exactly 1 where that is known.
+
+    `seen` are the two sides on a truncated support, as they were before `complete`.
+    """
+    ones = jnp.ones_like(clip.objective)
+    if config.name == "sampled_token":
+        return ones, ones
+    kept, student_mass = ones, ones
     if clip.kept is not None:
-        mass = over.sum(jnp.where(clip.kept, jnp.exp(teacher), 0))
-    elif partial and config.name != "sampled_token":
-        mass = over.sum(jnp.exp(teacher))
-    else:
-        mass = jnp.ones_like(clip.objective)
-    return jnp.where(clip.clipped, 0, mass) if config.clip == "token" else mass
+        kept = over.sum(jnp.where(clip.kept, jnp.exp(teacher), 0))
+    if seen:
+        chosen = [jnp.exp(x[..., :-1] if has_tail(config) else x) for x in seen]
+        student_mass, teacher_mass = (jnp.sum(x, axis=-1) for x in chosen)
+        # What is truncated was counted with the kept entries; a tail leaves nothing out.
+        whole = config.completion == "tail" or (
+            config.completion == "truncate" and clip.kept is not None
+        )
+        kept = kept if whole else kept * teacher_mass
+    return jnp.where(clip.clipped, 0, kept) if config.clip == "token" else kept, student_mass
 
 
 def _whole_divergence(config, vocabulary, rows):

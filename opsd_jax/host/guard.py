@@ -25,7 +25,7 @@ ACTIONS = ("none", "warn", "stop", "restore")
 VERDICT = "guard.json"
 _AVERAGED = (
     "loss/divergence student/entropy teacher/entropy rollout/length_mean "
-    "rollout/truncated_fraction rollout/reward_mean"
+    "rollout/truncated_fraction rollout/reward_mean optim/grad_norm"
 ).split()
 _SOLVED = 0.9
 
@@ -48,6 +48,8 @@ class GuardConfig:
       truncated_rise: alarm when rollout/truncated_fraction is so much above that at the start.
       num_standard_errors: alarm when held-out accuracy, of student or teacher, is so many
         standard errors (of the difference) below its best.
+
+    Without a setting of its own: a gradient of exactly 0 in a whole window, problems not solved.
     """
 
     action: Annotated[str, ACTIONS] = "warn"
@@ -198,6 +200,13 @@ def truncation_grows(guard: Guard, line: Mapping[str, Any]) -> str | None:
     return f"{now:.0%} of the rollouts run into rollout.max_new_tokens, {start:.0%} at the start"
 
 
+def nothing_is_learned(guard: Guard, line: Mapping[str, Any]) -> str | None:
+    """No gradient at all: weights or advantages are 0, or a loss knows nothing of the student."""
+    if guard.now.get("optim/grad_norm") != 0 or guard.now.get("rollout/reward_mean", 0) >= _SOLVED:
+        return None
+    return "optim/grad_norm is exactly 0: nothing that was sampled teaches anything"
+
+
 def accuracy_falls(role: str) -> Callable[[Guard, Mapping[str, Any]], str | None]:
     """Held-out accuracy of a role is well below its best."""
     metric = f"eval/{role}/accuracy"
@@ -237,6 +246,7 @@ _CHECKS: dict[str, Callable[[Guard, Mapping[str, Any]], str | None]] = {
     "entropy": entropy_collapses,
     "length": length_explodes,
     "truncation": truncation_grows,
+    "gradient": nothing_is_learned,
 }
 
 

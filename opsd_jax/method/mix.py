@@ -70,6 +70,19 @@ class Term:
       weights: functions (tokens: Tokens, mask) -> [B, C] whose product multiplies the loss of the
         tokens (`token_weights.py`). A term with token weights leaves out rows without a teacher
         context, as `Distillation` does: the weights may look at the teacher.
+
+    A term of your own inherits this and reads what it needs of the rows, here their entropy:
+
+        @gin.configurable
+        @dataclasses.dataclass(frozen=True)
+        class EntropyBonus(Term):
+            def __call__(self, reader, plan):
+                _, entropy = reader.student_logps
+                return Loss(weighted_sum(-entropy, plan["weights"]), {})
+
+    plan["weights"] are those of `mean` over the whole batch, so that the values of micro-batches
+    add up; the second argument of `Loss` holds sums over tokens, which are logged per token. One
+    that looks at the teacher's context also says `reads_teacher = True`.
     """
 
     weight: NotNegative | Schedule = 1.0

@@ -176,7 +176,7 @@ class Reader:
 
     @cached_property
     def student_logps(self) -> tuple[jax.Array, jax.Array]:
-        """Log-probabilities of the completion and entropies, [B, C]; the first has a gradient."""
+        """Log-probabilities of the completion and entropies, [B, C], both with gradients."""
         return self._logps(self.student, self.student_hidden, self.completion.mask)
 
     @cached_property
@@ -318,8 +318,10 @@ def token_sums(
     per_token = {
         "loss/divergence": terms.divergence,
         "loss/clip_fraction": terms.clipped,
-        "loss/negative_fraction": terms.objective < 0,
+        # What rounding makes of 0 is not below it.
+        "loss/negative_fraction": terms.objective < -1e-6,
         "loss/kept_teacher_mass": terms.kept_teacher_mass,
+        "loss/student_support_mass": terms.student_support_mass,
         "teacher/entropy": terms.teacher_entropy,
         "teacher/nll_of_rollout": -terms.teacher_logps,
         "teacher/argmax_agreement": terms.argmax_agreement,

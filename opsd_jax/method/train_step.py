@@ -132,8 +132,9 @@ def update(
       rewards: [B] grades, for an objective that needs them.
 
     Returns:
-      The state after `method.num_updates` passes, and metrics: [] each, means over the passes;
-      those named rows/* are [B] sums over the tokens of a row.
+      The state after `method.num_updates` passes, and metrics: [] each, means over the passes but
+      for rollout/logp_gap, which is the first's; those named rows/* are [B] sums over the tokens
+      of a row.
     """
     if method.reasoner:
         batch = method.reasoner.join(batch, completion.analysis)
@@ -162,8 +163,10 @@ def update(
     if method.num_updates == 1:
         (trainable, opt_state), metrics = one_pass(carry, 0)
     else:
-        carry, metrics = jax.lax.scan(one_pass, carry, jnp.arange(method.num_updates))
-        (trainable, opt_state), metrics = carry, jax.tree.map(lambda x: jnp.mean(x, 0), metrics)
+        carry, passes = jax.lax.scan(one_pass, carry, jnp.arange(method.num_updates))
+        (trainable, opt_state), metrics = carry, jax.tree.map(lambda x: jnp.mean(x, 0), passes)
+        if (gap := "rollout/logp_gap") in passes:  # later passes score another policy, as they must
+            metrics[gap] = passes[gap][0]
     metrics |= planned | token_metrics(method, completion) | context_metrics(batch, completion)
     return dataclasses.replace(
         state,

@@ -38,6 +38,7 @@ from opsd_jax.run.experiment import Experiment
 from opsd_jax.run.gin_errors import gin_errors_told
 from opsd_jax.run.gin_files import GinFiles, make_absolute
 from opsd_jax.run.registry import AREAS, FUNCTIONS, PLACES, TYPE_WORDS, resolve
+from opsd_jax.run.unread_settings import unread
 from opsd_jax.run.unused_bindings import MODULE, Key, check_scopes, hidden, unused
 
 log = logging.getLogger(__name__)
@@ -199,6 +200,8 @@ def load_experiment(
         modules = sorted(statement.module for statement in gin.config._IMPORTS)  # a set
         experiment = Experiment(**areas, imports=tuple(modules))
         text = files.header(modules) + gin.operative_config_str(max_line_length=96)
+    replaced += unread(experiment, {key[1:] for key in own})
+    in_vain += unread(experiment, {key[1:] for key in of_last_file} - {key[1:] for key in own})
     for sentence in (*replaced, *(f"{gin_files[-1]}: {told}" for told in in_vain)):
         log.warning("%s", as_named(sentence))
     return experiment, text

@@ -150,10 +150,17 @@ def report(choice, student, teacher, y=0):
         argmax_agreement=float(bool(set(np.flatnonzero(s == s.max())) & set(best(t)))),
         clipped=0.0,
         kept_teacher_mass=1.0,
+        student_support_mass=1.0,
     )
     if choice.name == "sampled_token":
         return out
-    terms, mass = all_terms(choice, student, teacher, support(choice, student, teacher))
+    chosen = support(choice, student, teacher)
+    terms, mass = all_terms(choice, student, teacher, chosen)
+    if choice.support != "full":
+        both = [log_probabilities(x, choice.temperature)[chosen] for x in (student, teacher)]
+        out["student_support_mass"], teacher_mass = (np.exp(x).sum() for x in both)
+        if choice.completion == "renormalise":
+            mass = mass * teacher_mass
     out["kept_teacher_mass"] = mass.sum()
     over = terms >= choice.clip_threshold
     if choice.clip == "entry":

@@ -34,20 +34,38 @@ def test_values_and_gradients_are_those_of_one_device(mesh, process, length):
     hidden, kernel = rng.normal(size=(4, length, 16)), rng.normal(size=(13, 16))
     ids, mask = rng.integers(0, 13, (4, length)), rng.random((4, length)) < 0.7
 
-    def run(hidden, kernel, block):
-        head = Head(kernel, 5.0)
-        logps, entropy = token_logps(head, hidden, ids, jnp.asarray(mask), block, process)
+    def run(hidden, kernel, ids, mask, block):
+        logps, entropy = token_logps(Head(kernel, 5.0), hidden, ids, mask, block, process)
         finite = jnp.where(jnp.isfinite(logps), logps, 0.0)
-        return jnp.sum(finite * jnp.cos(jnp.arange(length))), (logps, entropy)
+        weights = jnp.cos(jnp.arange(length)), jnp.sin(jnp.arange(length))
+        return jnp.sum(finite * weights[0] + entropy * weights[1]), (logps, entropy)
 
     both = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
-    args = (jnp.asarray(hidden, jnp.float32), jnp.asarray(kernel, jnp.float32))
+    floats = (jnp.asarray(hidden, jnp.float32), jnp.asarray(kernel, jnp.float32))
+    args = (*floats, jnp.asarray(ids), jnp.asarray(mask))
     placement = MESHES[mesh]
     found = on_mesh(jax.jit(partial(both, block=6)), make_mesh(placement), placement.rules)(*args)
     expected = jax.jit(partial(both, block=None))(*args)
     assert np.isinf(expected[0][1][0]).any() == (process is not None)
     for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("block", [None, 3])
+def test_the_gradient_of_entropy_is_that_of_its_formula(block):
+    """dH / dz_v = -p_v (log p_v + H): a bonus for it would otherwise do nothing, in silence."""
+    rng = np.random.default_rng(1)
+    logits, ids = rng.normal(size=(1, 5, 7)) * 2, np.zeros((1, 5), int)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    entropy = -np.sum(p * np.log(p), axis=-1, keepdims=True)
+
+    def total(hidden):
+        head = Head(jnp.eye(7))
+        return token_logps(head, hidden, jnp.asarray(ids), jnp.asarray(ids) == 0, block)[1].sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(total))(jnp.asarray(logits, jnp.float32))
+    np.testing.assert_allclose(value, entropy.sum(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, -p * (np.log(p) + entropy), atol=1e-5)
 
 
 @pytest.mark.parametrize("mesh", ["data 8", "data 2 x model 4", "data 2 x sequence 4"])

@@ -50,6 +50,13 @@ def test_entropy_is_judged_by_the_teachers_and_excused_when_solved():
     assert rung(config, solved) == []
 
 
+def test_a_gradient_of_nothing_for_a_whole_window():
+    config, norms = GuardConfig(window=2), [0.0, 0.1, 0.0, 0.0, 0.0]
+    assert rung(config, lines(optim__grad_norm=norms)) == [(3, "gradient")]
+    solved = lines(optim__grad_norm=norms, rollout__reward_mean=[0.5, 0.9, 1.0, 1.0, 1.0])
+    assert rung(config, solved) == []  # groups of right answers alone
+
+
 def test_length_and_truncation():
     config = GuardConfig(window=1, length_rise=2.0, truncated_rise=0.25)
     history = lines(

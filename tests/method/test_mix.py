@@ -2,12 +2,16 @@
 """Rows, means, weights and references of the terms of a loss; a user's own functions in a run."""
 
 import dataclasses
+import inspect
 import json
 import sys
+import textwrap
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from opsd_jax.divergence.losses import DivergenceConfig
@@ -15,12 +19,14 @@ from opsd_jax.errors import UserError
 from opsd_jax.main import main
 from opsd_jax.method.batch import Batch, Policy
 from opsd_jax.method.completions import References
-from opsd_jax.method.mix import Distillation, Likelihood, Mix, linear
-from opsd_jax.method.objective import Reader
+from opsd_jax.method.mix import Distillation, Likelihood, Mix, Term, linear
+from opsd_jax.method.objective import Loss, Reader
 from opsd_jax.method.policy_gradient import PolicyGradient
-from opsd_jax.method.rows import SELECTIONS, GradedBatch, selected
+from opsd_jax.method.rows import SELECTIONS, GradedBatch, selected, weighted_sum
+from opsd_jax.method.train_step import sample_completion, update
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.sampling.prompts import Completion, Context
+from tests.method.test_train_step import method_of, state_of
 from tests.run.test_train import QUICKSTART, TINY
 from tests.tiny import tiny_batch, tiny_config, tiny_variables
 
@@ -53,6 +59,22 @@ def test_rows_are_chosen_by_what_their_names_say():
     needs = [Likelihood(rows=rows).needs_rewards for rows in ("all", "context", "right", odd)]
     assert needs == [False, False, True, True]
     assert Mix((Likelihood(), Distillation(rows=("complete", "wrong")))).needs_rewards
+
+
+def test_the_term_that_the_docstring_shows_moves_the_student():
+    text = inspect.cleandoc(Term.__doc__)
+    code = text[text.index("@dataclasses") : text.index('plan["weights"] are')]
+    names = dict(Term=Term, Loss=Loss, weighted_sum=weighted_sum, dataclasses=dataclasses)
+    exec(textwrap.dedent("    " + code), names)
+    bonus = names["EntropyBonus"]()
+    method = method_of(tiny_config(), objective=bonus, optimizer=optax.sgd(1.0))
+    state, batch = state_of(method), tiny_batch(4)
+    completion = jax.jit(partial(sample_completion, method))(state, batch)
+    step, found = jax.jit(partial(update, method)), []
+    for _ in range(3):
+        state, metrics = step(state, batch, completion)
+        found.append(-float(metrics["loss/objective"]))
+    assert found[0] < found[1] < found[2], "the entropy rises"
 
 
 @pytest.mark.parametrize(
