@@ -18,6 +18,7 @@ that is a function of your own has that function's unit). Of contexts built afte
   loss/clip_fraction          tokens that the clip changes
   loss/negative_fraction      tokens whose loss is below 0
   loss/kept_teacher_mass      teacher's probability on entries that support and clip leave alone
+  loss/student_support_mass   student's probability on the entries of the support
   loss/TERM                   what a term of a Mix adds to loss/objective
   student/entropy             and teacher/entropy: near log V a side has lost its weights
   student/nll_of_rollout      -log p of the answers under the student
