@@ -65,8 +65,10 @@ class Run:
 
     @property
     def divergence(self) -> str:
-        """Which divergence its loss is, as its config says it; "" where it does not."""
+        """Which divergence it logs, by its name in the config; "" where there is none."""
         name = self.settings.get("divergence.name", "").strip("'\"")
+        if name == "sampled_token":  # one sample of KL(student || teacher), which is logged whole
+            return "reverse_kl"
         beta = self.settings.get("divergence.beta")
         return f"{name}, beta {beta}" if name == "jensen_shannon" and beta else name
 

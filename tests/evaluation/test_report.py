@@ -153,6 +153,8 @@ def test_a_plot_says_which_divergence_it_shows(tmp_path):
     words = "unclipped (reverse_kl; jensen_shannon, beta 0.3), nats per token"
     differ = "Curves of different divergences cannot be compared."
     assert title("'reverse_kl'", "'jensen_shannon'", "'reverse_kl'") == (words, differ)
+    same = ("unclipped (reverse_kl), nats per token", "")
+    assert title("'sampled_token'", "'reverse_kl'") == same  # what is logged of both
     assert title("'forward_kl'", "@mine")[0] == "unclipped (forward_kl; @mine), per token"
     assert NATS == DIVERGENCES
 
