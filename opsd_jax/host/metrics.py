@@ -13,12 +13,15 @@ that is a function of your own has that function's unit). Of contexts built afte
 
   loss/objective              what is minimised, with clips and weights; of PolicyGradient about 0
                               whatever is learned, as its advantages are centred
-  loss/divergence             the same without them
+  loss/divergence             what divergence.name says, over the whole vocabulary: without clip,
+                              weights and support; of "sampled_token" KL(student || teacher). Runs
+                              with other names cannot be compared by it
   loss/divergence_right       of answers graded 1/2 or more; loss/divergence_wrong, of the others
   loss/clip_fraction          tokens that the clip changes
-  loss/negative_fraction      tokens whose loss is below 0
+  loss/negative_fraction      tokens whose loss is below 0, by more than rounding (1e-6)
   loss/kept_teacher_mass      teacher's probability on entries that support and clip leave alone
-  loss/student_support_mass   student's probability on the entries of the support
+  loss/student_support_mass   student's probability on the entries of the support: what falls
+                              where a truncated one loses it
   loss/TERM                   what a term of a Mix adds to loss/objective
   student/entropy             and teacher/entropy: near log V a side has lost its weights
   student/nll_of_rollout      -log p of the answers under the student
@@ -31,7 +34,8 @@ that is a function of your own has that function's unit). Of contexts built afte
   policy/clip_fraction        tokens whose probability ratio is clipped; policy/outside_support,
                               tokens that the student would no longer sample at all
   policy/kl_initial           KL of the student and the initial policy, as Anchor.name says
-  rollout/logp_gap            |log p while sampling - log p while scoring|: 1e-6 in float32 on a CPU
+  rollout/logp_gap            |log p while sampling - log p while scoring|, before the step: 1e-6
+                              in float32 on a CPU
   rollout/truncated_fraction  answers cut by rollout.max_new_tokens
   rollout/length_mean         tokens; rollout/length_p50, rollout/length_p90, rollout/length_max;
                               rollout/tokens_total is all generated so far
