@@ -9,7 +9,8 @@ import jax
 
 from opsd_jax.host.chips import COMPILED
 
-_M_MMAP_THRESHOLD, _LARGE = -3, 16 << 20  # <malloc.h>; bytes
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
+_LARGE, _KEPT = 16 << 20, 32 << 20  # bytes
 
 
 @contextlib.contextmanager
@@ -19,11 +20,12 @@ def compilers_memory_returned(least_s: float = 0.5) -> Iterator[None]:
     A compiler allocates in small pieces, which glibc keeps for the process once they are free:
     100 to 300 MB for a step, at the moment that the step asks for its own. From then on to the end
     of the process, blocks of 16 MiB and more go back as soon as they are free: glibc takes them for
-    the heap once it has seen some, and then holds what lies below the last. Other C libraries are
-    left alone.
+    the heap once it has seen some, and then holds what lies below the last. Of the heap's end it
+    keeps 32 MiB, or every smaller block would be fetched again. Other C libraries are left alone.
     """
     trim = _glibc("malloc_trim", 0)
     _glibc("mallopt", _M_MMAP_THRESHOLD, _LARGE)()
+    _glibc("mallopt", _M_TRIM_THRESHOLD, _KEPT)()
 
     def compiled(event: str, duration_secs: float, **_: str | int) -> None:
         if event == COMPILED and duration_secs >= least_s:
