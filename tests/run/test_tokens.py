@@ -190,7 +190,7 @@ class HostileTokenizer(WordTokenizer):
 
 def drawn(line):
     """What the page shows of a line of `opsd tokens`."""
-    names = "step question answer teacher_prompt analysis reward tokens".split()
+    names = "step divergence question answer teacher_prompt analysis reward tokens".split()
     return {name: line.get(name) for name in names}
 
 
