@@ -180,10 +180,9 @@ def _masses(config, over, seen, clip, teacher):
 
     `seen` are the two sides on a truncated support, as they were before `complete`.
     """
-    ones = jnp.ones_like(clip.objective)
+    kept = student_mass = jnp.ones_like(clip.objective)
     if config.name == "sampled_token":
-        return ones, ones
-    kept, student_mass = ones, ones
+        return kept, student_mass
     if clip.kept is not None:
         kept = over.sum(jnp.where(clip.kept, jnp.exp(teacher), 0))
     if seen:

@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -83,18 +83,21 @@ def alarms(config: GuardConfig, history: Iterable[Mapping[str, Any]]) -> list[Al
       config: thresholds; the action plays no part.
       history: the lines of metrics.jsonl in order; a metric may be missing, None or NaN.
     """
+    return replayed(config, history).alarms
+
+
+def replayed(config: GuardConfig, history: Iterable[Mapping[str, Any]]) -> Guard:
+    """A guard that has seen a run."""
     guard = Guard(config)
     for line in history:
         guard.see(line)
-    return guard.alarms
+    return guard
 
 
-def is_watched(config: GuardConfig, history: Iterable[Mapping[str, Any]]) -> bool:
+def is_watched(config: GuardConfig, history: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a run was measured enough for any alarm: a whole window, an evaluation, a probe."""
-    guard, leaks = Guard(config), False
-    for line in history:
-        guard.see(line)
-        leaks = leaks or number(line, "probe/teacher/leak") is not None
+    guard = replayed(config, history)
+    leaks = any(number(line, "probe/teacher/leak") is not None for line in history)
     return bool(guard.first or guard.best or leaks)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from opsd_jax.model.branches import Branches
 from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.sharding import placed, texts_split, whole_groups
-from opsd_jax.sampling.prompts import Completion, Context
+from opsd_jax.sampling.prompts import Completion, Context, one_of_each
 
 
 def join(context: Context, completion_ids: jax.Array) -> jax.Array:
@@ -128,8 +128,7 @@ def _of_groups(
     rngs: dict | None,
 ) -> jax.Array:
     """`completion_hidden` of rows that have their prompt in common with the next `copies - 1`."""
-    own = (x.reshape(-1, copies, *x.shape[1:])[:, 0] for x in (context.ids, context.lengths))
-    prompts, lengths = own
+    prompts, lengths = (one_of_each(x, copies) for x in (context.ids, context.lengths))
     B, P = prompts.shape
     C = completion.ids.shape[1]
     ids = jnp.concatenate([prompts, completion.ids.reshape(B, -1)], axis=1)

@@ -160,13 +160,7 @@ def update(
         return (trainable, opt_state), metrics
 
     carry = (state.trainable, state.opt_state)
-    if method.num_updates == 1:
-        (trainable, opt_state), metrics = one_pass(carry, 0)
-    else:
-        carry, passes = jax.lax.scan(one_pass, carry, jnp.arange(method.num_updates))
-        (trainable, opt_state), metrics = carry, jax.tree.map(lambda x: jnp.mean(x, 0), passes)
-        if (gap := "rollout/logp_gap") in passes:  # later passes score another policy, as they must
-            metrics[gap] = passes[gap][0]
+    (trainable, opt_state), metrics = all_passes(one_pass, carry, method.num_updates)
     metrics |= planned | token_metrics(method, completion) | context_metrics(batch, completion)
     return dataclasses.replace(
         state,
@@ -175,6 +169,17 @@ def update(
         teacher=method.teacher.update(state.teacher, trainable, state.step + 1),
         opt_state=opt_state,
     ), metrics
+
+
+def all_passes(one_pass: Callable, carry: Any, number: int) -> tuple[Any, Metrics]:
+    """`number` passes, one after the other: the last carry, and the metrics of all."""
+    if number == 1:
+        return one_pass(carry, 0)
+    carry, passes = jax.lax.scan(one_pass, carry, jnp.arange(number))
+    metrics = jax.tree.map(lambda x: jnp.mean(x, 0), passes)
+    if (gap := "rollout/logp_gap") in passes:  # later passes score another policy, as they must
+        metrics[gap] = passes[gap][0]
+    return carry, metrics
 
 
 def micro_loss(

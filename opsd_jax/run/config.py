@@ -200,8 +200,9 @@ def load_experiment(
         modules = sorted(statement.module for statement in gin.config._IMPORTS)  # a set
         experiment = Experiment(**areas, imports=tuple(modules))
         text = files.header(modules) + gin.operative_config_str(max_line_length=96)
-    replaced += unread(experiment, {key[1:] for key in own})
-    in_vain += unread(experiment, {key[1:] for key in of_last_file} - {key[1:] for key in own})
+    mine, of_file = ({key[1:] for key in keys} for keys in (own, of_last_file))
+    replaced += unread(experiment, mine)
+    in_vain += unread(experiment, of_file - mine)
     for sentence in (*replaced, *(f"{gin_files[-1]}: {told}" for told in in_vain)):
         log.warning("%s", as_named(sentence))
     return experiment, text

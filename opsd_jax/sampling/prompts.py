@@ -16,6 +16,14 @@ def pad(rows: list[list[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.
     return ids, np.array([len(row) for row in rows], np.int32)
 
 
+def one_of_each(x: jax.Array, copies: int) -> jax.Array:
+    """[B / copies, ...], of each group of adjacent rows the first.
+
+    By a reshape, which leaves every device its own groups, as strided slices would not.
+    """
+    return x.reshape(-1, copies, *x.shape[1:])[:, 0]
+
+
 @flax.struct.dataclass
 class Context:
     """Prompts of a batch, padded on the right.

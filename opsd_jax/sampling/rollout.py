@@ -38,7 +38,7 @@ from opsd_jax.model.sharding import whole_groups
 from opsd_jax.model.weights_first import weights_first
 from opsd_jax.sampling.config import RolloutConfig
 from opsd_jax.sampling.decoding_form import decoding_form
-from opsd_jax.sampling.prompts import Completion, Context
+from opsd_jax.sampling.prompts import Completion, Context, one_of_each
 from opsd_jax.sampling.tokens import filter_logits, log_prob, penalise, prompt_tokens, sample
 
 
@@ -203,7 +203,7 @@ def start(
     """Reads the prompts, each of `copies` rows once, and samples every row's first token."""
     B = len(prompt_lengths)
     copies = whole_groups(B, copies)
-    own = [x.reshape(B // copies, copies, *x.shape[1:])[:, 0] for x in (prompt_ids, prompt_lengths)]
+    own = (one_of_each(x, copies) for x in (prompt_ids, prompt_lengths))
     cache, hidden_BD = prefill(model, variables, *own)
     hidden_BD = jnp.repeat(hidden_BD, copies, axis=0)
     cache = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=x.ndim - 4), cache)
