@@ -40,7 +40,7 @@ class GuardConfig:
         and export take.
       window: training metrics are averages over so many logged steps; single steps are noisy.
       divergence_rise: alarm when the unclipped loss/divergence is so many times its minimum.
-      divergence_floor: nats that it must have risen at least; below, a rise is noise.
+      divergence_floor: nats (or its unit) that it must have risen at least; less is noise.
       entropy_fall: alarm when student/entropy is under this share of where it should end (the
         teacher's entropy at the start, or its own where nothing teaches) and the problems are
         not solved: nine rollouts of ten right excuse any certainty.
@@ -166,7 +166,7 @@ def divergence_rises(guard: Guard, line: Mapping[str, Any]) -> str | None:
     if now < config.divergence_rise * lowest or now - lowest < config.divergence_floor:
         return None
     return (
-        f"loss/divergence (unclipped) is {now:.3g} nats per token again, after its minimum of "
+        f"loss/divergence (unclipped) is {now:.3g} per token again, after its minimum of "
         f"{lowest:.3g} at step {step}"
     )
 
@@ -178,7 +178,7 @@ def entropy_collapses(guard: Guard, line: Mapping[str, Any]) -> str | None:
         return None
     whose = "teacher" if "teacher/entropy" in guard.first else "student"
     start = guard.first[f"{whose}/entropy"]
-    if now >= guard.config.entropy_fall * start:
+    if start <= 0 or now >= guard.config.entropy_fall * start:
         return None
     return f"student/entropy is {now:.3g} nats, {now / start:.0%} of the {whose}'s at the start"
 

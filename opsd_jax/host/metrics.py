@@ -22,7 +22,10 @@ that is a function of your own has that function's unit). Of contexts built afte
   loss/kept_teacher_mass      teacher's probability on entries that support and clip leave alone
   loss/student_support_mass   student's probability on the entries of the support: what falls
                               where a truncated one loses it
-  loss/TERM                   what a term of a Mix adds to loss/objective
+  loss/token_weight           mean product of the token weights, where there are any
+  loss/rows_fraction          rows that a term learns from, where that is not all
+  loss/TERM                   what a term of a Mix adds to loss/objective; there the two above are
+                              loss/TERM_token_weight and loss/TERM_rows_fraction
   student/entropy             and teacher/entropy: near log V a side has lost its weights
   student/nll_of_rollout      -log p of the answers under the student
   teacher/nll_of_rollout      the same under the teacher
@@ -32,7 +35,8 @@ that is a function of your own has that function's unit). Of contexts built afte
   loss/importance_mean        min(pS / p_sampled, divergence.importance_clip), and
                               loss/importance_clip_fraction, the tokens that it bounds
   policy/clip_fraction        tokens whose probability ratio is clipped; policy/outside_support,
-                              tokens that the student would no longer sample at all
+                              tokens that the student would no longer sample at all;
+                              policy/advantage_size, mean |advantage| of a token, after its shape
   policy/kl_initial           KL of the student and the initial policy, as Anchor.name says
   rollout/logp_gap            |log p while sampling - log p while scoring|, before the step: 1e-6
                               in float32 on a CPU
@@ -44,8 +48,9 @@ that is a function of your own has that function's unit). Of contexts built afte
                               of answers that were done already
   rollout/reward_mean         mean grade, where answers can be graded; rollout/ungraded_fraction, of
                               those where the grader failed
-  reward/std                  of the grades, over the whole batch and not within a group;
-                              reward/zero_variance_fraction, groups graded alike
+  reward/std                  of the grades over the whole batch; reward/group_std, mean over the
+                              groups of that within one; reward/zero_variance_fraction, groups
+                              graded alike
   analysis/tokens             that the teacher wrote before it scores, analysis/length_mean of them
                               a row; analysis/truncated_fraction, those cut by their limit
   optim/learning_rate         of this step

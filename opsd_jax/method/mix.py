@@ -111,7 +111,15 @@ class Term:
     def plan(self, step: GradedBatch) -> tuple[Plan, dict[str, jax.Array]]:
         """(rows: name -> [B, ...], metrics: name -> []) of the whole batch."""
         rows = {"weights": self.mean_weights(step, step.completion.mask, self.reads_teacher)}
-        return (rows if step.rewards is None else rows | {"rewards": step.rewards}), {}
+        if step.rewards is not None:
+            rows["rewards"] = step.rewards
+        return rows, self.share_of_rows(step)
+
+    def share_of_rows(self, step: GradedBatch) -> dict[str, jax.Array]:
+        """The metric of the share of rows that it learns from, where that is not all."""
+        if self.rows == "all":
+            return {}
+        return {"loss/rows_fraction": jnp.mean(selected(self.rows, step), dtype=jnp.float32)}
 
     def mean_weights(self, step: GradedBatch, mask: jax.Array, with_context: bool) -> jax.Array:
         """[B, C], the weight of every token in the loss; rows without context 0 if so asked."""
@@ -143,13 +151,15 @@ class Distillation(Term):
     def __call__(self, reader: Reader, plan: Plan) -> Loss:
         terms, completion = reader.divergence, reader.completion
         tokens = Tokens(reader, plan, terms)
-        values = weighed(terms.objective, (*reader.config.weights, *self.weights), tokens)
+        weights = (*reader.config.weights, *self.weights)
+        values, weight_sums = weighed(terms.objective, weights, tokens)
         return Loss(
             weighted_sum(values, plan["weights"]),
             {},
             {"divergence": jnp.sum(terms.divergence, axis=1)},
             token_sums(dataclasses.replace(terms, objective=values), reader.batch, completion)
-            | importance_sums(reader),
+            | importance_sums(reader)
+            | weight_sums,
         )
 
 
@@ -174,11 +184,12 @@ class Likelihood(Term):
         if self.of:
             reader = dataclasses.replace(reader, completion=self._completion(reader))
         logps, entropy = reader.student_logps
-        values = weighed(-logps, self.weights, Tokens(reader, plan))
-        completion = reader.completion
-        # The metrics are per token of the step's completions.
-        sums = {} if self.of else student_sums(logps, entropy, completion.logps, completion.mask)
-        return Loss(weighted_sum(values, plan["weights"]), sums)
+        values, weight_sums = weighed(-logps, self.weights, Tokens(reader, plan))
+        value, completion = weighted_sum(values, plan["weights"]), reader.completion
+        if self.of:  # The metrics are per token of the step's completions.
+            return Loss(value, {})
+        sums = student_sums(logps, entropy, completion.logps, completion.mask)
+        return Loss(value, sums, context_sums=weight_sums)
 
     def _completion(self, of: GradedBatch | Reader) -> Any:
         return self.of(None, None, of.batch, None, None) if self.of else of.completion
@@ -202,8 +213,9 @@ class Anchor(Term):
         else:
             values = self._whole_kl(reader)
         found = masked_sums({"policy/kl_initial": values}, reader.completion.mask)
-        values = weighed(values, self.weights, Tokens(reader, plan))
-        return Loss(weighted_sum(values, plan["weights"]), jax.lax.stop_gradient(found))
+        values, weight_sums = weighed(values, self.weights, Tokens(reader, plan))
+        value = weighted_sum(values, plan["weights"])
+        return Loss(value, jax.lax.stop_gradient(found), context_sums=weight_sums)
 
     def _whole_kl(self, reader: Reader) -> jax.Array:
         ours, student, initial = reader.config, reader.student, reader.initial or reader.teacher
@@ -238,7 +250,8 @@ class Mix:
     Args:
       terms: such as (@PolicyGradient(), @Distillation()); two of one kind have scopes,
         (@right/Likelihood(), @wrong/Likelihood()). Where two have a metric of one name, the first
-        one's is kept; loss/<term> is what each adds to loss/objective.
+        one's is kept; loss/<term> is what each adds to loss/objective, loss/<term>_rows_fraction
+        and loss/<term>_token_weight are what it would say alone.
     """
 
     terms: tuple[Objective, ...]
@@ -258,8 +271,8 @@ class Mix:
     def plan(self, step: GradedBatch) -> tuple[Plan, dict[str, jax.Array]]:
         plans = [term.plan(step) for term in self.terms]
         metrics: dict[str, jax.Array] = {}
-        for _, found in reversed(plans):
-            metrics |= found
+        for name, (_, found) in reversed([*zip(self.names, plans, strict=True)]):
+            metrics |= of_term(name, found)
         return {name: rows for name, (rows, _) in zip(self.names, plans, strict=True)}, metrics
 
     def __call__(self, reader: Reader, plan: Plan) -> Loss:
@@ -268,12 +281,12 @@ class Mix:
             for name, term in zip(self.names, self.terms, strict=True)
         }
         total = Loss(jnp.zeros(()), {})
-        for part in reversed(parts.values()):
+        for name, part in reversed(parts.items()):
             total = Loss(
                 total.value + part.value,
                 total.sums | part.sums,
                 total.rows | part.rows,
-                total.context_sums | part.context_sums,
+                total.context_sums | of_term(name, part.context_sums),
             )
         return dataclasses.replace(total, parts={name: part.value for name, part in parts.items()})
 
@@ -286,6 +299,15 @@ class Mix:
             number = 1 + sum(name.split(" ")[0] == kind for name in names)
             names.append(f"{kind} {number}" if number > 1 else kind)
         return [name.replace(" ", "_") for name in names]
+
+
+def of_term(name: str, metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The metrics of a mix's term, of which those that each has of its own bear its name."""
+    own = ("loss/rows_fraction", "loss/token_weight")
+    return {
+        key.replace("loss/", f"loss/{name}_") if key in own else key: value
+        for key, value in metrics.items()
+    }
 
 
 def terms_of(objective: Objective) -> tuple[Objective, ...]:

@@ -69,10 +69,13 @@ class PolicyGradient(Term):
         size = rewards.shape[0] if self.baseline == "batch" else step.group_size
         advantages, flat = group_advantages(rewards, size, self.normalize_std)
         weights = self.mean_weights(step, mask, with_context=bool(self.weights))
-        metrics = {
+        metrics = self.share_of_rows(step) | {
             "reward/std": jnp.std(rewards),
             "reward/zero_variance_fraction": jnp.mean(flat, dtype=jnp.float32),
         }
+        if step.group_size > 1:
+            groups = rewards.reshape(-1, step.group_size)
+            metrics["reward/group_std"] = jnp.mean(jnp.std(groups, axis=1, ddof=1))
         return {"weights": weights, "advantages": advantages, "rewards": rewards}, metrics
 
     def __call__(self, reader: Reader, plan: Plan) -> Loss:
@@ -83,12 +86,17 @@ class PolicyGradient(Term):
             advantages = jnp.where(tokens.mask, shaped, advantages)
         now, old = reader.sampled_logps
         values, clipped = clipped_surrogate(now, old, advantages, self.clip_low, self.clip_high)
-        values = weighed(values, self.weights, tokens)
-        per_id = {"policy/clip_fraction": clipped, "policy/outside_support": now == -jnp.inf}
+        values, weight_sums = weighed(values, self.weights, tokens)
+        per_id = {
+            "policy/clip_fraction": clipped,
+            "policy/outside_support": now == -jnp.inf,
+            "policy/advantage_size": jnp.abs(advantages),
+        }
         logps, entropy = reader.student_logps
         sums = masked_sums(per_id, completion.mask)
         sums |= student_sums(logps, entropy, completion.logps, completion.mask)
-        return Loss(weighted_sum(values, plan["weights"]), sums)
+        context_sums = tokens.sums_of_teacher() | weight_sums
+        return Loss(weighted_sum(values, plan["weights"]), sums, context_sums=context_sums)
 
 
 def group_advantages(

@@ -10,6 +10,7 @@ the advantages in place of `tokens.advantages` (`PolicyGradient.shape`). `token_
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from opsd_jax.divergence.losses import per_token
 from opsd_jax.divergence.rows import TokenDivergence
 from opsd_jax.errors import UserError
-from opsd_jax.method.objective import Reader
+from opsd_jax.method.objective import Reader, masked_sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +82,12 @@ class Tokens:
         """[B, C], nats."""
         return jax.lax.stop_gradient(self._student[1])
 
-    @cached_property
+    @property
     def teacher_logps(self) -> jax.Array:
         """[B, C], log pT(y) at temperature 1 in the teacher's context."""
         return self._teacher[0]
 
-    @cached_property
+    @property
     def teacher_entropy(self) -> jax.Array:
         """[B, C], nats."""
         return self._teacher[1]
@@ -112,11 +113,19 @@ class Tokens:
             return self.terms.student_logps, self.terms.student_entropy
         return self.reader.student_logps
 
-    @property
+    @cached_property
     def _teacher(self) -> tuple[jax.Array, jax.Array]:
         if self.terms is not None:
             return self.terms.teacher_logps, self.terms.teacher_entropy
         return self.reader.teacher_logps
+
+    def sums_of_teacher(self) -> dict[str, jax.Array]:
+        """Sums for `Loss.context_sums` of what functions asked of the teacher, and nothing else."""
+        if "_teacher" not in vars(self):
+            return {}
+        logps, entropy = self._teacher
+        per_id = {"teacher/nll_of_rollout": -logps, "teacher/entropy": entropy}
+        return masked_sums(per_id, self.mask)
 
     def _of_rows(self, name: str, why: str) -> jax.Array:
         if name not in self.rows:
@@ -133,8 +142,12 @@ class Tokens:
 Function = Callable[[Any, jax.Array], jax.Array]
 
 
-def weighed(values: jax.Array, functions: Sequence[Function], tokens: Tokens) -> jax.Array:
-    """Multiplies values [B, C] by all token weights."""
-    for function in functions:
-        values = values * per_token("a token weight", function, tokens, tokens.mask)
-    return values
+def weighed(
+    values: jax.Array, functions: Sequence[Function], tokens: Tokens
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(values [B, C] times all token weights, the sum of these for `Loss.context_sums`)."""
+    if not functions:
+        return values, {}
+    found = [per_token("a token weight", f, tokens, tokens.mask) for f in functions]
+    product = math.prod(found[1:], start=found[0])
+    return values * product, masked_sums({"loss/token_weight": product}, tokens.mask)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from opsd_jax.divergence.likelihood import token_logps
 from opsd_jax.divergence.losses import DivergenceConfig
 from opsd_jax.errors import UserError
+from opsd_jax.method.advantage_shapes import add_gap
 from opsd_jax.method.completions import StudentRollouts
 from opsd_jax.method.mix import Anchor, Distillation, Likelihood, Mix
 from opsd_jax.method.policy_gradient import PolicyGradient, group_advantages
@@ -343,6 +344,11 @@ def test_routing_distils_wrong_rows_and_reinforces_right_ones(rollouts):
     np.testing.assert_allclose(divergence.sum() / num_tokens, mixed["loss/divergence"], rtol=1e-5)
     parts = mixed["loss/policy_gradient"], mixed["loss/distillation"]
     np.testing.assert_allclose(parts, [0.3 * reinforced, 0.7 * distilled], rtol=1e-5)
+    assert mixed["loss/policy_gradient_rows_fraction"] == right.mean()
+    assert mixed["loss/distillation_rows_fraction"] == 1 - right.mean()
+    groups = np.asarray(rewards).reshape(-1, method_of(mix).group_size)
+    within = groups.std(axis=1, ddof=1).mean()
+    np.testing.assert_allclose(mixed["reward/group_std"], within, rtol=1e-6)
     whole = Mix((PolicyGradient(mean="token", weight=0.3), Distillation(weight=0.7)))
     whole = step(whole, completion)
     plain = step(Distillation(), completion)["loss/objective"]
@@ -351,6 +357,29 @@ def test_routing_distils_wrong_rows_and_reinforces_right_ones(rollouts):
 
 
 @pytest.mark.slow
+def test_weights_and_shapes_are_told(rollouts):
+    """Their means over the tokens, and of the teacher what they looked at."""
+    state, batch, completion, rewards = rollouts
+    mask, places = np.asarray(completion.mask), np.arange(completion.mask.shape[1])
+
+    def step(objective):
+        return jax.jit(partial(update, method_of(objective)))(state, batch, completion, rewards)[1]
+
+    weights = (lambda tokens, mask: tokens.positions + 1.0, lambda tokens, mask: mask * 0.5)
+    blind = step(PolicyGradient(shape=lambda tokens, mask: -tokens.positions, weights=weights))
+    mean = (mask * (places + 1)).sum() / mask.sum()
+    np.testing.assert_allclose(blind["loss/token_weight"], mean / 2, rtol=1e-6)
+    np.testing.assert_allclose(blind["policy/advantage_size"], mean - 1, rtol=1e-6)
+    assert not any(name.startswith("teacher/") for name in blind)
+    distilled = step(Mix((Distillation(weights=weights), PolicyGradient())))
+    np.testing.assert_allclose(distilled["loss/distillation_token_weight"], mean / 2, rtol=1e-6)
+    assert "loss/token_weight" not in distilled
+    seeing = step(PolicyGradient(shape=add_gap))
+    assert "loss/token_weight" not in seeing and "loss/rows_fraction" not in seeing
+    for name in ("teacher/nll_of_rollout", "teacher/entropy"):
+        np.testing.assert_allclose(seeing[name], distilled[name], rtol=1e-5)
+
+
 def test_several_passes_move_away_from_the_rollout(rollouts):
     state, batch, _, rewards = rollouts
     method = method_of(PolicyGradient(), num_updates=3, optimizer=optax.sgd(0.5))

@@ -76,8 +76,8 @@ def unexplained(workdir) -> set[str]:
     text = metrics_module.__doc__
     names = re.findall(r"\w+/[\w*]+|step|wall_s", text)
     written = set().union(*read_metrics(Path(workdir) / "metrics.jsonl"))
-    terms = {f"loss/{term}" for term in ("policy_gradient", "anchor", "distillation")}  # loss/TERM
-    written -= terms
+    terms = "loss/(policy_gradient|anchor|distillation)(_token_weight|_rows_fraction)?"  # loss/TERM
+    written = {key for key in written if not re.fullmatch(terms, key)}
     return {key for key in written if not any(fnmatch(key, name) for name in names)}
 
 
