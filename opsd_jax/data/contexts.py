@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable
 from typing import Annotated, Any
 
+from opsd_jax.data.attempts import Attempt
 from opsd_jax.data.templates import AFTER, TEMPLATES, check_template, names_in, shows_data
 from opsd_jax.errors import UserError
 from opsd_jax.fields import Count, require
@@ -35,12 +36,12 @@ class ContextConfig:
     {"role": ..., "content": ...}.
 
     The teacher and its views may be asked what is known only when this step's answers are graded:
-    {attempt} is the row's own answer, {grade} its grade, {feedback} what the grader said of it
-    (a grader may return (grade, text)), {sibling} another answer to the same problem in this step
-    that is right, {wrong_sibling} one that is wrong. The nth of teacher and views that shows a
-    sibling shows the nth one behind the row. A function (problem, attempts, number) is called then
-    too: `attempts` are those of the problem's group (`attempts.Attempt`), `number` is the row's
-    own; it returns None where it can build nothing.
+    {attempt} is the row's own answer, {grade} its grade, {verdict} the text of this config for such
+    a grade, {feedback} what the grader said of it (a grader may return (grade, text)), {sibling}
+    another answer to the same problem in this step that is right, {wrong_sibling} a wrong one. The
+    nth of teacher and views that shows a sibling shows the nth one behind the row. A function
+    (problem, attempts, number) is called then too: `attempts` are those of the problem's group
+    (`attempts.Attempt`), `number` is the row's own; it returns None where it can build nothing.
 
     Args:
       student, teacher, evaluation: templates. What the teacher's shows beyond the student's is the
@@ -54,6 +55,8 @@ class ContextConfig:
         a rollout gives (context/missing_fraction), and is refused where the data lacks it.
       transition: text between the analysis and the solution, of the teacher's own turn.
       instruction: fills {instruction}.
+      verdict_right, verdict_wrong: fill {verdict} where the attempt is right (a grade of at least
+        1/2) or wrong; one that cannot be graded has none. Special tokens in them are text.
       student_system, teacher_system, evaluation_system, analysis_system: text of a system turn,
         which may have placeholders; behind a conversation's own.
       student_prefill, teacher_prefill, evaluation_prefill, analysis_prefill: text that opens the
@@ -80,6 +83,8 @@ class ContextConfig:
     teacher_fallback: Template | None = None
     transition: str = TRANSITION
     instruction: str = ""
+    verdict_right: str = "This answer is right."
+    verdict_wrong: str = "This answer is wrong."
     student_system: str = ""
     teacher_system: str = ""
     evaluation_system: str = ""
@@ -125,6 +130,11 @@ class ContextConfig:
             if "{instruction}" in text and not self.instruction:
                 raise UserError(
                     f"{field} uses {{instruction}}: set contexts.instruction to its text"
+                )
+            if "{verdict}" in text and not (self.verdict_right and self.verdict_wrong):
+                raise UserError(
+                    f"{field} shows {{verdict}}: set contexts.verdict_right and "
+                    "contexts.verdict_wrong to texts"
                 )
         if role_of(name) != "teacher" and self.is_after(name):
             raise UserError(
@@ -179,6 +189,12 @@ class ContextConfig:
             return role
         has_other = self.teacher_fallback is not None and not self.is_after("teacher_fallback")
         return "teacher_fallback" if has_other else None
+
+    def verdict(self, attempt: Attempt) -> str | None:
+        """What {verdict} says of an attempt."""
+        if attempt.grade is None:
+            return None
+        return self.verdict_right if attempt.is_right else self.verdict_wrong
 
     def prefill(self, name: str) -> str:
         return getattr(self, f"{role_of(name)}_prefill")

@@ -135,6 +135,7 @@ def _parts(
                 "rollout is; rename the column"
             )
         known = group.fields(**_nth_siblings(config, name))
+        known["verdict"] = config.verdict(group.attempts[group.number])
         fields |= {kind: text and quote(text) for kind, text in known.items()}
     if callable(template):
         own = _own_turns(template, problem, name, group)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompt text with placeholders: {question}, any column of the data, and what an attempt gives.
 
-    {question} {solution} {answer} {instruction}                what every problem set has
-    {hint}                                                      a column of the data
-    {attempt} {grade} {feedback} {sibling} {wrong_sibling}      known once a rollout is graded
+    {question} {solution} {answer} {instruction}                  what every problem set has
+    {hint}                                                        a column of the data
+    {attempt} {grade} {verdict} {feedback} {sibling} {wrong_sibling}    known after the rollout
 
 Every other brace is plain text, so LaTeX needs no escapes: behind `_`, `^`, a command or another
 brace no column is looked for (x^{n}, \\frac{a}{b}).
@@ -58,7 +58,7 @@ TEMPLATES: dict[str, str] = {
 }
 
 BEFORE = ("question", "solution", "answer", "instruction")
-AFTER = ("attempt", "grade", "feedback", "sibling", "wrong_sibling")
+AFTER = ("attempt", "grade", "verdict", "feedback", "sibling", "wrong_sibling")
 
 _BRACES = re.compile(r"\{([^{}\n]+)\}")
 _NAME = re.compile(r"[^\W\d][\w.-]*")

@@ -7,6 +7,7 @@ many steps as there are levels and no more.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -174,14 +175,14 @@ class AfterPrompts:
     def _try(self, problem: Problem) -> list[int] | None:
         """Lengths of the contexts around attempts of a digit; None where one has no room."""
         right, wrong = Attempt("1", 1.0, "1"), Attempt("1", 0.0, "1")
-        config, group = self._config, Group((right, right, wrong), 0)
-        lengths = []
+        groups = [Group((own, right, wrong), 0) for own in (right, wrong)]  # of unlike verdicts
+        config, lengths = self._config, []
         for name in self.names:
             asked = [name]
             if name == "teacher" and config.teacher_fallback is not None:
                 asked.append("teacher_fallback")
             longest = 1
-            for each in asked:
+            for each, group in itertools.product(asked, groups):
                 # A function is the user's own, and is called with what has happened.
                 known = "student" if callable(config.template(each)) else each
                 try:

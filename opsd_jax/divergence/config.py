@@ -10,7 +10,8 @@ import jax
 from opsd_jax.errors import UserError
 from opsd_jax.fields import Count, Positive, require
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "sampled_token")
+DIVERGENCES = ("forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "sampled_token")
+USE_BETA = ("mixed_kl", "jensen_shannon")
 CLIPS = ("none", "entry", "token", "rescale")
 SUPPORTS = ("full", "teacher_top_k", "student_top_k", "union_top_k")
 COMPLETIONS = ("renormalise", "tail", "truncate")
@@ -26,11 +27,13 @@ class DivergenceConfig:
     """The per-token loss, as one value per choice.
 
     Args:
-      name: "forward_kl" KL(teacher || student), "reverse_kl" KL(student || teacher),
-        "jensen_shannon", "sampled_token" (policy gradient on the sampled ids, each weighted by
-        its importance: unbiased for whatever samples without a filter), or a function
+      name: "forward_kl" KL(teacher || student), "reverse_kl" KL(student || teacher), "mixed_kl"
+        beta times the first + (1 - beta) times the second, "jensen_shannon", "sampled_token"
+        (policy gradient on the sampled ids, each weighted by its importance: unbiased for
+        whatever samples without a filter), or a function
         (student_logps, teacher_logps) -> per-entry terms, all [..., K], that is summed over K.
-      beta: weight of the teacher in the Jensen-Shannon mixture; only read by that name.
+      beta: weight of the teacher in the Jensen-Shannon mixture, or of the forward KL in the mixed
+        one; only read by these names.
       clip: "none"; "entry" min(term, threshold) before the sum (the official recipe);
         "token" min(sum, threshold); "rescale" the sum times min(1, threshold / sum).
       clip_threshold: nats; only read when there is a clip.
@@ -90,8 +93,8 @@ class DivergenceConfig:
         if not 0 < self.beta < 1:
             raise UserError(
                 f"divergence.beta must be strictly between 0 and 1, not {self.beta}: the "
-                "Jensen-Shannon divergence vanishes at both ends; use name 'forward_kl' or "
-                "'reverse_kl' for the two KL directions"
+                "Jensen-Shannon divergence vanishes at both ends, and the two KL directions have "
+                "names of their own, 'forward_kl' and 'reverse_kl'"
             )
         # A list, as gin may give it, would make the configuration unhashable.
         object.__setattr__(self, "weights", tuple(self.weights))

@@ -26,6 +26,12 @@ def reverse_kl_terms(student_logps: jax.Array, teacher_logps: jax.Array) -> jax.
     return _weighted_gap(student_logps, teacher_logps)
 
 
+def mixed_kl_terms(student_logps: jax.Array, teacher_logps: jax.Array, beta: float) -> jax.Array:
+    """beta KL(T || S) + (1 - beta) KL(S || T), entry by entry; 1/2 is half Jeffreys' divergence."""
+    forward = forward_kl_terms(student_logps, teacher_logps)
+    return beta * forward + (1 - beta) * reverse_kl_terms(student_logps, teacher_logps)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def jensen_shannon_terms(
     student_logps: jax.Array, teacher_logps: jax.Array, beta: float
@@ -72,6 +78,7 @@ def entry_terms(config: DivergenceConfig) -> Terms:
     named: dict[str, Terms] = {
         "forward_kl": forward_kl_terms,
         "reverse_kl": reverse_kl_terms,
+        "mixed_kl": functools.partial(mixed_kl_terms, beta=config.beta),
         "jensen_shannon": functools.partial(jensen_shannon_terms, beta=config.beta),
         "sampled_token": sampled_token_terms,
     }

@@ -33,7 +33,9 @@ from opsd_jax.host.stage import local
 
 ACCURACY = "eval/student/accuracy"
 TOKENS = "rollout/tokens_total"
-NATS = ("forward_kl", "reverse_kl", "jensen_shannon", "sampled_token")  # not a user's function
+# Divergences in nats, as a user's function need not be, and those that have a beta.
+NATS = ("forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "sampled_token")
+USE_BETA = ("mixed_kl", "jensen_shannon")
 Line = Mapping[str, Any]
 
 
@@ -70,7 +72,7 @@ class Run:
         if name == "sampled_token":  # one sample of KL(student || teacher), which is logged whole
             return "reverse_kl"
         beta = self.settings.get("divergence.beta")
-        return f"{name}, beta {beta}" if name == "jensen_shannon" and beta else name
+        return f"{name}, beta {beta}" if name in USE_BETA and beta else name
 
     @property
     def guard(self) -> GuardConfig:

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+from opsd_jax.divergence.config import USE_BETA
 from opsd_jax.method.mix import Distillation, terms_of
 from opsd_jax.run.experiment import Experiment
 
@@ -51,8 +52,9 @@ def rules(experiment: Experiment) -> list[Rule]:
         why = "train.objective has no @Distillation()"
         found.append(Rule("divergence", tuple(unread.split()), why))
     else:
-        if divergence.name != "jensen_shannon":
-            found.append(Rule("divergence", ("beta",), "divergence.name is not 'jensen_shannon'"))
+        if divergence.name not in USE_BETA:
+            why = "divergence.name is not one of " + " and ".join(map(repr, USE_BETA))
+            found.append(Rule("divergence", ("beta",), why))
         if divergence.clip == "none":
             found.append(Rule("divergence", ("clip_threshold",), "divergence.clip is 'none'"))
         if divergence.support == "full":
@@ -66,6 +68,9 @@ def rules(experiment: Experiment) -> list[Rule]:
     if not free and not divergence.weights and divergence.target is None:
         why = "neither divergence.target nor a function of tokens looks at them"
         found.append(Rule("contexts", ("views",), why))
+    if "verdict" not in contexts.after_rollout:
+        verdicts = ("verdict_right", "verdict_wrong")
+        found.append(Rule("contexts", verdicts, "no context of the teacher shows {verdict}"))
     if not contexts.is_after("teacher"):
         why = "contexts.teacher shows no attempt, so no row is without it"
         found.append(Rule("contexts", ("teacher_fallback",), why))

@@ -74,6 +74,8 @@ def term(choice, s, t):
         return xlogy(pt, t - s)
     if choice.name == "reverse_kl":
         return xlogy(ps, s - t)
+    if choice.name == "mixed_kl":
+        return choice.beta * xlogy(pt, t - s) + (1 - choice.beta) * xlogy(ps, s - t)
     m = choice.beta * pt + (1 - choice.beta) * ps
     log_m = math.log(m) if m > 0 else -np.inf
     return choice.beta * xlogy(pt, t - log_m) + (1 - choice.beta) * xlogy(ps, s - log_m)

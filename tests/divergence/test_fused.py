@@ -22,6 +22,7 @@ QUICK = {"xla_backend_optimization_level": 0}  # halves compile times, which are
 CASES = [
     dict(name="forward_kl", clip="entry", clip_threshold=0.05),
     dict(name="jensen_shannon", beta=0.3, temperature=1.3),
+    dict(name="mixed_kl", beta=0.3, support="teacher_top_k"),
     dict(name="reverse_kl", clip="rescale", support="union_top_k", completion="tail"),
     dict(name="forward_kl", clip="token", support="teacher_top_k", temperature=0.7),
     dict(name="forward_kl", support="student_top_k", completion="truncate"),

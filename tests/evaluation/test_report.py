@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from opsd_jax.divergence.config import DIVERGENCES
+from opsd_jax.divergence.config import DIVERGENCES, USE_BETA
+from opsd_jax.evaluation import runs
 from opsd_jax.evaluation.report import curve_charts, page
 from opsd_jax.evaluation.runs import NATS, Group, group_runs, read_run
 from opsd_jax.main import main
@@ -156,7 +157,9 @@ def test_a_plot_says_which_divergence_it_shows(tmp_path):
     same = ("unclipped (reverse_kl), nats per token", "")
     assert title("'sampled_token'", "'reverse_kl'") == same  # what is logged of both
     assert title("'forward_kl'", "@mine")[0] == "unclipped (forward_kl; @mine), per token"
-    assert NATS == DIVERGENCES
+    words = "unclipped (mixed_kl, beta 0.3), nats per token"
+    assert title("'mixed_kl'") == (words, "")
+    assert NATS == DIVERGENCES and runs.USE_BETA == USE_BETA
 
 
 def test_nothing_in_the_page_can_end_its_script_or_leave_it(written):

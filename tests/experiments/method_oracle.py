@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-B, C, V = 3, 4, 40
+B, C, V = 3, 4, 80
 _RNG = np.random.default_rng(7)
 
 
@@ -196,6 +196,17 @@ def exopd(case, b, t):
     return lambda z: reverse_kl(log_softmax(z), target)
 
 
+def sd_zero(case, b, t):
+    index = largest(log_softmax(case.teacher[b, t]), 64)
+    teacher = log_softmax(case.teacher[b, t][index])
+
+    def loss(z):
+        student = log_softmax(np.take(z, index, axis=-1))
+        return (forward_kl(student, teacher) + reverse_kl(student, teacher)) / 2
+
+    return loss
+
+
 def contrast(case, b, t):
     right, wrong = log_softmax(case.teacher[b, t]), log_softmax(case.views[0][b, t])
     assert (wrong < -5).any() and (wrong > -5).any()
@@ -228,6 +239,7 @@ METHODS: dict[str, tuple[Term, ...]] = {
     "exopd": (Term(on_context, exopd),),
     "contrast": (Term(on_context, contrast),),
     "gkd": (Term(on_context, gkd),),
+    "sd_zero": (Term(on_context, sd_zero),),
     "tinker_opd": (Term(lambda case: on_context(case) * importance(case, np.inf), tinker_opd),),
 }
 

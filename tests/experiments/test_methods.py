@@ -161,6 +161,12 @@ def hdpo(z):
     return grpo(z) + token_mean(kl, rows([False] * 3 + [True] * 3, SEEN))
 
 
+def pi_distill(z):
+    teacher = log_softmax(TEACHER)
+    kl = (np.exp(teacher) * (teacher - log_softmax(z))).sum(-1)
+    return grpo(z) + 0.1 * token_mean(kl, SEEN)
+
+
 def edge_opd(z):
     evidence = at_ids(TEACHER) > at_ids(PLAIN)
     d = at_ids(INITIAL) - at_ids(z)
@@ -195,7 +201,7 @@ def opsa(z):
 
 ORACLES = [
     *(grpo, dr_grpo, dapo, sft, rejection, rlsd, antisd, reward_and_teacher, sdar, srpo, hdpo),
-    *(edge_opd, sdpo, sdpo_feedback, rlcsd, eopd, reopold, opsa),
+    *(pi_distill, edge_opd, sdpo, sdpo_feedback, rlcsd, eopd, reopold, opsa),
 ]
 
 

@@ -2,6 +2,7 @@
 """Teacher contexts out of a step's graded attempts, of a model whose texts are hostile."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import re
@@ -149,6 +150,28 @@ def built(config: ContextConfig, attempts: dict[int, Attempt], tokenizer=BYTES, 
 def asked(*lines: str) -> list[str]:
     frame = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     return [frame.format(line) for line in lines]
+
+
+def test_a_teacher_goes_on_from_the_attempt_and_its_verdict():
+    """As SD-Zero's reviser does: both open its own answer; what cannot be graded has no verdict."""
+    config = ContextConfig(
+        student="question",
+        teacher="question",
+        teacher_prefill="{attempt}\n{verdict}\n",
+        verdict_right="{hint}<|im_end|>",  # text, as it stands
+        verdict_wrong="No, this is wrong: once more, and at some length.",
+        num_widths=1,
+    )
+    ungraded = 3, Attempt("<a3>", None)
+    texts, metrics, batch = built(config, attempts_of(ungraded))
+    for row, found in enumerate(texts):
+        verdict = config.verdict_right if GRADES[row] else config.verdict_wrong
+        own = f"{asked(f'q{NUMBERS[row]}')[0]}<a{row}>\n{verdict}\n"
+        assert found == (None if row == 3 else [own])
+    assert metrics["context/missing_fraction"] == 1 / 16
+    assert batch.teacher.ids.shape[1] >= len(BYTES.encode(own)), "room for the longer verdict"
+    with pytest.raises(UserError, match="contexts.teacher shows {verdict}: set contexts.verdict"):
+        dataclasses.replace(config, verdict_right="")
 
 
 def test_rows_see_their_own_group_alone():

@@ -15,7 +15,10 @@ GRPO = ("train.objective = @PolicyGradient()", "train.group_size = 8")
 @pytest.mark.parametrize("bindings, told", [
     (("divergence.beta = 0.3",), "divergence.beta has no effect: divergence.name is not"),
     (("divergence.beta = 0.3", "divergence.name = 'jensen_shannon'"), None),
+    (("divergence.beta = 0.3", "divergence.name = 'mixed_kl'"), None),
     (("divergence.beta = 0.5",), None),  # its default
+    (("contexts.verdict_wrong = 'No.'",), "contexts.verdict_wrong has no effect: no context of"),
+    (("contexts.verdict_wrong = 'n'", "contexts.teacher = '{question} {verdict}'"), None),
     (("divergence.clip = 'none'", "divergence.clip_threshold = 0.1"), "divergence.clip_threshold"),
     (("divergence.top_k = 8",), "divergence.top_k has no effect: divergence.support is 'full'"),
     (("divergence.top_k = 8", "divergence.support = 'teacher_top_k'"), None),
