@@ -68,7 +68,7 @@ ZERO = set(
     rollout.min_new_tokens rollout.pad_id rollout.unroll_layers teacher.ema_decay
     optimizer.warmup_steps optimizer.decay_steps optimizer.b1 optimizer.b2 optimizer.weight_decay
     optimizer.max_grad_norm evaluate.num_problems evaluate.top_k evaluate.max_new_tokens
-    evaluate.seed lora.dropout model.norm_eps model.norm_offset model.query_scale
+    evaluate.seed lora.dropout model.norm_offset model.query_scale
     model.embed_scale model.residual_scale model.output_scale model.num_experts
     policygradient.weight anchor.weight distillation.weight likelihood.weight
     reasonfirst.temperature reasonfirst.top_k randommodel.seed chainarithmetic.seed chaintask.seed

@@ -60,12 +60,12 @@ def make_batches(
     Args:
       problems: the same on all hosts.
       render: problem -> arrays of fixed shapes and dtypes, or None if a prompt is over budget.
-      batch_size: rows of a global batch.
+      batch_size: problems of a global batch.
       seed: of the order.
       narrow: a batch's arrays -> the same without columns that are padding in all rows.
 
     Raises:
-      UserError: fewer problems fit than a batch has rows.
+      UserError: fewer problems fit than a batch has.
     """
     fitting = np.array(list(_fitting(problems, render)), np.int32)
     num_dropped = len(problems) - len(fitting)
@@ -77,10 +77,10 @@ def make_batches(
         )
     if len(fitting) < batch_size:
         raise UserError(
-            f"batch_size {batch_size} is more than the {len(fitting)} problems "
-            f"there are ({num_dropped} of {len(problems)} were dropped because a prompt is over "
-            "contexts.*_max_tokens or a reference over rollout.max_new_tokens); take a smaller "
-            "batch, more problems or larger budgets."
+            f"a step takes {batch_size} problems (train.batch_size / train.group_size), which is "
+            f"more than the {len(fitting)} there are ({num_dropped} of {len(problems)} were "
+            "dropped because a prompt is over contexts.*_max_tokens or a reference over "
+            "rollout.max_new_tokens); take a smaller batch, more problems or larger budgets."
         )
     batches = (
         grain.MapDataset.source(fitting)

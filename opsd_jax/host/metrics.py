@@ -66,7 +66,7 @@ that is a function of your own has that function's unit). Of contexts built afte
 How busy the chips are; what cannot be known (a peak that chips.py does not list) has no name:
 
   time/rollout_tokens_per_s_per_chip  sampled
-  time/update_tokens_per_s_per_chip   read in the update
+  time/update_tokens_per_s_per_chip   read in the update as the student, a group's prompt once
   chip/model_tflops           10^12 FLOPs of the step per chip, by formula (run/flops.py)
   chip/mfu, chip/update_mfu   their share of the peak (bfloat16, whatever train.dtype is) in
                               time/step_s and, of the update's own, in time/update_s

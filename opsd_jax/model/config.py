@@ -15,7 +15,7 @@ from typing import Annotated
 import numpy as np
 
 from opsd_jax.errors import UserError
-from opsd_jax.fields import Count, Natural, NotNegative, Positive, check, require
+from opsd_jax.fields import Count, Natural, Positive, check, require
 from opsd_jax.model.rope import RopeScaling, rope_frequencies
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -40,7 +40,7 @@ class LoraConfig:
       targets: names or patterns ("q_proj", "*_proj", "[qv]_proj") of the projections of each
         layer that carry an adapter.
       dropout: probability of zeroing an input of A; acts only where `apply` is given a
-        "dropout" random key.
+        "dropout" random key. Rows that are scored as a group have that of their prompt in common.
       rank_stabilized: scale is alpha / sqrt(rank) instead (arXiv 2312.03732).
     """
 
@@ -81,7 +81,7 @@ class ModelConfig:
       head_dim: H.
       mlp_dim: F, the inner width of the gated MLP (of one expert, with experts).
       rope_theta: base of the rotary position frequencies.
-      norm_eps: added to the mean square inside every RMSNorm.
+      norm_eps: added to the mean square inside every RMSNorm; above 0, as padding may be 0.
       tie_embeddings: the output head is the embedding table.
       qk_norm: RMSNorm on queries and keys before the rotation, over H (Qwen3).
       dtype: compute dtype of activations, "float32" or "bfloat16"; the parameters keep
@@ -126,7 +126,7 @@ class ModelConfig:
     head_dim: Count
     mlp_dim: Count
     rope_theta: Positive = 10_000.0
-    norm_eps: NotNegative = 1e-5
+    norm_eps: Positive = 1e-5
     tie_embeddings: bool = False
     qk_norm: bool = False
     dtype: Annotated[str, DTYPES] = "float32"

@@ -26,12 +26,11 @@ from opsd_jax.run.assembly import Assembly
 from opsd_jax.run.flops import (
     Lengths,
     decoding_bytes,
-    forward_flops,
     forward_parts,
+    prefill_flops,
     readings,
     repeated,
     step_flops,
-    writer_prompts,
 )
 
 LAUNCH_S = 2.5e-6  # of one kernel, without command buffers; 2 to 3 on an H100 host
@@ -68,8 +67,8 @@ def executed_flops(parts: Assembly, lengths: Lengths) -> tuple[float, float] | N
     """FLOPs of (rollout, update) as compiled, over all devices: padded, and recomputed with remat.
 
     Of a prompt that a group shares, attention is made for every row (`model/branches.py`), and all
-    where rows of a micro-batch are no whole groups. None where the model FLOPs have no formula
-    (`run.flops.step_flops`).
+    where a device's rows, in the update those of a micro-batch, are no whole groups. None where the
+    model FLOPs have no formula (`run.flops.step_flops`).
 
     Args:
       parts: of the run.
@@ -79,6 +78,7 @@ def executed_flops(parts: Assembly, lengths: Lengths) -> tuple[float, float] | N
     if found is None:
         return None
     config, method = parts.model.config, scored_in_groups(parts, len(lengths.student))
+    rollout, _ = step_flops(sampled_in_groups(parts, len(lengths.student)), lengths) or found
     _, update = step_flops(method, lengths) or found
     again = repeated(method, lengths.student)
     *products, attended = forward_parts(config, again, 0 * again)
@@ -92,18 +92,24 @@ def executed_flops(parts: Assembly, lengths: Lengths) -> tuple[float, float] | N
         more += layers[-1]
         if config.remat is True:
             more += sum(layers[:-1]) - sum(products)
-    return found[0], update + method.num_updates * more
+    return rollout, update + method.num_updates * more
+
+
+def sampled_in_groups(parts: Assembly, num_rows: int) -> Method:
+    """The method, of groups of 1 where the rollout reads each row's prompt."""
+    method, mesh = parts.method, parts.mesh
+    if num_rows % (method.group_size * axis_size(mesh, rows_axis(mesh))):
+        return dataclasses.replace(method, group_size=1)
+    return method
 
 
 def scored_in_groups(parts: Assembly, num_rows: int) -> Method:
     """The method, of groups of 1 where the update reads each row's prompt."""
-    method, mesh = parts.method, parts.mesh
-    rows = num_rows // method.num_micro_batches
-    alone = rows % (method.group_size * axis_size(mesh, rows_axis(mesh))) > 0
+    method = parts.method
     by_length = method.num_micro_batches > 1 and method.num_widths > 1
-    if alone or by_length or "sequence" in mesh.shape:
+    if by_length or "sequence" in parts.mesh.shape:
         return dataclasses.replace(method, group_size=1)
-    return method
+    return sampled_in_groups(parts, num_rows // method.num_micro_batches)
 
 
 def offload_seconds(parts: Assembly, lengths: Lengths, link: float | None) -> float:
@@ -111,7 +117,9 @@ def offload_seconds(parts: Assembly, lengths: Lengths, link: float | None) -> fl
     config = parts.model.config
     if config.remat != "offload_projections" or link is None:
         return 0.0
+    method = scored_in_groups(parts, len(lengths.student))
     tokens = float(np.sum(lengths.student + lengths.completion))
+    tokens -= float(np.sum(repeated(method, lengths.student)))
     width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim + config.embed_dim
     width += 2 * max(1, config.experts_per_token) * config.mlp_dim  # that of down_proj is not kept
     num_bytes = tokens * config.num_layers * width * np.dtype(config.dtype).itemsize
@@ -150,8 +158,7 @@ def step_seconds(
     )
     if not rollout:
         return Seconds(0.0, update_s)
-    prompts = writer_prompts(parts.method, lengths)
-    prefill = forward_flops(parts.model.config, prompts, 0 * prompts)
+    prefill = prefill_flops(sampled_in_groups(parts, len(lengths.student)), lengths)
     params = jax.tree.leaves(parts.abstract.student["params"])
     weight_bytes = max(leaf.dtype.itemsize for leaf in params)
     axes = (axis_size(parts.mesh, rows_axis(parts.mesh)), parts.mesh.shape["model"])

@@ -130,9 +130,8 @@ def step_flops(method: Method, lengths: Lengths) -> tuple[float, float] | None:
     rollout = 0.0
     if method.completions.generates:
         prompts = writer_prompts(method, lengths)
-        rollout = forward_flops(config, prompts, n)
-        if not isinstance(method.completions, MixedRollouts):
-            rollout -= saved(forward_flops, config, prompts)
+        every = forward_flops(config, prompts, 0 * prompts)
+        rollout = forward_flops(config, prompts, n) - every + prefill_flops(method, lengths)
     update = training_flops(config, lengths.student, n)
     update -= saved(training_flops, config, lengths.student)
     for reader, prompts, shared in readings(method, lengths):
@@ -140,6 +139,14 @@ def step_flops(method: Method, lengths: Lengths) -> tuple[float, float] | None:
         if shared:
             update -= saved(partial(forward_flops, adapters=False), reader, prompts)
     return rollout, method.num_updates * update
+
+
+def prefill_flops(method: Method, lengths: Lengths) -> float:
+    """Of the prompts that a rollout reads: a group's once, but where rows are two roles'."""
+    prompts = writer_prompts(method, lengths)
+    if not isinstance(method.completions, MixedRollouts):
+        prompts = prompts[np.arange(len(prompts)) % method.group_size == 0]
+    return forward_flops(method.model.config, prompts, 0 * prompts)
 
 
 def readings(method: Method, lengths: Lengths) -> list[tuple[ModelConfig, np.ndarray, bool]]:

@@ -15,7 +15,7 @@ from opsd_jax.host.chips import CompileClock, memory_peak_gib, peak_of
 from opsd_jax.host.goodput import Goodput
 from opsd_jax.model.sharding import axis_size, rows_axis
 from opsd_jax.run.assembly import Assembly
-from opsd_jax.run.flops import Lengths, decoding_bytes, step_flops
+from opsd_jax.run.flops import Lengths, decoding_bytes, repeated, step_flops
 
 
 class Throughput:
@@ -52,8 +52,10 @@ class Throughput:
         if not self._method.completions.generates:
             update_s = step_s
         if update_s > 0:
-            read = int(np.sum(lengths.student + lengths.completion)) * self._method.num_updates
-            found["time/update_tokens_per_s_per_chip"] = read / update_s / self._num_devices
+            read = np.sum(lengths.student + lengths.completion)
+            read -= np.sum(repeated(self._method, lengths.student))
+            read_per_s = int(read) * self._method.num_updates / update_s
+            found["time/update_tokens_per_s_per_chip"] = read_per_s / self._num_devices
         found |= self._flops(lengths, step_s, update_s)
         memory = memory_peak_gib()
         return found if memory is None else found | {"chip/memory_peak_gib": memory}

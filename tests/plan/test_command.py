@@ -19,7 +19,7 @@ from opsd_jax.model.decoder import Decoder
 from opsd_jax.model.sharding import num_bytes
 from opsd_jax.plan import command, step
 from opsd_jax.plan.command import Plan, choice, make_plan, plan_command, report, variants
-from opsd_jax.plan.estimate import Seconds, executed_flops, offload_seconds
+from opsd_jax.plan.estimate import Seconds, executed_flops, offload_seconds, step_seconds
 from opsd_jax.plan.step import Widths, parts_of, shape_of
 from opsd_jax.plan.targets import Target
 from opsd_jax.run.config import load_experiment
@@ -160,6 +160,28 @@ def test_the_views_of_a_teacher_are_counted(config_json):
     parts = [parts_of(each, config, jax.devices()[:4]) for each in (experiment, more)]
     (_, one), (_, three) = map(executed_flops, parts, lengths)
     assert three - one == pytest.approx(2 * forward_flops(config, *lengths[0][1:3], adapters=False))
+
+
+@pytest.mark.parametrize("devices, times", [(1, 4), (4, 1)])
+def test_the_floor_has_a_groups_prompt_once_where_a_device_has_the_group(
+    config_json, devices, times
+):
+    """8 rows in groups of 4: a device of four holds two rows, whose prompts it reads."""
+    whole, groups = experiment_of(), experiment_of("train.group_size = 4")
+    config = shape_of(whole, config_json)
+    lengths = command.padded_lengths(whole, WIDTHS)
+    found = []
+    for each in (whole, groups):
+        parts = parts_of(each, config, jax.devices()[:devices])
+        parts = parts._replace(model=Decoder(dataclasses.replace(config, remat=REMATS[-1])))
+        seconds = step_seconds(parts, lengths, Peak(1e9, 1e30), [], lambda one: 1.0, None)
+        found.append((seconds.rollout * devices * 1e9, offload_seconds(parts, lengths, 1.0)))
+    prefill = forward_flops(parts.method.model.config, lengths.student, 0 * lengths.student)
+    saved = prefill * (1 - 1 / times)
+    assert found[0][0] - found[1][0] == pytest.approx(saved, abs=1e-6 * prefill)
+    prompts, answers = (float(x.sum()) for x in (lengths.student, lengths.completion))
+    ratio = (prompts / times + answers) / (prompts + answers)
+    assert found[1][1] == pytest.approx(ratio * found[0][1])
 
 
 def test_what_is_offloaded_takes_its_time(config_json):

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from opsd_jax.method.train_step import sample_completion, update
-from opsd_jax.model.sharding import on_mesh
+from opsd_jax.model.sharding import batch_sharding, on_mesh
 from opsd_jax.plan.command import padded_lengths
 from opsd_jax.plan.estimate import executed_flops
 from opsd_jax.plan.step import Widths, abstract_batch, parts_of
@@ -27,6 +27,24 @@ BINDINGS = (
     "train.dtype = 'float32'",
     "divergence.token_block = 256",
 )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices, group", [(1, 1), (1, 4), (2, 4), (4, 4)])
+def test_a_rollout_computes_what_is_said(devices, group):
+    """A prompt of two rows on a device, of a group of four, is read for each."""
+    more = ("rollout.max_new_tokens = 1", "train.batch_size = 8", f"train.group_size = {group}")
+    experiment, _ = load_experiment([RECIPE], [*BINDINGS, *more])
+    config = dataclasses.replace(config_from_hf(SHAPE | WIDE), num_layers=1)
+    parts = parts_of(experiment, config, jax.devices()[:devices])
+    widths = Widths(512, 64)
+    batch = abstract_batch(experiment, parts.mesh, widths)
+    rows = parts.shardings, batch_sharding(parts.mesh)
+    sample = jax.jit(partial(sample_completion, parts.method), in_shardings=rows)
+    lowered = on_mesh(sample.lower, parts.mesh, parts.rules)(parts.abstract, batch)
+    compiled = lowered.compile().cost_analysis()["flops"] * devices
+    said, _ = executed_flops(parts, padded_lengths(experiment, widths))
+    assert said < compiled < 1.12 * said
 
 
 @pytest.mark.slow

@@ -45,6 +45,11 @@ def test_rates_are_per_chip_and_of_the_peak(monkeypatch):
     )
 
 
+def test_a_groups_prompt_is_read_once(monkeypatch):
+    found = throughput(monkeypatch, method(group_size=2), None).metrics(LENGTHS, 7, 0.5, 2.5)
+    assert found["time/update_tokens_per_s_per_chip"] == (3 + 5 + 2) / 2.0 / 4
+
+
 def test_what_is_not_known_is_left_out(monkeypatch):
     untimed = throughput(monkeypatch, method(), None).metrics(LENGTHS, 7, float("nan"), 2.5)
     assert set(untimed) == {"chip/model_tflops"}
