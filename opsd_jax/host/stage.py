@@ -137,10 +137,11 @@ class Stage:
         """
         with self._mutex:
             self.confirm()
-            while self.removed:
-                if (name := self.removed.pop()) in self._known:
+            for name in list(self.removed):
+                if name in self._known:
                     (self.source / name).unlink()
                     self._forget(name)
+                self.removed.discard(name)  # only now: a store that is away is asked again
             for path in sorted(self.folder.rglob("*")):
                 name = path.relative_to(self.folder).as_posix()
                 with contextlib.suppress(FileNotFoundError):  # renamed since

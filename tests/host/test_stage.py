@@ -7,6 +7,7 @@ import opsd_jax
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.generations import GENERATIONS_FILE
 from opsd_jax.evaluation.runs import parse_workdir
+from opsd_jax.host.bucket import BucketError
 from opsd_jax.host.guard import forget_verdict, restored_step, write_verdict
 from opsd_jax.host.lease import Lease
 from opsd_jax.host.lock import only_writer
@@ -64,6 +65,22 @@ def test_what_is_taken_back_is_taken_back_in_the_bucket(bucket_run):
     other.fetch()
     left = ["metrics.jsonl", "samples/step_000002.jsonl"]
     assert bucket_run.names() == left == sorted(content(other.folder))
+
+
+def test_what_the_store_did_not_delete_is_deleted_by_the_next_upload(bucket_run, monkeypatch):
+    folder = local(str(bucket_run))
+    write_verdict(folder, [], 3)
+    upload(folder)
+    forget_verdict(folder)
+
+    def away(path):
+        raise BucketError(f"cannot delete {path}: UNAVAILABLE")
+
+    with monkeypatch.context() as patch, pytest.raises(BucketError, match="UNAVAILABLE"):
+        patch.setattr(type(bucket_run), "unlink", away)
+        upload(folder)
+    upload(folder)
+    assert bucket_run.names() == []
 
 
 def test_only_what_has_changed_travels(bucket_run, monkeypatch):
