@@ -142,7 +142,9 @@ class Stage:
                     (self.source / name).unlink()
                     self._forget(name)
                 self.removed.discard(name)  # only now: a store that is away is asked again
-            for path in sorted(self.folder.rglob("*")):
+            # Not by rglob, which in Python 3.11 raises where a folder is renamed meanwhile.
+            walked = os.walk(self.folder)
+            for path in sorted(Path(at, file) for at, _, files in walked for file in files):
                 name = path.relative_to(self.folder).as_posix()
                 with contextlib.suppress(FileNotFoundError):  # renamed since
                     if not _is_mirrored(name) or not path.is_file():

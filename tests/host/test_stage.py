@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The local folder that mirrors a workdir in a bucket."""
 
+import os
+
 import pytest
 
 import opsd_jax
@@ -106,6 +108,22 @@ def test_only_what_has_changed_travels(bucket_run, monkeypatch):
     stage.fetch()
     assert sorted(read, key=str) == [None, b"another's"]
     assert content(stage.folder) == {"a": "longer", "b": "another's"}
+
+
+def test_a_folder_that_goes_while_the_stage_is_walked_stops_no_upload(bucket_run, monkeypatch):
+    stage, list_folder = Stage(bucket_run), os.scandir
+    (stage.folder / "data" / "1.0.0.incompleteX").mkdir(parents=True)
+    (stage.folder / "metrics.jsonl").write_text("1\n")
+
+    def renamed_meanwhile(path):
+        if str(path).endswith("incompleteX"):
+            raise FileNotFoundError(path)
+        return list_folder(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", renamed_meanwhile)
+        stage.upload()
+    assert bucket_run.names() == ["metrics.jsonl"]
 
 
 def test_an_object_that_would_lie_outside_of_the_folder_is_left(bucket_run):
