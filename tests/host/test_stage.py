@@ -170,6 +170,18 @@ def test_who_has_lost_the_lock_uploads_nothing(bucket_run):
     assert bucket_run.names() == [".lock"]
 
 
+def test_who_was_refused_the_lock_has_none(bucket_run, monkeypatch):
+    folder, other = local(str(bucket_run)), Lease(bucket_run / ".lock")
+    other.take(print)
+    monkeypatch.setattr(Lease.__init__, "__defaults__", (0.2,))
+    with pytest.raises(UserError, match="another command is writing"):
+        with only_writer(folder, lambda text: other.renew()):
+            pass
+    (folder / "tokens.jsonl").write_text("{}")
+    upload(folder)  # as `opsd tokens`, which asks for no lock
+    assert bucket_run.names() == [".lock", "tokens.jsonl"]
+
+
 def test_a_folder_that_is_mounted_is_itself(tmp_path):
     assert local(tmp_path) == local(str(tmp_path)) == tmp_path
     fetch(tmp_path)
