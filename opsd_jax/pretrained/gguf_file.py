@@ -52,6 +52,10 @@ class GGUFFile:
       path: the file.
       config: what config.json would say, for `config.config_from_hf`.
       shapes: Hugging Face tensor name -> shape, output axis first.
+
+    Raises:
+      UserError: not a whole GGUF file, or one with a field, a tensor or a quantisation that is not
+        read.
     """
 
     def __init__(self, path: str):
@@ -76,11 +80,7 @@ class GGUFFile:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """The float32 values of part of a tensor; quantised rows are expanded one range at a
-        time.
-
-        Raises:
-          UserError: a quantisation that the `gguf` package cannot expand.
-        """
+        time."""
         tensor = self._tensors[name]
         start, stop, _ = index[0].indices(tensor.shape[0])
         head_rows = self._rows_per_head(name)
