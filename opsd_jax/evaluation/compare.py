@@ -130,12 +130,10 @@ def _fault(row: dict[str, Any] | None) -> str | None:
     """The first field of a line of by_problem.jsonl that cannot be counted with, or None."""
     if row is None:
         return "the line"
-    num_samples, num_correct = row.get("num_samples"), row.get("num_correct")
+    n, c = row.get("num_samples"), row.get("num_correct")
     fine = {name: isinstance(row.get(name), str) for name in ("role", "id", "answer")}
-    fine["num_samples"] = is_count(num_samples) and 0 < num_samples < 2**16
-    fine["num_correct"] = (
-        fine["num_samples"] and is_count(num_correct) and num_correct <= (num_samples or 0)
-    )
+    fine["num_samples"] = is_count(n) and 0 < n < 2**16
+    fine["num_correct"] = is_count(n) and is_count(c) and c <= n
     for name in ("accuracy", *(n for n in ("majority", "greedy") if n in row)):
         fine[name] = is_number(row.get(name)) and 0 <= row[name] <= 1
     return next((name for name, is_fine in fine.items() if not is_fine), None)
