@@ -152,6 +152,7 @@ class Stage:
                     # Looked at before it is read: what is appended meanwhile travels next time.
                     seen = _look(path)
                     if seen != self._known.get(name):
+                        self.confirm()  # the files before it may have taken minutes
                         self._versions[name] = (self.source / name).write(path.read_bytes())
                         self._known[name] = seen
 

@@ -2,6 +2,7 @@
 """The local folder that mirrors a workdir in a bucket."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,7 @@ import opsd_jax
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.generations import GENERATIONS_FILE
 from opsd_jax.evaluation.runs import parse_workdir
+from opsd_jax.host import lease
 from opsd_jax.host.bucket import BucketError
 from opsd_jax.host.guard import forget_verdict, restored_step, write_verdict
 from opsd_jax.host.lease import Lease
@@ -180,6 +182,24 @@ def test_who_was_refused_the_lock_has_none(bucket_run, monkeypatch):
     (folder / "tokens.jsonl").write_text("{}")
     upload(folder)  # as `opsd tokens`, which asks for no lock
     assert bucket_run.names() == [".lock", "tokens.jsonl"]
+
+
+def test_the_lock_is_renewed_between_the_files_of_a_long_upload(bucket_run, monkeypatch):
+    stage, clock, locks = Stage(bucket_run), [0.0], []
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    stage.lease, write = Lease(bucket_run / ".lock"), type(bucket_run).write
+    stage.lease.take(print)
+    for name in "abc":
+        (stage.folder / name).write_text(name)
+
+    def slow(path, content):
+        locks.append((bucket_run / ".lock").read()[0])
+        clock[0] += 40.0
+        return write(path, content)
+
+    monkeypatch.setattr(type(bucket_run), "write", slow)
+    stage.upload()
+    assert len(set(locks)) == 3
 
 
 def test_a_folder_that_is_mounted_is_itself(tmp_path):
