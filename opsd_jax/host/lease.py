@@ -114,7 +114,8 @@ class Lease:
 def kept(lease: Lease, upload: Callable[[], None], say: Callable[[str], None]) -> Iterator[None]:
     """Renews a lease and calls `upload` at each renewal, and once more when the context ends.
 
-    Where the store cannot be reached it is tried again; after the lease was lost, nothing is.
+    Where the store cannot be reached, or a file not read, it is tried again; after the lease was
+    lost, nothing is.
     """
     over = threading.Event()
 
@@ -123,7 +124,7 @@ def kept(lease: Lease, upload: Callable[[], None], say: Callable[[str], None]) -
             try:
                 lease.renew()
                 upload()
-            except BucketError as error:
+            except (BucketError, OSError) as error:
                 say(f"{error}; trying again")
             except UserError as error:
                 say(str(error))
@@ -136,7 +137,7 @@ def kept(lease: Lease, upload: Callable[[], None], say: Callable[[str], None]) -
     except BaseException:
         over.set()
         thread.join()
-        with contextlib.suppress(UserError):  # the error on its way out matters more
+        with contextlib.suppress(UserError, OSError):  # the error on its way out matters more
             upload()
             lease.release()
         raise

@@ -72,14 +72,15 @@ def test_an_owner_whose_answer_was_lost_is_still_the_owner(bucket_run):
     assert not (bucket_run / ".lock").is_file()
 
 
-def test_a_store_that_is_away_for_a_moment_ends_nothing(bucket_run):
+@pytest.mark.parametrize("kind", [BucketError, OSError])  # of the store, of a file here
+def test_a_store_that_is_away_for_a_moment_ends_nothing(bucket_run, kind):
     lease, said, calls = Lease(bucket_run / ".lock", LEASE_S), [], []
     lease.take(ignore)
 
     def upload():
         calls.append(1)
         if len(calls) == 1:
-            raise BucketError("cannot write it: UNAVAILABLE")
+            raise kind("cannot write it: UNAVAILABLE")
 
     with kept(lease, upload, said.append):
         time.sleep(LEASE_S)
