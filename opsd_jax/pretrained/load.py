@@ -254,7 +254,7 @@ def read_params(
         shardings = [jax.sharding.SingleDeviceSharding(jax.devices()[0])] * len(plan)
     else:
         shardings = jax.tree.leaves(variable_shardings(boxed, mesh, rules))
-    dtype = np.dtype(jax.numpy.dtype(config.dtype))
+    dtype = np.dtype(config.dtype)
     has_nan: list[str] = []
     arrays = [  # in the order of the plan, which is that of the tree
         _place(source, leaf, sharding, dtype, has_nan)
