@@ -5,7 +5,7 @@ Whatever lies on disk under a name comes first. Files go to the cache that every
 (HF_HOME), where one process of a host downloads while the others wait. A revision becomes a commit
 before anything is taken (`commit_of`), so that all files are of one; the list of a commit's files
 with their sizes is kept beside them, so that what is whole is used without a request and what was
-cut short is seen. Text, JSON and safetensors alone are asked for: no pickle and no code.
+cut short is seen. Of a model text, JSON and safetensors alone are asked for: no pickle and no code.
 """
 
 from __future__ import annotations
