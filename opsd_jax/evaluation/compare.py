@@ -38,17 +38,18 @@ class Difference(NamedTuple):
         return self.b - self.a
 
 
-def paired_bootstrap(a_N: np.ndarray, b_N: np.ndarray, seed: int = 0) -> Difference:
+def paired_bootstrap(a_N: np.ndarray, b_N: np.ndarray) -> Difference:
     """Mean of b - a over problems with the percentile interval of its bootstrap distribution.
+
+    What is drawn is always the same: the result is a function of the arguments.
 
     Args:
       a_N, b_N: the metric of each problem, in the same order.
-      seed: of the resampling; the result is a function of the arguments.
     """
     differences = np.asarray(b_N, np.float64) - np.asarray(a_N, np.float64)
     size = len(differences)
     # A resample is the number of times each problem is drawn: one matrix product in all.
-    counts = np.random.default_rng(seed).multinomial(size, [1 / size] * size, NUM_RESAMPLES)
+    counts = np.random.default_rng(0).multinomial(size, [1 / size] * size, NUM_RESAMPLES)
     means = counts @ differences / size
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(means, [tail, 1 - tail])

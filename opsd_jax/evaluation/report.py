@@ -71,9 +71,7 @@ MAX_TEXT = 4000  # characters of a sample that are shown
 NUM_SAMPLES = 4  # of each group
 
 
-def report_command(
-    workdirs: Sequence[str], out: str, name: str = "", levels: Sequence[float] = (0.7, 0.8, 0.9)
-) -> None:
+def report_command(workdirs: Sequence[str], out: str, name: str, levels: Sequence[float]) -> None:
     """Reads the workdirs and writes the page.
 
     Args:
