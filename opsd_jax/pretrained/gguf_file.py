@@ -16,9 +16,11 @@ import numpy as np
 
 from opsd_jax.data.tokenizer import HFTokenizer
 from opsd_jax.errors import UserError
+from opsd_jax.model.rope import rope_frequencies
 from opsd_jax.pretrained.gguf_header import Header, TensorInfo, read_header, short
 from opsd_jax.pretrained.gguf_metadata import Metadata
 from opsd_jax.pretrained.gguf_tokenizer import gguf_tokenizer, stop_ids
+from opsd_jax.pretrained.rope_parameters import rope_scaling_from_hf
 
 # GGUF tensor name -> Hugging Face name; {l} is the layer.
 _NAMES = {
@@ -214,9 +216,6 @@ class GGUFFile:
         return shape[0], shape[1]
 
     def _llama3_scaling(self, config: dict[str, Any], tensor: TensorInfo) -> dict[str, Any]:
-        from opsd_jax.model.rope import rope_frequencies
-        from opsd_jax.pretrained.rope_parameters import rope_scaling_from_hf
-
         head_dim, theta = config["head_dim"], config["rope_theta"]
         plain = rope_frequencies(head_dim, theta)[0]
         divisors = self._expand(tensor, slice(0, tensor.shape[0]))
