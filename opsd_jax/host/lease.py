@@ -51,25 +51,25 @@ class Lease:
           UserError: another process renews it.
         """
         found, version = self._path.read()
-        while found is not None:
+        if found is not None:
             say(f"{self._path} is there: waiting {self.seconds:g} s at most to see if it is used")
-            found, version = self._outlived(version)
+            version = self._outlived(version)
         new = self._path.write_if(self._text(), version)
         if new is None:
             raise self._busy()
         self._version, self._renewed_at = new, time.monotonic()
 
-    def _outlived(self, version: bytes) -> tuple[bytes | None, bytes]:
-        """(None, its version) once nobody can be holding the lock any more."""
+    def _outlived(self, version: bytes) -> bytes:
+        """The lock's version, once nobody can be holding it any more."""
         until = time.monotonic() + self.seconds
         while time.monotonic() < until:
             time.sleep(self.seconds / 20)
             found, now = self._path.read()
             if found is None:
-                return None, now
+                return now
             if now != version:
                 raise self._busy()
-        return None, version
+        return version
 
     def renew(self) -> None:
         """Replaces the lock by a newer one of the same owner.
