@@ -54,10 +54,11 @@ class Lease:
         if found is not None:
             say(f"{self._path} is there: waiting {self.seconds:g} s at most to see if it is used")
             version = self._outlived(version)
+        asked_at = time.monotonic()
         new = self._path.write_if(self._text(), version)
         if new is None:
             raise self._busy()
-        self._version, self._renewed_at = new, time.monotonic()
+        self._version, self._renewed_at = new, asked_at
 
     def _outlived(self, version: bytes) -> bytes:
         """The lock's version, once nobody can be holding it any more."""
@@ -78,16 +79,17 @@ class Lease:
           UserError: another process has it.
         """
         with self._mutex:
-            new = self._path.write_if(self._text(), self._version)
-            if new is None:  # also if the answer to a write that succeeded was lost
+            asked_at = time.monotonic()  # the store may write at once and answer late
+            version = self._version
+            while (new := self._path.write_if(self._text(), version)) is None:
+                # Also if the answer to a write that succeeded was lost.
                 found, version = self._path.read()
                 if found is None or self._id.encode() not in found:
                     raise UserError(
                         f"another process has taken over {self._path}, which this one had not "
                         f"renewed for {time.monotonic() - self._renewed_at:.0f} s; it stops here"
                     )
-                new = version
-            self._version, self._renewed_at = new, time.monotonic()
+            self._version, self._renewed_at = new, asked_at
 
     def confirm(self) -> None:
         """Returns if nobody else can have the lock; asks the store where that is not certain."""

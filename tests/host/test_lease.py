@@ -3,10 +3,12 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from opsd_jax.errors import UserError
+from opsd_jax.host import lease as lease_module
 from opsd_jax.host.bucket import BucketError
 from opsd_jax.host.lease import Lease, kept
 
@@ -70,6 +72,29 @@ def test_an_owner_whose_answer_was_lost_is_still_the_owner(bucket_run):
     lease.renew()
     lease.release()
     assert not (bucket_run / ".lock").is_file()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_renewal_counts_from_when_it_was_asked_for(bucket_run, monkeypatch, lost):
+    """The store may have written at once and answered late, or an answer before was lost."""
+    clock, written = [0.0], []
+    monkeypatch.setattr(lease_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    lease, write_if = Lease(bucket_run / ".lock"), type(bucket_run).write_if
+    lease.take(ignore)
+
+    def late(path, content, version):
+        found = write_if(path, content, version)
+        written.extend([found] * (found is not None))
+        clock[0] += 40.0
+        return found
+
+    monkeypatch.setattr(type(bucket_run), "write_if", late)
+    if lost:
+        write_if(bucket_run / ".lock", lease._text(), lease._version)
+    lease.renew()
+    assert len(written) == 1
+    lease.confirm()
+    assert len(written) == 2
 
 
 @pytest.mark.parametrize("kind", [BucketError, OSError])  # of the store, of a file here
