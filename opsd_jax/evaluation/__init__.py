@@ -8,4 +8,7 @@ In reading order:
   compare       two evaluations of the same problems: a paired bootstrap
   runs          workdirs read back: metrics, groups of seeds, tokens to an accuracy
   plot, report  the same as curves and as one html page
+  summary       one run's before and after, on a few lines
+  inline        what a notebook shows of all these
+  forecast      what a teacher can teach, from one look at it before training
 """

@@ -38,17 +38,18 @@ class Difference(NamedTuple):
         return self.b - self.a
 
 
-def paired_bootstrap(a_N: np.ndarray, b_N: np.ndarray, seed: int = 0) -> Difference:
+def paired_bootstrap(a_N: np.ndarray, b_N: np.ndarray) -> Difference:
     """Mean of b - a over problems with the percentile interval of its bootstrap distribution.
+
+    What is drawn is always the same: the result is a function of the arguments.
 
     Args:
       a_N, b_N: the metric of each problem, in the same order.
-      seed: of the resampling; the result is a function of the arguments.
     """
     differences = np.asarray(b_N, np.float64) - np.asarray(a_N, np.float64)
     size = len(differences)
     # A resample is the number of times each problem is drawn: one matrix product in all.
-    counts = np.random.default_rng(seed).multinomial(size, [1 / size] * size, NUM_RESAMPLES)
+    counts = np.random.default_rng(0).multinomial(size, [1 / size] * size, NUM_RESAMPLES)
     means = counts @ differences / size
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
@@ -130,12 +131,10 @@ def _fault(row: dict[str, Any] | None) -> str | None:
     """The first field of a line of by_problem.jsonl that cannot be counted with, or None."""
     if row is None:
         return "the line"
-    num_samples, num_correct = row.get("num_samples"), row.get("num_correct")
+    n, c = row.get("num_samples"), row.get("num_correct")
     fine = {name: isinstance(row.get(name), str) for name in ("role", "id", "answer")}
-    fine["num_samples"] = is_count(num_samples) and 0 < num_samples < 2**16
-    fine["num_correct"] = (
-        fine["num_samples"] and is_count(num_correct) and num_correct <= (num_samples or 0)
-    )
+    fine["num_samples"] = is_count(n) and 0 < n < 2**16
+    fine["num_correct"] = is_count(n) and is_count(c) and c <= n
     for name in ("accuracy", *(n for n in ("majority", "greedy") if n in row)):
         fine[name] = is_number(row.get(name)) and 0 <= row[name] <= 1
     return next((name for name, is_fine in fine.items() if not is_fine), None)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Annotated, Any, NamedTuple
 
@@ -173,12 +172,10 @@ class Evaluator:
         self.num_dropped: dict[str, int] = {}
         for role in config.roles:
             context, thinking = ROLES[role]
-            switch: dict[str, Any] = {}
-            if thinking is not None:
-                switch = {f"{context}_thinking": thinking}
             asked = contexts.evaluated(context)
             if asked is None:  # `notices.asked_after` tells
                 continue
+            switch: Any = {} if thinking is None else {f"{context}_thinking": thinking}
             self.prompts[role], self.num_dropped[role] = held_out_prompts(
                 config,
                 dataclasses.replace(contexts, **switch),
@@ -214,10 +211,10 @@ class Evaluator:
             if variables is None:
                 continue
             n = self.config.num_samples
-            sampled = list(self._generations(role, "sampled", variables, prompts, n, log))
+            sampled = self._generations(role, "sampled", variables, prompts, n, log)
             greedy = []
             if self.config.greedy:
-                greedy = list(self._generations(role, "greedy", variables, prompts, 1, log))
+                greedy = self._generations(role, "greedy", variables, prompts, 1, log)
             if self.pool.can_vote and n > 1:
                 sampled = self._voted(sampled)
             rows = statistics.by_problem(sampled, greedy, n, self.pool.can_vote)
@@ -237,7 +234,7 @@ class Evaluator:
         prompts: list[Prompt],
         num_samples: int,
         log: GenerationLog | None,
-    ) -> Iterator[Generation]:
+    ) -> list[Generation]:
         """Graded completions, samples of a problem adjacent; grading overlaps with sampling.
 
         A completion that ran into the length limit is graded like any other.
@@ -285,7 +282,7 @@ class Evaluator:
                     waiting.popleft().result()  # A full disk is told now and not at the end.
         for future in waiting:
             future.result()
-        return (finished[i] for i in range(len(places)))
+        return [finished[i] for i in range(len(places))]
 
     def _voted(self, sampled: list[Generation]) -> list[Generation]:
         """The same generations with the groups that their answers vote for."""

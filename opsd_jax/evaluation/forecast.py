@@ -158,7 +158,7 @@ def kind(found: Metrics) -> str:
         return "leak"
     if found["first/8"] > 0.5 > 2 * found["first/8_of_tokens"]:
         return "beginning"
-    return "ungraded" if math.isnan(ahead) else "ahead"
+    return "ungraded" if math.isnan(error) else "ahead"  # that of one answer, too
 
 
 def difference(found: Metrics, what: str) -> tuple[float, float]:
@@ -199,7 +199,7 @@ ADVICE = {
         "few steps from short rollouts; rollout.max_new_tokens may be lower."
     ),
     "ungraded": (
-        "No answer is graded, so whether the teacher is better is not known; it disagrees all "
+        "{graded} is graded, so whether the teacher is better is not known; it disagrees all "
         "along the student's own text."
     ),
     "ahead": (
@@ -220,6 +220,7 @@ def advice(found: Metrics, unit: str = NATS) -> str:
         mends=difference(found, "from_wrong")[0],
         told=difference(found, "right_answer")[0],
         first=found["first/8"],
+        graded="No answer" if math.isnan(ahead) else "Only one answer",
     )
 
 

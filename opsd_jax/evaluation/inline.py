@@ -35,10 +35,10 @@ def filled(name: str, **values: Any) -> str:
     return str(getattr(_macros(), name)(**values))
 
 
-def figure_png(figure: Any, dpi: int = 72) -> str:
+def figure_png(figure: Any) -> str:
     """A matplotlib figure as base64 of its png."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=dpi)
+    figure.savefig(file, format="png", dpi=72)
     return base64.b64encode(file.getvalue()).decode()
 
 

@@ -75,12 +75,13 @@ def plot(
 
 def grouped(runs: Any) -> list[Group]:
     """A workdir, several, or label -> one or several, as groups of seeds."""
-    if not isinstance(runs, Mapping):
-        return group_runs([_one(run, None) for run in _several(runs)])
-    return group_runs([_one(run, name) for name, found in runs.items() for run in _several(found)])
+    labelled = runs if isinstance(runs, Mapping) else {None: runs}
+    several = [(label, _several(found)) for label, found in _several(labelled.items())]
+    return group_runs([_one(run, label) for label, found in several for run in found])
 
 
 def _several(runs: Any) -> list[Any]:
+    """One or several as a list; a UserError where there is none."""
     found = [runs] if isinstance(runs, str | os.PathLike | Run) else list(runs)
     if not found:
         raise UserError("give at least one run")

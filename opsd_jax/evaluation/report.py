@@ -71,9 +71,7 @@ MAX_TEXT = 4000  # characters of a sample that are shown
 NUM_SAMPLES = 4  # of each group
 
 
-def report_command(
-    workdirs: Sequence[str], out: str, name: str = "", levels: Sequence[float] = (0.7, 0.8, 0.9)
-) -> None:
+def report_command(workdirs: Sequence[str], out: str, name: str, levels: Sequence[float]) -> None:
     """Reads the workdirs and writes the page.
 
     Args:
@@ -160,12 +158,12 @@ def chart(groups: Sequence[Group], metric: str, x: str, scale: float = 1.0) -> l
     """The series of one metric: per group its runs [x, y(, error)] and their band [x, mean, sd]."""
     found = []
     for number, group in enumerate(groups):
-        curves = [run.series(metric, x) * [scale, 1.0] for run in group.runs]
-        curves = [points for points in curves if len(points)]
-        if not curves:
+        runs = [run for run in group.runs if len(run.series(metric, x))]
+        if not runs:
             continue
+        curves = [run.series(metric, x) * [scale, 1.0] for run in runs]
         lines = [rounded(thinned(points)) for points in curves]
-        error = group.runs[0].series(f"{metric}_se", x)[:, 1]
+        error = runs[0].series(f"{metric}_se", x)[:, 1]
         if len(lines) == 1 and len(error) == len(lines[0]):
             lines = [[[*p, float(e)] for p, e in zip(lines[0], error, strict=True)]]
         common = band(curves)

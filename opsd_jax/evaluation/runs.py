@@ -162,7 +162,8 @@ def read_run(workdir: Path, label: str | None = None) -> Run:
 
 def newest(folder: Path) -> Path | None:
     """The step_XXXXXX.jsonl of the highest step in a folder; None if there is none."""
-    return max(folder.glob("step_*.jsonl"), key=lambda path: path.name, default=None)
+    found = folder.glob("step_*.jsonl")
+    return max(found, key=lambda path: (len(path.name), path.name), default=None)
 
 
 def read_token_samples(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
 
 In reading order:
   files               text files of a run: whole or not at all, every value read checked
+  foreign_values      values of a file that somebody else wrote, each of its type or told
+  hub                 files of the Hugging Face Hub by name
   config_text         which bindings of two operative configs differ
   identity            digests of a run's inputs, by which a resumed run is refused others
   checkpoint_record   what a checkpoint says of itself, and the checksum of every array
@@ -14,6 +16,7 @@ In reading order:
   progress            the line that a user watches
   chips               peaks of chips, their memory, the time spent compiling
   goodput             the share of the time since the first start that was kept
+  heap                memory that compilers have freed, given back
   profile_window      a profiler trace of some steps
   compilation_cache   compiled programs kept for the next start
   guard               alarms for collapse and leakage, and what ends a run

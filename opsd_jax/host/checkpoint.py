@@ -276,7 +276,7 @@ class Checkpoints:
                 return Restored(candidate, state, meta)
             except Damaged as damage:
                 damages.append(f"{folder} is damaged ({damage})")
-            if step is None:
+            if step is None and candidate not in self._bad:
                 self._bad.append(candidate)
                 if jax.process_index() == 0:
                     self._warn(f"{damages[-1]}: falling back to the step before it")

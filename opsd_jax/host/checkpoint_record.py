@@ -83,8 +83,10 @@ def leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in flat}
 
 
-def _kind(leaf: jax.ShapeDtypeStruct) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"  # float32[8, 16]
+def _kinds(tree: Any) -> dict[str, str]:
+    """Type and shape of every leaf by its path, as `float32[8, 16]`."""
+    flat = leaves(jax.eval_shape(lambda tree: tree, tree))
+    return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in flat.items()}
 
 
 # ------------------------------------------------------------------------------- writing
@@ -95,12 +97,8 @@ def make_record(
 ) -> dict[str, Any]:
     """Everything said about one step; every process of the run must call it."""
     sums = checksums(state)
-    described = {
-        path: {"kind": _kind(leaf), "checksum": sums[path]}
-        for path, leaf in leaves(jax.eval_shape(lambda tree: tree, state)).items()
-    }
     return {
-        "leaves": described,
+        "leaves": {p: {"kind": kind, "checksum": sums[p]} for p, kind in _kinds(state).items()},
         "data": None if data_iterator is None else _position_checksums(data_iterator),
         "metrics": {name: float(value) for name, value in metrics.items()},
         "meta": dict(meta),
@@ -163,10 +161,10 @@ def read_step(
     record = _agreed(lambda: read_record(folder))
     check_fit(folder, record, abstract, data_iterator, partial)
     state = _agreed(lambda: _read_arrays(folder, abstract))
-    kinds = leaves(jax.eval_shape(lambda tree: tree, state))
+    kinds = _kinds(state)
     for path, checksum in checksums(state).items():
         saved = record["leaves"][path]  # a flipped byte can turn a typed key into plain words
-        if checksum != saved["checksum"] or _kind(kinds[path]) != saved["kind"]:
+        if checksum != saved["checksum"] or kinds[path] != saved["kind"]:
             raise Damaged(f"leaf {path} differs from what was saved")
     if data_iterator is not None:
         count, positions = jax.process_count(), record["data"]
@@ -195,12 +193,12 @@ def check_fit(
 ) -> None:
     """Raises a UserError that names the first leaf in which checkpoint and run differ."""
     saved = record["leaves"]
-    wanted = leaves(jax.eval_shape(lambda tree: tree, abstract))
+    wanted = _kinds(abstract)
     hint = "is this the checkpoint of another model or optimiser?"
-    for path, leaf in wanted.items():
+    for path, here in wanted.items():
         if path not in saved:
             raise UserError(f"checkpoint {folder} has no leaf {path}; {hint}")
-        if (here := _kind(leaf)) != (there := saved[path]["kind"]):
+        if here != (there := saved[path]["kind"]):
             raise UserError(f"leaf {path} is {there} in {folder} and {here} here; {hint}")
     extra = None if partial else next((path for path in saved if path not in wanted), None)
     if extra is not None:

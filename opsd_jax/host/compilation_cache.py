@@ -28,10 +28,11 @@ def folder_of(setting: str | None, workdir: Path) -> Path | None:
 
     Args:
       setting: "auto" is WORKDIR/compiled on accelerators, unless JAX_COMPILATION_CACHE_DIR names
-        a folder already, and nothing on a CPU; any other text is a folder; None is nothing.
+        a folder already, and nothing on a CPU; any other text is a folder; None or "" is
+        nothing.
       workdir: of the run.
     """
-    if setting is None or not setting:
+    if not setting:
         return None
     if setting != "auto":
         require_mounted(setting, "train.compilation_cache")

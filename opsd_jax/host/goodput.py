@@ -29,14 +29,18 @@ class Goodput:
     Args:
       workdir: of the run.
       start: the step that this start goes on from.
+      kept_s: the seconds of the steps up to it; without a record they are all that is known.
       clock: seconds since 1970.
     """
 
-    def __init__(self, workdir: Path, start: int, clock: Callable[[], float] = time.time):
+    def __init__(
+        self, workdir: Path, start: int, kept_s: float = 0.0, clock: Callable[[], float] = time.time
+    ):
         self._clock = clock
         now, path = clock(), workdir / "goodput.json"
         before = _read(path)
-        self._first_start = min(before.get("first_start", now), now)  # hosts' clocks may differ
+        first_start = before.get("first_start", now - kept_s)
+        self._first_start = min(first_start, now)  # hosts' clocks may differ
         self._starts = int(before.get("starts", 0)) + 1
         lines = read_metrics(workdir / "metrics.jsonl") if before else []
         lost = max(0, lines[-1]["step"] - start) if lines else 0

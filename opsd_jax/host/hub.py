@@ -5,7 +5,7 @@ Whatever lies on disk under a name comes first. Files go to the cache that every
 (HF_HOME), where one process of a host downloads while the others wait. A revision becomes a commit
 before anything is taken (`commit_of`), so that all files are of one; the list of a commit's files
 with their sizes is kept beside them, so that what is whole is used without a request and what was
-cut short is seen. Text, JSON and safetensors alone are asked for: no pickle and no code.
+cut short is seen. Of a model text, JSON and safetensors alone are asked for: no pickle and no code.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ def _as_cached(folder: Path, choose: Choose, error: Unreachable) -> Path:
     """What another tool has left of a commit; its list of files is not there to compare with.
 
     Raises:
-      UserError: nothing of it is there, or a shard is not.
+      UserError: nothing of it is there, or not what is wanted, or a shard is not.
     """
     found = {
         str(path.relative_to(folder)): path.stat().st_size
@@ -295,7 +295,14 @@ def _as_cached(folder: Path, choose: Choose, error: Unreachable) -> Path:
     }
     if not found:
         raise error
-    for file in choose(Listing(found)):
+    try:
+        files = choose(Listing(found))
+    except UserError as refusal:
+        raise UserError(
+            f"{folder} has not all that is wanted, and {error.why}: fetch the rest where there is "
+            f"a network (by the files that are there, {refusal})"
+        ) from None
+    for file in files:
         if shard := _SHARD.fullmatch(file):
             start, _, of, total, end = shard.groups()
             names = [f"{start}{n:05d}{of}{total}{end}" for n in range(int(total) + 1)]

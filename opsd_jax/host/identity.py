@@ -192,12 +192,13 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
     And of the names of its special tokens, which chat templates write.
     """
-    backend: Any = getattr(getattr(tokenizer, "inner", None), "backend_tokenizer", None)
+    inner = getattr(tokenizer, "inner", None)
+    backend: Any = getattr(inner, "backend_tokenizer", None)
     if backend is not None:
         pieces = [backend.to_str()]
     else:
         pieces = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
-    named = getattr(getattr(tokenizer, "inner", None), "special_tokens_map", {})  # templates do
+    named = getattr(inner, "special_tokens_map", {})
     ids = (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.stop_ids)
     return digest(*pieces, repr(ids), json.dumps(named, default=str, sort_keys=True))
 

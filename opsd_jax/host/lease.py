@@ -51,25 +51,26 @@ class Lease:
           UserError: another process renews it.
         """
         found, version = self._path.read()
-        while found is not None:
+        if found is not None:
             say(f"{self._path} is there: waiting {self.seconds:g} s at most to see if it is used")
-            found, version = self._outlived(version)
+            version = self._outlived(version)
+        asked_at = time.monotonic()
         new = self._path.write_if(self._text(), version)
         if new is None:
             raise self._busy()
-        self._version, self._renewed_at = new, time.monotonic()
+        self._version, self._renewed_at = new, asked_at
 
-    def _outlived(self, version: bytes) -> tuple[bytes | None, bytes]:
-        """(None, its version) once nobody can be holding the lock any more."""
+    def _outlived(self, version: bytes) -> bytes:
+        """The lock's version, once nobody can be holding it any more."""
         until = time.monotonic() + self.seconds
         while time.monotonic() < until:
             time.sleep(self.seconds / 20)
             found, now = self._path.read()
             if found is None:
-                return None, now
+                return now
             if now != version:
                 raise self._busy()
-        return None, version
+        return version
 
     def renew(self) -> None:
         """Replaces the lock by a newer one of the same owner.
@@ -78,16 +79,17 @@ class Lease:
           UserError: another process has it.
         """
         with self._mutex:
-            new = self._path.write_if(self._text(), self._version)
-            if new is None:  # also if the answer to a write that succeeded was lost
+            asked_at = time.monotonic()  # the store may write at once and answer late
+            version = self._version
+            while (new := self._path.write_if(self._text(), version)) is None:
+                # Also if the answer to a write that succeeded was lost.
                 found, version = self._path.read()
                 if found is None or self._id.encode() not in found:
                     raise UserError(
                         f"another process has taken over {self._path}, which this one had not "
                         f"renewed for {time.monotonic() - self._renewed_at:.0f} s; it stops here"
                     )
-                new = version
-            self._version, self._renewed_at = new, time.monotonic()
+            self._version, self._renewed_at = new, asked_at
 
     def confirm(self) -> None:
         """Returns if nobody else can have the lock; asks the store where that is not certain."""
@@ -114,7 +116,8 @@ class Lease:
 def kept(lease: Lease, upload: Callable[[], None], say: Callable[[str], None]) -> Iterator[None]:
     """Renews a lease and calls `upload` at each renewal, and once more when the context ends.
 
-    Where the store cannot be reached it is tried again; after the lease was lost, nothing is.
+    Where the store cannot be reached, or a file not read, it is tried again; after the lease was
+    lost, nothing is.
     """
     over = threading.Event()
 
@@ -123,7 +126,7 @@ def kept(lease: Lease, upload: Callable[[], None], say: Callable[[str], None]) -
             try:
                 lease.renew()
                 upload()
-            except BucketError as error:
+            except (BucketError, OSError) as error:
                 say(f"{error}; trying again")
             except UserError as error:
                 say(str(error))
@@ -136,7 +139,7 @@ def kept(lease: Lease, upload: Callable[[], None], say: Callable[[str], None]) -
     except BaseException:
         over.set()
         thread.join()
-        with contextlib.suppress(UserError):  # the error on its way out matters more
+        with contextlib.suppress(UserError, OSError):  # the error on its way out matters more
             upload()
             lease.release()
         raise

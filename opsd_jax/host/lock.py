@@ -56,10 +56,11 @@ def only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 def _leased(stage: Stage, folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     from opsd_jax.host.lease import Lease, kept  # late: most need no tensorstore
 
-    stage.lease = Lease(stage.path_of(folder / ".lock"))
-    stage.lease.take(say)
+    lease = Lease(stage.path_of(folder / ".lock"))
+    lease.take(say)
+    stage.lease = lease
     try:
-        with kept(stage.lease, stage.upload, say):
+        with kept(lease, stage.upload, say):
             yield
     finally:
         stage.lease = None

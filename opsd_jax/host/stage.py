@@ -137,11 +137,14 @@ class Stage:
         """
         with self._mutex:
             self.confirm()
-            while self.removed:
-                if (name := self.removed.pop()) in self._known:
+            for name in list(self.removed):
+                if name in self._known:
                     (self.source / name).unlink()
                     self._forget(name)
-            for path in sorted(self.folder.rglob("*")):
+                self.removed.discard(name)  # only now: a store that is away is asked again
+            # Not by rglob, which in Python 3.11 raises where a folder is renamed meanwhile.
+            walked = os.walk(self.folder)
+            for path in sorted(Path(at, file) for at, _, files in walked for file in files):
                 name = path.relative_to(self.folder).as_posix()
                 with contextlib.suppress(FileNotFoundError):  # renamed since
                     if not _is_mirrored(name) or not path.is_file():
@@ -149,6 +152,7 @@ class Stage:
                     # Looked at before it is read: what is appended meanwhile travels next time.
                     seen = _look(path)
                     if seen != self._known.get(name):
+                        self.confirm()  # the files before it may have taken minutes
                         self._versions[name] = (self.source / name).write(path.read_bytes())
                         self._known[name] = seen
 

@@ -133,7 +133,7 @@ def step_seconds(
     found: Sequence[Collective],
     link: Link,
     kernels_per_token: float | None,
-    to_host: float | None = None,
+    to_host: float | None,
 ) -> Seconds | None:
     """The floor of both halves; None where the work has no formula.
 

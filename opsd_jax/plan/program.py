@@ -39,7 +39,6 @@ _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "col
 _MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))?\s*\{([^}]*)\}"
 )
-_BITS = {"pred": 8, "s4": 4, "u4": 4}
 
 
 class Instruction(NamedTuple):
@@ -213,7 +212,9 @@ def num_bytes(result: str, last: bool = False) -> int:
 
 
 def _bits(kind: str) -> int:
-    return _BITS.get(kind) or int(re.sub(r"\D", " ", kind).split()[0])
+    """Of an element; the first number in a type's name, as in f8e4m3fn."""
+    found = re.search(r"\d+", kind)
+    return int(found.group()) if found else 8  # pred
 
 
 def spanned_axes(line: str, shape: dict[str, int]) -> tuple[str, ...]:

@@ -101,7 +101,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         "max_positions": theirs.count("max_position_embeddings"),
         "family": model_type,
     }
-    fields = fields | {k: v for k, v in family.values.items() if k != "biases"}
+    fields |= {k: v for k, v in family.values.items() if k != "biases"}
     fields |= {field: _family_value(theirs, key) for field, key in family.keys.items()}
     if fields.get("embed_scale") == "sqrt":
         fields["embed_scale"] = float(embed_dim) ** 0.5
@@ -302,11 +302,9 @@ def _write(config: ModelConfig, model_type: str) -> dict[str, Any]:
         if field == "query_scale" and value is None:
             value = config.head_dim**-0.5
         raw[key] = _ENCODE[key](value) if key in _ENCODE and value is not None else value
-    own = set(family.values.get("biases", ()))
-    raw["attention_bias"] = set(ATTENTION_PROJECTIONS) <= set(config.biases)
+    if "biases" not in family.values:  # else which there are is the family's
+        raw["attention_bias"] = set(ATTENTION_PROJECTIONS) <= set(config.biases)
     raw["mlp_bias"] = set(MLP_PROJECTIONS) <= set(config.biases)
-    if own:
-        del raw["attention_bias"]
     local = [config.windows(layer) for layer in range(config.num_layers)]
     known = class_fields(model_type)
     if "sliding_window" in known:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax.data.tokenizer import HFTokenizer
@@ -54,12 +53,11 @@ def save_pretrained(
     raw = config_to_hf(config)
     params = merge_lora(config, variables)
     plan = leaves(config, params)
-    dtype = str(params["embed"].dtype)
-    raw["torch_dtype"] = dtype
+    dtype = params["embed"].dtype
+    raw["torch_dtype"] = str(dtype)
     ids = _token_ids(tokenizer, stop_ids, config.vocab_size)
-    itemsize = np.dtype(jnp.dtype(dtype)).itemsize
     shards = _shards(
-        {n: int(np.prod(s)) * itemsize for n, s in file_shapes(plan).items()}, max_shard_bytes
+        {n: int(np.prod(s)) * dtype.itemsize for n, s in file_shapes(plan).items()}, max_shard_bytes
     )
     tensors = to_file(plan, jax.tree.map(_on_host, params))
     with _written_whole(out_dir) as scratch:

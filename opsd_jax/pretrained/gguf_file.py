@@ -16,9 +16,11 @@ import numpy as np
 
 from opsd_jax.data.tokenizer import HFTokenizer
 from opsd_jax.errors import UserError
+from opsd_jax.model.rope import rope_frequencies
 from opsd_jax.pretrained.gguf_header import Header, TensorInfo, read_header, short
 from opsd_jax.pretrained.gguf_metadata import Metadata
 from opsd_jax.pretrained.gguf_tokenizer import gguf_tokenizer, stop_ids
+from opsd_jax.pretrained.rope_parameters import rope_scaling_from_hf
 
 # GGUF tensor name -> Hugging Face name; {l} is the layer.
 _NAMES = {
@@ -52,6 +54,10 @@ class GGUFFile:
       path: the file.
       config: what config.json would say, for `config.config_from_hf`.
       shapes: Hugging Face tensor name -> shape, output axis first.
+
+    Raises:
+      UserError: not a whole GGUF file, or one with a field, a tensor or a quantisation that is not
+        read.
     """
 
     def __init__(self, path: str):
@@ -76,11 +82,7 @@ class GGUFFile:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """The float32 values of part of a tensor; quantised rows are expanded one range at a
-        time.
-
-        Raises:
-          UserError: a quantisation that the `gguf` package cannot expand.
-        """
+        time."""
         tensor = self._tensors[name]
         start, stop, _ = index[0].indices(tensor.shape[0])
         head_rows = self._rows_per_head(name)
@@ -214,9 +216,6 @@ class GGUFFile:
         return shape[0], shape[1]
 
     def _llama3_scaling(self, config: dict[str, Any], tensor: TensorInfo) -> dict[str, Any]:
-        from opsd_jax.model.rope import rope_frequencies
-        from opsd_jax.pretrained.rope_parameters import rope_scaling_from_hf
-
         head_dim, theta = config["head_dim"], config["rope_theta"]
         plain = rope_frequencies(head_dim, theta)[0]
         divisors = self._expand(tensor, slice(0, tensor.shape[0]))

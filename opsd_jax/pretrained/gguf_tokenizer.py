@@ -36,7 +36,8 @@ def gguf_tokenizer(metadata: Metadata) -> HFTokenizer:
             f"supported (gpt2 with smollm, {', '.join(_SPLITS)} is); use the model's Hugging Face "
             "files"
         )
-    tokens, kinds = vocabulary(metadata), _token_types(metadata)
+    tokens = vocabulary(metadata)
+    kinds = _token_types(metadata, len(tokens))
     merges = _merges(metadata, tokens, kinds)
     names = {
         f"{name}_token": tokens[i]
@@ -79,9 +80,9 @@ def vocabulary(metadata: Metadata) -> list[str]:
     return tokens
 
 
-def _token_types(metadata: Metadata) -> list[int]:
+def _token_types(metadata: Metadata, size: int) -> list[int]:
     """A type per token: without them `<|im_end|>` would be encoded as any other text."""
-    key, size = "tokenizer.ggml.token_type", len(vocabulary(metadata))
+    key = "tokenizer.ggml.token_type"
     wanted = f"a list of {size:,} numbers from 0 to 6, one for each token"
     kinds: list[int] = metadata.column(key, int, wanted)
     if len(kinds) != size or not all(0 <= kind <= 6 for kind in kinds):

@@ -251,21 +251,18 @@ def read_params(
     plan = leaves(config, shapes)
     _check_tensors(source, file_shapes(plan), config)
     if mesh is None:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: device, shapes)
+        shardings = [jax.sharding.SingleDeviceSharding(jax.devices()[0])] * len(plan)
     else:
-        shardings = variable_shardings(boxed, mesh, rules)
-    by_path = {leaf.path: leaf for leaf in plan}
+        shardings = jax.tree.leaves(variable_shardings(boxed, mesh, rules))
+    dtype = np.dtype(config.dtype)
     has_nan: list[str] = []
-
-    def fill(path, _, sharding):
-        leaf = by_path["/".join(str(key.key) for key in path)]
-        return _place(source, leaf, sharding, np.dtype(jax.numpy.dtype(config.dtype)), has_nan)
-
-    params = jax.tree_util.tree_map_with_path(fill, shapes, shardings)
+    arrays = [  # in the order of the plan, which is that of the tree
+        _place(source, leaf, sharding, dtype, has_nan)
+        for leaf, sharding in zip(plan, shardings, strict=True)
+    ]
     if has_nan:
         warnings.warn(f"{source.path}: NaN in {_some(sorted(set(has_nan)))}", stacklevel=3)
-    return params
+    return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
 
 
 def _place(
@@ -346,10 +343,8 @@ def _check_tensors(
     source: TensorSource, expected: Mapping[str, tuple[int, ...]], config: ModelConfig
 ) -> None:
     """Every tensor used exactly once, every parameter filled exactly once, shapes equal."""
-    found = dict(source.shapes)
-    for name in list(found):  # buffers that old checkpoints carry, computed from the config
-        if name.endswith("rotary_emb.inv_freq"):
-            del found[name]
+    # Without the buffers that old checkpoints carry, which are computed from the config.
+    found = {n: s for n, s in source.shapes.items() if not n.endswith("rotary_emb.inv_freq")}
     if config.tie_embeddings and "lm_head.weight" in found:
         _check_tied(source)
         del found["lm_head.weight"]

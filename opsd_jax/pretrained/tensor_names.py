@@ -143,18 +143,16 @@ def file_shapes(plan: list[Leaf]) -> dict[str, tuple[int, ...]]:
 
 
 def to_file(plan: list[Leaf], params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """All tensors of a parameter tree, one at a time, in the names and layout of a file."""
-    flat = {
-        "/".join(str(key.key) for key in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    blocks: dict[str, list[tuple[int, Leaf, tuple[int, ...]]]] = {}
-    for leaf in plan:
+    """All tensors of a parameter tree, one at a time, in the names and layout of a file.
+
+    `plan` is the `leaves` of the tree, whose arrays are on the host.
+    """
+    blocks: dict[str, list[tuple[int, Leaf, np.ndarray]]] = {}
+    for leaf, values in zip(plan, jax.tree.leaves(params), strict=True):
         for at, (name, first_row) in leaf.tensors.items():
-            blocks.setdefault(name, []).append((first_row, leaf, at))
+            blocks.setdefault(name, []).append((first_row, leaf, values[at]))
     for name, members in blocks.items():
         parts = [
-            leaf.to_file(np.asarray(flat[leaf.path][at] if at else flat[leaf.path]))
-            for _, leaf, at in sorted(members, key=lambda member: member[0])
+            leaf.to_file(part) for _, leaf, part in sorted(members, key=lambda member: member[0])
         ]
         yield name, parts[0] if len(parts) == 1 else np.concatenate(parts)

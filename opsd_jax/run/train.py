@@ -125,7 +125,7 @@ def prepare(
     )
     if start >= settings.num_steps:
         say(f"nothing is left to do: train.num_steps = {settings.num_steps}")
-    goodput = Goodput(workdir, start) if jax.process_index() == 0 else None
+    goodput = Goodput(workdir, start, counted["kept_s"]) if jax.process_index() == 0 else None
     loop = Loop(
         experiment,
         workdir,

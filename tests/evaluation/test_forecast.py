@@ -84,6 +84,12 @@ def numbers(**changes):
     return found | {"first/8": 0.2, "first/8_of_tokens": 0.1} | changes
 
 
+def test_of_one_graded_answer_nobody_says_who_is_better():
+    one = forecast.role_metrics("accuracy", {"student": [1.0], "teacher": [0.0]})
+    told = forecast.advice(numbers() | one)
+    assert told.startswith("Only one answer is graded, so whether the teacher is better is not")
+
+
 def test_the_table_has_every_number_beside_its_error():
     text = forecast.table(numbers(**{"probe/teacher/ok": 0.739}))
     for number in ("0.250 ±0.055", "0.750 ±0.055", "0.250 ±0.250", "0.300 ±0.100", "(2)", "0.739"):

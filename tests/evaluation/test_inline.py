@@ -9,6 +9,7 @@ import pytest
 
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.inline import compare_evaluations, report, run_html, token_view
+from opsd_jax.evaluation.plot import plot
 from opsd_jax.evaluation.runs import read_run
 from tests.evaluation.test_compare import write
 from tests.evaluation.test_report import EVIL, token, write_run
@@ -64,6 +65,13 @@ def test_a_comparison_says_what_differs(tmp_path):
     text = compare_evaluations(a, b)._repr_html_()
     assert "<b>+1.000</b>" in text and "&lt;b&gt;/accuracy" in text
     assert "<b>" not in compare_evaluations(a, a)._repr_html_()
+
+
+@pytest.mark.parametrize("runs", [[], {}, {"ours": []}], ids=str)
+@pytest.mark.parametrize("shown", [report, plot])
+def test_of_no_run_nothing_is_shown(shown, runs):
+    with pytest.raises(UserError, match="give at least one run"):
+        shown(runs)
 
 
 def test_the_report_stands_in_a_frame_of_its_own(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 
 from opsd_jax.divergence.config import DIVERGENCES, USE_BETA
 from opsd_jax.evaluation import runs
-from opsd_jax.evaluation.report import curve_charts, page
+from opsd_jax.evaluation.report import chart, curve_charts, page
 from opsd_jax.evaluation.runs import NATS, Group, group_runs, read_run
 from opsd_jax.main import main
 from tests.browser import Page
@@ -160,6 +160,15 @@ def test_a_plot_says_which_divergence_it_shows(tmp_path):
     words = "unclipped (mixed_kl, beta 0.3), nats per token"
     assert title("'mixed_kl'") == (words, "")
     assert NATS == DIVERGENCES and runs.USE_BETA == USE_BETA
+
+
+def test_the_only_curve_of_a_method_has_its_errors(tmp_path):
+    unmeasured, run = write_run(tmp_path / "a", 0, 0.01), write_run(tmp_path / "b", 1, 0.01)
+    (unmeasured / "metrics.jsonl").write_text('{"step": 0, "rollout/tokens_total": 0}\n')
+    groups = group_runs([read_run(unmeasured, "one"), read_run(run, "one")])
+    (series,) = chart(groups, "eval/student/accuracy", "step")
+    assert [point[0] for point in series["lines"][0]] == [0, 10, 20, 30]
+    assert [point[2:] for point in series["lines"][0]] == [[0.02]] * 4
 
 
 def test_nothing_in_the_page_can_end_its_script_or_leave_it(written):

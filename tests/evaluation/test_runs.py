@@ -16,6 +16,7 @@ from opsd_jax.evaluation.runs import (
     band,
     differing_settings,
     group_runs,
+    newest,
     parse_workdir,
     reach,
     read_run,
@@ -157,3 +158,10 @@ def test_thinning_keeps_order_and_range(values, limit):
 def test_a_damaged_config_is_named(damage):
     with pytest.raises(UserError, match="runs/a/config.gin is damaged where it binds guard"):
         print(Run(Path("runs/a"), None, f"train.seed = 0\n{damage}\n", []).guard)
+
+
+def test_the_newest_texts_are_those_of_the_highest_step_of_any_length(tmp_path):
+    assert newest(tmp_path) is None
+    for step in (7, 999_999, 1_000_000):
+        (tmp_path / f"step_{step:06d}.jsonl").touch()
+    assert newest(tmp_path) == tmp_path / "step_1000000.jsonl"

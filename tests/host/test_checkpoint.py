@@ -261,6 +261,16 @@ def test_a_damaged_step_falls_back_loudly_and_nothing_is_deleted(run, damage):
     assert (run / "3.bad").is_dir()
 
 
+def test_a_damaged_step_that_is_met_twice_is_told_and_set_aside_once(run):
+    alter_record(run / "3")
+    said = []
+    with Checkpoints(run, warn=said.append) as checkpoints:
+        assert [checkpoints.restore(make_state(0)).step for _ in range(2)] == [2, 2]
+        assert len(said) == 1
+        assert checkpoints.save(3, make_state(33))
+    assert Checkpoints(run).steps()[-1] == 3 and (run / "3.bad").is_dir()
+
+
 def test_any_flipped_byte_is_harmless_or_caught(run):
     """In the files of the tree; some turn a typed key into plain words, the same bits."""
     rng = np.random.default_rng(0)

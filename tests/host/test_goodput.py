@@ -51,6 +51,12 @@ def test_a_damaged_record_begins_anew(tmp_path, text):
     assert found["goodput/restarts"] == 0
 
 
+def test_steps_of_which_no_record_is_left_took_their_seconds(tmp_path):
+    again = Goodput(tmp_path, start=6, kept_s=60.0, clock=lambda: 1000.0)
+    found = again.metrics(6, kept_s=60.0)
+    assert found["goodput/fraction"] == 1.0 and found["goodput/steps_per_hour"] == 360.0
+
+
 def test_another_hosts_slow_clock_makes_no_negative_time(tmp_path):
     Goodput(tmp_path, start=0, clock=lambda: 100.0)
     slow = Goodput(tmp_path, start=0, clock=lambda: 90.0)

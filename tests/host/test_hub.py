@@ -190,6 +190,23 @@ def test_what_another_tool_has_left_is_taken_if_no_shard_is_missing(hub, monkeyp
     assert model_folder(name, "path") == str(folder)
 
 
+@pytest.mark.parametrize("shards", [0, 1])
+def test_what_another_tool_has_left_out_is_not_said_to_be_missing_on_the_hub(
+    hub, monkeypatch, tmp_path, shards
+):
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / "cache" / "models--me--other" / "snapshots" / ("a" * 40)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    if shards:
+        index = {"weight_map": {t: f"model-0000{t}-of-00002.safetensors" for t in "12"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "model-00001-of-00002.safetensors").write_text("x")
+    told = refusal(f"me/other@{'a' * 40}")
+    assert "and HF_HUB_OFFLINE is set: fetch the rest where there is a network" in told
+    assert told.startswith(f"{folder} has not all that is wanted")
+
+
 def test_two_processes_of_a_host_download_once(hub, tmp_path):
     code = (
         "from opsd_jax.host.hub import model_folder;"

@@ -3,10 +3,12 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from opsd_jax.errors import UserError
+from opsd_jax.host import lease as lease_module
 from opsd_jax.host.bucket import BucketError
 from opsd_jax.host.lease import Lease, kept
 
@@ -72,14 +74,38 @@ def test_an_owner_whose_answer_was_lost_is_still_the_owner(bucket_run):
     assert not (bucket_run / ".lock").is_file()
 
 
-def test_a_store_that_is_away_for_a_moment_ends_nothing(bucket_run):
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_renewal_counts_from_when_it_was_asked_for(bucket_run, monkeypatch, lost):
+    """The store may have written at once and answered late, or an answer before was lost."""
+    clock, written = [0.0], []
+    monkeypatch.setattr(lease_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    lease, write_if = Lease(bucket_run / ".lock"), type(bucket_run).write_if
+    lease.take(ignore)
+
+    def late(path, content, version):
+        found = write_if(path, content, version)
+        written.extend([found] * (found is not None))
+        clock[0] += 40.0
+        return found
+
+    monkeypatch.setattr(type(bucket_run), "write_if", late)
+    if lost:
+        write_if(bucket_run / ".lock", lease._text(), lease._version)
+    lease.renew()
+    assert len(written) == 1
+    lease.confirm()
+    assert len(written) == 2
+
+
+@pytest.mark.parametrize("kind", [BucketError, OSError])  # of the store, of a file here
+def test_a_store_that_is_away_for_a_moment_ends_nothing(bucket_run, kind):
     lease, said, calls = Lease(bucket_run / ".lock", LEASE_S), [], []
     lease.take(ignore)
 
     def upload():
         calls.append(1)
         if len(calls) == 1:
-            raise BucketError("cannot write it: UNAVAILABLE")
+            raise kind("cannot write it: UNAVAILABLE")
 
     with kept(lease, upload, said.append):
         time.sleep(LEASE_S)

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The local folder that mirrors a workdir in a bucket."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 
 import opsd_jax
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.generations import GENERATIONS_FILE
 from opsd_jax.evaluation.runs import parse_workdir
+from opsd_jax.host import lease
+from opsd_jax.host.bucket import BucketError
 from opsd_jax.host.guard import forget_verdict, restored_step, write_verdict
 from opsd_jax.host.lease import Lease
 from opsd_jax.host.lock import only_writer
@@ -66,6 +71,22 @@ def test_what_is_taken_back_is_taken_back_in_the_bucket(bucket_run):
     assert bucket_run.names() == left == sorted(content(other.folder))
 
 
+def test_what_the_store_did_not_delete_is_deleted_by_the_next_upload(bucket_run, monkeypatch):
+    folder = local(str(bucket_run))
+    write_verdict(folder, [], 3)
+    upload(folder)
+    forget_verdict(folder)
+
+    def away(path):
+        raise BucketError(f"cannot delete {path}: UNAVAILABLE")
+
+    with monkeypatch.context() as patch, pytest.raises(BucketError, match="UNAVAILABLE"):
+        patch.setattr(type(bucket_run), "unlink", away)
+        upload(folder)
+    upload(folder)
+    assert bucket_run.names() == []
+
+
 def test_only_what_has_changed_travels(bucket_run, monkeypatch):
     stage = Stage(bucket_run)
     for name in ("a", "b"):
@@ -89,6 +110,22 @@ def test_only_what_has_changed_travels(bucket_run, monkeypatch):
     stage.fetch()
     assert sorted(read, key=str) == [None, b"another's"]
     assert content(stage.folder) == {"a": "longer", "b": "another's"}
+
+
+def test_a_folder_that_goes_while_the_stage_is_walked_stops_no_upload(bucket_run, monkeypatch):
+    stage, list_folder = Stage(bucket_run), os.scandir
+    (stage.folder / "data" / "1.0.0.incompleteX").mkdir(parents=True)
+    (stage.folder / "metrics.jsonl").write_text("1\n")
+
+    def renamed_meanwhile(path):
+        if str(path).endswith("incompleteX"):
+            raise FileNotFoundError(path)
+        return list_folder(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", renamed_meanwhile)
+        stage.upload()
+    assert bucket_run.names() == ["metrics.jsonl"]
 
 
 def test_an_object_that_would_lie_outside_of_the_folder_is_left(bucket_run):
@@ -133,6 +170,36 @@ def test_who_has_lost_the_lock_uploads_nothing(bucket_run):
     with pytest.raises(UserError, match="has taken over"):
         stage.upload()
     assert bucket_run.names() == [".lock"]
+
+
+def test_who_was_refused_the_lock_has_none(bucket_run, monkeypatch):
+    folder, other = local(str(bucket_run)), Lease(bucket_run / ".lock")
+    other.take(print)
+    monkeypatch.setattr(Lease.__init__, "__defaults__", (0.2,))
+    with pytest.raises(UserError, match="another command is writing"):
+        with only_writer(folder, lambda text: other.renew()):
+            pass
+    (folder / "tokens.jsonl").write_text("{}")
+    upload(folder)  # as `opsd tokens`, which asks for no lock
+    assert bucket_run.names() == [".lock", "tokens.jsonl"]
+
+
+def test_the_lock_is_renewed_between_the_files_of_a_long_upload(bucket_run, monkeypatch):
+    stage, clock, locks = Stage(bucket_run), [0.0], []
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    stage.lease, write = Lease(bucket_run / ".lock"), type(bucket_run).write
+    stage.lease.take(print)
+    for name in "abc":
+        (stage.folder / name).write_text(name)
+
+    def slow(path, content):
+        locks.append((bucket_run / ".lock").read()[0])
+        clock[0] += 40.0
+        return write(path, content)
+
+    monkeypatch.setattr(type(bucket_run), "write", slow)
+    stage.upload()
+    assert len(set(locks)) == 3
 
 
 def test_a_folder_that_is_mounted_is_itself(tmp_path):
