@@ -101,6 +101,7 @@ class ContextConfig:
 
     def __post_init__(self):
         require("contexts", self)
+        object.__setattr__(self, "views", tuple(self.views))  # Hashed by `rendering`.
         views = (f"views[{n}]" for n in range(len(self.views)))
         fallback = () if self.teacher_fallback is None else ("teacher_fallback",)
         for name in (*ROLES, *views, *fallback):
