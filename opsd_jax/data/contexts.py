@@ -193,7 +193,10 @@ class ContextConfig:
         return dataclasses.replace(self, **fields)
 
     def budget(self, name: str) -> int:
-        return self.teacher_max_tokens if role_of(name) == "teacher" else self.student_max_tokens
+        return getattr(self, self.budget_field(name))
+
+    def budget_field(self, name: str) -> str:
+        return "teacher_max_tokens" if role_of(name) == "teacher" else "student_max_tokens"
 
     def switches(self, name: str) -> dict[str, Any]:
         """Keyword arguments of a context for the chat template."""

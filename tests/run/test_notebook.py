@@ -207,10 +207,13 @@ def test_plot_names_the_extra(workdir, monkeypatch):
 
 def test_a_batch_by_hand_says_which_prompt_is_too_long():
     problems = opsd_jax.ChainArithmetic(num_problems=3).load(None)
-    templates = dict(student="{question}?", teacher="{question}|{solution}?")
-    contexts = opsd_jax.ContextConfig(**templates, evaluation="{question}?", teacher_max_tokens=9)
-    with pytest.raises(opsd_jax.UserError, match="contexts.teacher_max_tokens = 9"):
-        opsd_jax.make_batch(contexts, opsd_jax.ChainTokenizer(), problems)
+    asks, tells = dict.fromkeys(("student", "evaluation"), "{question}?"), "{question}|{solution}?"
+    teacher, view = {"teacher": tells}, {"teacher": "{question}?", "views": (tells,)}
+    for templates, name in ((teacher, "teacher"), (view, r"views\[0\]")):
+        contexts = opsd_jax.ContextConfig(**asks, **templates, teacher_max_tokens=9)
+        told = f"its {name} prompt is over contexts.teacher_max_tokens = 9"
+        with pytest.raises(opsd_jax.UserError, match=told):
+            opsd_jax.make_batch(contexts, opsd_jax.ChainTokenizer(), problems)
     model = opsd_jax.Decoder(opsd_jax.ModelConfig(37, 1, 8, 1, 1, 8, 8))
     variables = opsd_jax.random_variables(model, jax.random.key(0))
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables))
