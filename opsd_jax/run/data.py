@@ -147,8 +147,7 @@ def as_text(experiment: Experiment, tokenizer: Tokenizer, row: Row) -> str:
     contexts, problem = experiment.training_contexts, row.problem
     lines = [f"\n== {problem.id}"]
     for role, ids in row.prompts.items():
-        limit = f" of {contexts.budget(role):,}" if role != "evaluation" else ""
-        lines.append(f"-- {role}: {len(ids):,} tokens{limit}")
+        lines.append(f"-- {role}: {len(ids):,} tokens of {contexts.budget(role):,}")
         lines += [f"   | {line}" for line in _cut(shown_ids(tokenizer, ids)).split("\n")]
     if row.error:
         lines.append(f"-- cannot be asked: {row.error}")

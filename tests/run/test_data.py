@@ -109,6 +109,11 @@ MISTAKES = {
         ["contexts.student_max_tokens = 20"],
         r"all 8 rows are over contexts.student_max_tokens = 20: .* raise it to \d+",
     ),
+    "held-out prompts too long, all of them": (
+        rows(),
+        [*HELDOUT, "contexts.evaluation = '{question} " + "Think. " * 200 + "'"],
+        "all 8 rows are over contexts.student_max_tokens = 1,024: the evaluation's prompts have up",
+    ),
     "a grader that reads no box": (
         rows(),
         ["JsonlProblems.grader = 'exact'"],
