@@ -61,7 +61,7 @@ def test_rows_without_id_are_named_by_their_place(write):
         (ROW | {"answer": {}}, r"rows.jsonl:2: `answer` must be text.*dict"),
         (ROW | {"answer": []}, r"rows.jsonl:2: `answer` is empty"),
         (ROW | {"answer": ["1", {}]}, r"rows.jsonl:2: `answer` must be text.*list"),
-        (ROW | {"answer": ["1", None]}, r"rows.jsonl:2: `answer`"),
+        (ROW | {"answer": ["1", None]}, r"rows.jsonl:2: `answer` is empty"),
         (ROW | {"question": []}, r"rows.jsonl:2: `question` is empty"),
         (ROW, r"rows.jsonl:2: the id 'a' occurs a second time"),
         ("{", r"rows.jsonl:2: not a line of JSON [(]Expecting .* at character [0-9][)]"),
