@@ -102,9 +102,7 @@ class ContextConfig:
     def __post_init__(self):
         require("contexts", self)
         object.__setattr__(self, "views", tuple(self.views))  # Hashed by `rendering`.
-        views = (f"views[{n}]" for n in range(len(self.views)))
-        fallback = () if self.teacher_fallback is None else ("teacher_fallback",)
-        for name in (*ROLES, *views, *fallback):
+        for name in (*ROLES, *self.teachers[1:], *self.alternatives("teacher")[1:]):
             self._check(name)
 
     def _check(self, name: str) -> None:
@@ -159,19 +157,19 @@ class ContextConfig:
         """The teacher's contexts: "teacher" and its views."""
         return ("teacher", *(f"views[{n}]" for n in range(len(self.views))))
 
+    def alternatives(self, name: str) -> tuple[str, ...]:
+        """A context and, of "teacher", its fallback: a row is shown the first that it can be."""
+        has_other = name == "teacher" and self.teacher_fallback is not None
+        return (name, "teacher_fallback") if has_other else (name,)
+
     def is_after(self, name: str) -> bool:
         """Whether a context needs this step's attempts; "teacher" also if its fallback does."""
-        names = [name]
-        if name == "teacher" and self.teacher_fallback is not None:
-            names.append("teacher_fallback")
-        return any(not self.shows(each).isdisjoint(AFTER) for each in names)
+        return any(not self.shows(each).isdisjoint(AFTER) for each in self.alternatives(name))
 
     @property
     def after_rollout(self) -> frozenset[str]:
         """All that the teacher's contexts show of attempts; empty where none needs any."""
-        names = [*self.teachers]
-        if self.teacher_fallback is not None:
-            names.append("teacher_fallback")
+        names = (each for name in self.teachers for each in self.alternatives(name))
         return frozenset().union(*map(self.shows, names)) & frozenset(AFTER)
 
     def evaluated(self, role: str) -> str | None:
