@@ -22,7 +22,7 @@ from opsd_jax.host.compilation_cache import kept_programs
 from opsd_jax.host.config_text import first_difference
 from opsd_jax.host.files import read_metrics, read_text, write_whole
 from opsd_jax.host.goodput import Goodput
-from opsd_jax.host.guard import VERDICT, Guard
+from opsd_jax.host.guard import VERDICT, Guard, replayed
 from opsd_jax.host.heap import compilers_memory_returned
 from opsd_jax.host.identity import OWN_CODE, identity_of, own_code_parts
 from opsd_jax.host.lock import only_writer
@@ -242,11 +242,8 @@ def guard_of(experiment: Experiment, workdir: Path, start: int) -> Guard:
 
     Process 0 drops the later lines, maybe after another process has read them here.
     """
-    guard = Guard(experiment.guard)
-    for line in read_metrics(workdir / "metrics.jsonl") if start else []:
-        if line["step"] <= start:
-            guard.see(line)
-    return guard
+    lines = read_metrics(workdir / "metrics.jsonl") if start else []
+    return replayed(experiment.guard, (line for line in lines if line["step"] <= start))
 
 
 def start_or_resume(
