@@ -23,6 +23,7 @@ from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.evaluate import Evaluator
 from opsd_jax.evaluation.generations import Generation
+from opsd_jax.evaluation.runs import ACCURACY
 from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.host.guard import Guard, forget_verdict, write_verdict
 from opsd_jax.host.metrics import MetricWriters
@@ -43,7 +44,6 @@ from opsd_jax.run.graded_rows import GradeAll, grade_metrics, row_grader
 from opsd_jax.run.meter import Meter
 from opsd_jax.run.stepping import Taken, make_step, rollout_timer, to_batch
 
-BEST_METRIC = "eval/student/accuracy"
 _BEFORE_LEARNING = (
     "no step was taken before it, so look at the settings of divergence, at functions of your own "
     "and at the model's weights"
@@ -200,7 +200,7 @@ class Loop:
 
     def is_best(self, evaluated: dict[str, float]) -> bool:
         """Whether this evaluation beats all before it in this process; it is then remembered."""
-        accuracy = evaluated.get(BEST_METRIC, -np.inf)
+        accuracy = evaluated.get(ACCURACY, -np.inf)
         better = accuracy > self._best
         self._best = max(self._best, accuracy)
         return better

@@ -14,7 +14,7 @@ import jax
 from opsd_jax.data.grader_pool import GraderPool
 from opsd_jax.data.problems import ProblemSet
 from opsd_jax.errors import UserError
-from opsd_jax.evaluation.runs import Run, read_run
+from opsd_jax.evaluation.runs import ACCURACY, Run, read_run
 from opsd_jax.host.bucket_checkpoint import checkpoints_of
 from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.host.chips import compile_clock
@@ -45,7 +45,7 @@ from opsd_jax.run.assembly import (
 from opsd_jax.run.experiment import Base, Experiment
 from opsd_jax.run.graded_rows import GradeAll
 from opsd_jax.run.inputs import load_inputs
-from opsd_jax.run.loop import BEST_METRIC, Loop, saved
+from opsd_jax.run.loop import Loop, saved
 from opsd_jax.run.meter import Meter, Throughput
 from opsd_jax.run.pins import pinned
 
@@ -109,7 +109,7 @@ def prepare(
     check_batch(settings.batch_size, settings.num_micro_batches, mesh)
     require_packages(settings.tensorboard, settings.wandb)
     kept = settings.keep_checkpoints
-    checkpoints = stack.enter_context(checkpoints_of(workdir, kept, BEST_METRIC, say))
+    checkpoints = stack.enter_context(checkpoints_of(workdir, kept, ACCURACY, say))
     identity = identity_of(workdir, checkpoints.meta())
     identity.tell_versions(say)
     read = load_inputs(experiment, workdir, say, identity, stack)

@@ -20,6 +20,7 @@ import opsd_jax
 from opsd_jax.data.problems import LoadedProblems, Problem
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.evaluate import Prompt
+from opsd_jax.evaluation.runs import ACCURACY
 from opsd_jax.host import metrics as metrics_module
 from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.host.checkpoint_record import read_record
@@ -31,7 +32,6 @@ from opsd_jax.main import main
 from opsd_jax.run import inputs as inputs_module
 from opsd_jax.run import train as train_module
 from opsd_jax.run.config import load_experiment
-from opsd_jax.run.loop import BEST_METRIC
 from opsd_jax.testbed.world import ChainTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -274,7 +274,7 @@ def test_the_base_of_a_run_is_evaluated_as_step_0(whole, capsys):
 @pytest.mark.slow
 def test_the_best_step_is_that_of_held_out_accuracy(whole, monkeypatch, capsys):
     for best in (4, None):  # of two equals the latest is the best, and here all are
-        steps = {BEST_METRIC: best}
+        steps = {ACCURACY: best}
         monkeypatch.setattr(Checkpoints, "best_step", lambda self: steps[self._best_metric])  # noqa: B023
         assert main(["eval", f"--workdir={whole}", "--step=best"]) == (0 if best else 2)
     out, err = capsys.readouterr()
