@@ -8,9 +8,10 @@ import fnmatch
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from opsd_jax.data.files import JsonlProblems, ParquetProblems, is_hidden
+from opsd_jax.data.files import JsonlProblems, ParquetProblems
 from opsd_jax.data.grading import Grader
 from opsd_jax.data.problems import LoadedProblems
+from opsd_jax.data.splits import is_hidden
 from opsd_jax.errors import UserError
 from opsd_jax.fields import require
 from opsd_jax.host.hub import Listing, fetch, is_hub_name

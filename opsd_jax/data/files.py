@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, ClassVar
 
 from opsd_jax.data.problems import TableProblems
 from opsd_jax.data.rows import advice, find, scalar_text
-from opsd_jax.data.splits import hub_files, of_split, of_subset
+from opsd_jax.data.splits import hub_files, is_hidden, of_split, of_subset
 from opsd_jax.errors import UserError
 from opsd_jax.host.hub import is_hub_name
 
@@ -258,8 +258,3 @@ def _split_pattern(path: pathlib.Path) -> tuple[pathlib.Path, str]:
     """The folder that is there and the pattern below it: `[1]` in a folder's name is its name."""
     root = next(parent for parent in path.parents if parent.is_dir())
     return root, str(path.relative_to(root))
-
-
-def is_hidden(path: pathlib.Path) -> bool:
-    """Editors and file managers leave copies in `.ipynb_checkpoints` and `._name`."""
-    return any(part.startswith(".") for part in path.parts)
