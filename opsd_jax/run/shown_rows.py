@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rollouts for `opsd tokens`: a few problems asked, answered and graded as in a training step."""
+"""Rollouts for `opsd tokens` and `opsd probe`: asked, answered and graded as in a training step."""
 
 from __future__ import annotations
 
