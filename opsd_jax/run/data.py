@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from opsd_jax.data.problems import ProblemSet
 from opsd_jax.data.tokenizer import Tokenizer, quoted
 from opsd_jax.errors import UserError
 from opsd_jax.run.config import load_experiment
-from opsd_jax.run.experiment import Experiment
+from opsd_jax.run.experiment import Experiment, tokenizer_of
 
 MOST_ROWS = 1000  # that are rendered and graded, evenly spread; all are loaded
 _MOST_CHARACTERS = 4000  # of a prompt that is shown
@@ -62,21 +62,6 @@ def data_command(gin_files: Sequence[str], bindings: Sequence[str], num: int = 3
     if faults := [finding for finding in found if finding.is_fault]:
         raise UserError(f"{faults[0].text}" + f" ({len(faults)} faults)" * (len(faults) > 1))
     return found
-
-
-def tokenizer_of(source: Any) -> Tokenizer:
-    """The tokenizer of a model source; no weights are read.
-
-    Raises:
-      UserError: it has none by itself.
-    """
-    load = getattr(source, "load_tokenizer", None)
-    if load is None:
-        raise UserError(
-            f"train.model = @{type(source).__name__}() has no method load_tokenizer(), which "
-            "`opsd data` needs"
-        )
-    return load()
 
 
 def parts_of(experiment: Experiment, cache: str) -> Iterator[Part]:

@@ -45,6 +45,21 @@ class BaseSource(Protocol):
         """Parameters on the mesh; `cache_dir` may keep what was costly to make."""
 
 
+def tokenizer_of(source: BaseSource) -> Tokenizer:
+    """The tokenizer of a model source; no weights are read.
+
+    Raises:
+      UserError: it has none by itself.
+    """
+    load = getattr(source, "load_tokenizer", None)
+    if load is None:
+        raise UserError(
+            f"train.model = @{type(source).__name__}() has no method load_tokenizer(), which "
+            "`opsd data` needs"
+        )
+    return load()
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One run.

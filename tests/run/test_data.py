@@ -198,8 +198,13 @@ def test_a_model_source_without_a_tokenizer_is_told(folder):
         "import gin\n@gin.configurable\nclass Own:\n"
         "    def load(self, mesh, rules, cache_dir, say):\n        pass\n"
     )
-    with pytest.raises(UserError, match="has no method load_tokenizer"):
-        data_command(["a.gin"], ["import own", "train.model = @Own()"])
+    own = ["import own", "train.model = @Own()"]
+    (folder / "run").mkdir()
+    (folder / "run" / "config.gin").write_text("\n".join([GIN, *own]))
+    of_its_run = ["train.model = @FinishedRun()", "FinishedRun.workdir = 'run'"]
+    for bindings in (own, of_its_run):
+        with pytest.raises(UserError, match="@Own.. has no method load_tokenizer"):
+            data_command(["a.gin"], bindings)
 
 
 def test_ids_of_a_tokenizer_without_special_tokens():
