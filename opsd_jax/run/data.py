@@ -7,6 +7,7 @@ is left out, the answer and the grade of the reference. It needs the tokenizer a
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -224,15 +225,14 @@ def shown_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     def text(some: Sequence[int]) -> str:
         if inner is None:
             return tokenizer.decode(some)
-        return inner.decode(list(some), clean_up_tokenization_spaces=False)
+        return inner.decode(some, clean_up_tokenization_spaces=False)
 
     pieces: list[str] = []
-    start = 0
-    for end, token in enumerate([*ids, None]):
-        if token is None or token in controls:
-            pieces.append(_printable(text(ids[start:end])) if start < end else "")
-            pieces.append("" if token is None else f"«{_printable(text([token]))}»")
-            start = end + 1
+    for is_control, some in itertools.groupby(ids, controls.__contains__):
+        if is_control:
+            pieces += [f"«{_printable(text([token]))}»" for token in some]
+        else:
+            pieces.append(_printable(text(list(some))))
     return "".join(pieces)
 
 
