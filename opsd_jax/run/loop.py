@@ -239,17 +239,13 @@ class Loop:
         metrics = {name: float(value) for name, value in found.items()}
         step_s = self.meter.read()
         self.watchdog.beat()
-        if not np.isfinite(metrics["loss/objective"]) or not np.isfinite(
-            metrics["optim/grad_norm"]
-        ):
-            raise UserError(
-                f"step {step.number}: loss {metrics['loss/objective']}, gradient norm "
-                f"{metrics['optim/grad_norm']}; "
-                + (_AFTER_LEARNING if step.number > 1 else _BEFORE_LEARNING)
-            )
+        loss, grad_norm = metrics["loss/objective"], metrics["optim/grad_norm"]
+        if not (np.isfinite(loss) and np.isfinite(grad_norm)):
+            advice = _AFTER_LEARNING if step.number > 1 else _BEFORE_LEARNING
+            raise UserError(f"step {step.number}: loss {loss}, gradient norm {grad_norm}; {advice}")
         tokens = int(metrics.pop("rollout/tokens"))
         self.tokens_total += tokens
-        metrics |= {"rollout/tokens_total": self.tokens_total}
+        metrics["rollout/tokens_total"] = self.tokens_total
         if step.number % self.experiment.train.log_every_steps and not evaluated:
             return
         if step.taken.rollout_s is not None:
