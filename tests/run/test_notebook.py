@@ -17,6 +17,7 @@ from opsd_jax.evaluation.runs import ACCURACY, TOKENS
 from opsd_jax.host.chips import compile_clock
 from opsd_jax.run.gin_text import gin_lines
 from opsd_jax.run.loop import Loop
+from opsd_jax.run.notebook import TrainingRun
 from tests.run.test_train import QUICKSTART, TINY
 
 SMALL = [*TINY, "evaluate.greedy = False", "evaluate.roles = ('student',)"]  # few programs
@@ -197,6 +198,12 @@ def test_plot_draws_every_point_and_a_band_over_seeds(workdir):
     figure = opsd_jax.plot({"ours": [workdir, run], "other": str(workdir)}, x="step")
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == ["ours (2 runs)", "other"] and len(figure.axes[0].collections) == 1
+
+
+def test_a_run_that_was_never_evaluated_has_no_samples(tmp_path):
+    run = TrainingRun(tmp_path, None, "", [])
+    with pytest.raises(opsd_jax.UserError, match=r"has no samples; it has steps \[\]"):
+        run.samples()
 
 
 def test_plot_names_the_extra(workdir, monkeypatch):
