@@ -61,8 +61,8 @@ class ContextConfig:
       student_thinking, teacher_thinking, analysis_thinking, evaluation_thinking: passed to the chat
         template as `enable_thinking`; None passes nothing.
       strip_thinking: show attempts and siblings without what stands between <think> and </think>.
-      student_max_tokens, teacher_max_tokens: budgets of the rendered prompts; a longer prompt is
-        never cut.
+      student_max_tokens, teacher_max_tokens: budgets of the rendered prompts, the student's of the
+        evaluation too; a longer prompt is never cut.
       too_long: "drop" counts and leaves out problems over budget (after the rollout: the row weighs
         nothing, context/too_long_fraction), "error" stops.
       special_tokens: what becomes of the tokenizer's special tokens in the data: "text" encodes
