@@ -52,9 +52,9 @@ def data_command(gin_files: Sequence[str], bindings: Sequence[str], num: int = 3
     found: list[Finding] = []
     with tempfile.TemporaryDirectory(prefix="opsd_data_") as cache:
         parts = [*parts_of(experiment, cache)]
-    for part in parts:
-        found += inspect(experiment, tokenizer, part, num)
-    found += shared_questions(parts)
+        for part in parts:
+            found += inspect(experiment, tokenizer, part, num)
+        found += shared_questions(parts)
     found += [Finding(text) for text in notices(experiment, tokenizer)]
     if not found:
         _print("nothing to change was found")
