@@ -77,7 +77,7 @@ def make_batches(
         )
     if len(fitting) < batch_size:
         raise UserError(
-            f"batch_size {batch_size} is more than the {len(fitting)} problems "
+            f"a batch of {batch_size} problems is more than the {len(fitting)} problems "
             f"there are ({num_dropped} of {len(problems)} were dropped because a prompt is over "
             "contexts.*_max_tokens or a reference over rollout.max_new_tokens); take a smaller "
             "batch, more problems or larger budgets."

@@ -111,7 +111,7 @@ def test_orbax_keeps_the_position(tmp_path):
 @pytest.mark.parametrize(
     ("size", "render", "message"),
     [
-        (3, render, r"batch_size 4 is more than the 3 problems there are \(0 of 3 were"),
+        (3, render, r"a batch of 4 problems is more than the 3 problems there are \(0 of 3 were"),
         (4, render_most, None),
         (5, lambda problem: None, r"more than the 0 problems there are \(5 of 5 were dropped"),
         (0, render, r"more than the 0 problems there are \(0 of 0"),
