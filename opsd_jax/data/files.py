@@ -100,9 +100,8 @@ class _FileProblems(TableProblems):
 
     def _found(self, path: pathlib.Path) -> tuple[pathlib.Path, list[pathlib.Path]]:
         """The folder in which files are looked for, and those that are there."""
-        root, found = path, []
         if path.is_dir():
-            found = [file for end in self.suffixes for file in path.rglob(f"*{end}")]
+            root, found = path, [file for end in self.suffixes for file in path.rglob(f"*{end}")]
         else:
             root, pattern = _split_pattern(path)
             found = [root / match for match in glob.glob(pattern, root_dir=root, recursive=True)]
