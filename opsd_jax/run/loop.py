@@ -143,8 +143,9 @@ class Loop:
             if settings.eval_every_steps and due(number, settings.eval_every_steps, last):
                 self.finish(taken, batch)
                 evaluated = self.evaluate(number, state)
-            save = due(number, settings.checkpoint_every_steps, last or stop)
-            save = save or self.is_best(evaluated) or self._time_to_save.said()
+            save = self.is_best(evaluated)  # asked at each evaluation, which it remembers
+            save = save or due(number, settings.checkpoint_every_steps, last or stop)
+            save = save or self._time_to_save.said()
             if evaluated or save:
                 self.report(waiting, evaluated)
                 waiting = None

@@ -32,6 +32,7 @@ from opsd_jax.main import main
 from opsd_jax.run import inputs as inputs_module
 from opsd_jax.run import train as train_module
 from opsd_jax.run.config import load_experiment
+from opsd_jax.run.loop import Loop
 from opsd_jax.testbed.world import ChainTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -358,6 +359,25 @@ def test_a_guarded_run_ends_and_leaves_the_best_checkpoint(tmp_path, capsys):
     assert main(command(tmp_path, *alarm[:4], *alarm[5:], *further)) == 0
     assert not (tmp_path / "guard.json").exists()
     assert lines_of(tmp_path)[-1]["step"] == steps[-1] + 1
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_saved_when_due_and_of_what_beats_all_before(tmp_path, monkeypatch):
+    accuracies, saved = [0.1, 0.5, 0.9, 0.7, 0.2], []
+
+    def evaluate(self, number, state):
+        self.evaluated = {ACCURACY: accuracies[number]}
+        return self.evaluated
+
+    def save(self, step, *rest, _save=Checkpoints.save):
+        saved.append(step)
+        return _save(self, step, *rest)
+
+    monkeypatch.setattr(Loop, "evaluate", evaluate)
+    monkeypatch.setattr(Checkpoints, "save", save)
+    often = ("train.num_steps = 4", "train.eval_every_steps = 1")
+    assert main(command(tmp_path, *often, "train.checkpoint_every_steps = 2")) == 0
+    assert saved == [1, 2, 4]  # 1 is better than all before, 2 and 4 are due; 3 is neither
 
 
 def test_a_resumed_guard_has_not_seen_what_is_taken_back(tmp_path):
