@@ -24,6 +24,7 @@ from opsd_jax.errors import UserError
 from opsd_jax.host.hub import is_hub_name
 
 _MOST_LINE_BYTES = 64 * 2**20  # of a line, also of one that was a kilobyte when compressed
+_MOST_DIGITS = 3000  # of a decimal number; Python writes integers of 4,300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,8 +250,12 @@ def _decimal(text: str) -> float | Decimal:
     if not value or not math.isfinite(value):  # an exponent that Decimal may not even read
         return value
     exact = Decimal(text)
-    more = len(exact.as_tuple().digits) > 17 and abs(exact.adjusted()) < 1000
-    return exact if more else value
+    num_digits = len(exact.as_tuple().digits)
+    if num_digits <= 17 or abs(exact.adjusted()) >= 1000:
+        return value
+    if num_digits > _MOST_DIGITS:
+        raise ValueError(f"a number of {num_digits:,} digits")
+    return exact
 
 
 def _split_pattern(path: pathlib.Path) -> tuple[pathlib.Path, str]:

@@ -48,6 +48,13 @@ def test_rows_without_id_are_named_by_their_place(write):
     assert [p.id for p in loaded.problems] == ["rows.jsonl:1", "rows.jsonl:3"]
 
 
+def test_numbers_that_no_float_holds_are_read_whole(write):
+    for number in ("9" * 400, "0." + "3" * 1500):
+        row = json.dumps(ROW)[:-1] + f', "n": {number}}}'
+        loaded = JsonlProblems(write(row.replace('"2"', number)), grader="exact").load()
+        assert loaded[0].answer == loaded[0].columns["n"] == number
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -68,6 +75,7 @@ def test_rows_without_id_are_named_by_their_place(write):
         ("[1, 2]", r"rows.jsonl:2: a line must be a JSON object.*list"),
         ("[" * 100_000, r"rows.jsonl:2: not a line of JSON"),
         ('{"answer": ' + "9" * 10_000 + "}", r"rows.jsonl:2: not a line of JSON"),
+        ('{"answer": 1.' + "3" * 5000 + "}", r"rows.jsonl:2: not a line of JSON .*5,001 digits"),
         ('{"id": "b", "question": "\\ud800"}', r"rows.jsonl:2: the row has no `solution`"),
         (json.dumps(ROW | {"question": "\ud800"}), r"rows.jsonl:2: `question` is not valid Uni"),
         (json.dumps(ROW | {"answer": float("nan")}), r"rows.jsonl:2: `answer` must be text.*float"),
