@@ -175,7 +175,7 @@ class ParquetProblems(_FileProblems):
                     )
                 number = 0
                 for batch in table.iter_batches(columns=self._read_columns(table.schema_arrow)):
-                    for row in batch.to_pylist():
+                    for row in _as_written(batch).to_pylist():
                         number += 1
                         yield number, row
         except (pyarrow.ArrowException, OSError) as error:
@@ -221,6 +221,17 @@ def _lines(path: pathlib.Path, file: BinaryIO) -> Iterator[bytes]:
     except (OSError, EOFError, zlib.error) as error:
         reason = str(error).splitlines()[0][:100]
         raise UserError(f"{path}: cut short or not what its name says ({reason}).") from None
+
+
+def _as_written(batch: Any) -> Any:
+    """The same with each float32 as the decimals that it stands for: 0.1, not 0.10000000149."""
+    import pyarrow
+
+    for i, field in enumerate(batch.schema):
+        if field.type == pyarrow.float32():
+            decimals = batch.column(i).cast(pyarrow.string()).cast(pyarrow.float64())
+            batch = batch.set_column(i, field.name, decimals)
+    return batch
 
 
 def _empty(schema: Any) -> dict[str, Any]:

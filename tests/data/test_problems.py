@@ -304,6 +304,9 @@ def test_numbers_of_parquet_files(tmp_path):
     rows = [ROW | {"answer": decimal.Decimal("1.50")}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert ParquetProblems(path).load()[0].answer == "1.5"
+    narrow = pyarrow.array([0.1, None], pyarrow.float32())
+    pyarrow.parquet.write_table(pyarrow.table({"question": ["Q", "R"], "answer": narrow}), path)
+    assert ParquetProblems(path, solution_column=None, stop=1).load()[0].answer == "0.1"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROW | {"answer": float("inf")}]), path)
     with pytest.raises(UserError, match="rows.parquet:1: `answer` must be text.*float"):
         ParquetProblems(path).load()
