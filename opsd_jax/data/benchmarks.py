@@ -8,9 +8,10 @@ import fnmatch
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from opsd_jax.data.files import JsonlProblems, ParquetProblems, is_hidden
+from opsd_jax.data.files import JsonlProblems, ParquetProblems
 from opsd_jax.data.grading import Grader
 from opsd_jax.data.problems import LoadedProblems
+from opsd_jax.data.splits import is_hidden
 from opsd_jax.errors import UserError
 from opsd_jax.fields import require
 from opsd_jax.host.hub import Listing, fetch, is_hub_name
@@ -85,16 +86,15 @@ class Benchmark:
         name = self.path or published.hub_id
         path = _fetched(name, published) if is_hub_name(name) else Path(name).expanduser()
         # The published layout first: other splits lie beside the one that is evaluated.
-        pattern = path / published.files
-        is_layout = _has_files(path, published.files)
-        is_jsonl = path.suffix == ".jsonl" or (
-            not _has_files(path, "**/*.parquet") and _has_files(path, "**/*.jsonl")
+        if _has_files(path, published.files):
+            path /= published.files
+        is_jsonl = path.name.endswith(JsonlProblems.suffixes) or (
+            not _has_files(path, "**/*.parquet")
+            and any(_has_files(path, f"**/*{end}") for end in JsonlProblems.suffixes)
         )
-        if is_layout:
-            is_jsonl = published.files.endswith(".jsonl")
         source = JsonlProblems if is_jsonl else ParquetProblems
         rows = source(
-            path=str(pattern if is_layout else path),
+            path=str(path),
             question_column=published.question,
             solution_column=published.solution,
             answer_column=published.answer,

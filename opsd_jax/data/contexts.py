@@ -64,8 +64,8 @@ class ContextConfig:
       student_thinking, teacher_thinking, analysis_thinking, evaluation_thinking: passed to the chat
         template as `enable_thinking`; None passes nothing.
       strip_thinking: show attempts and siblings without what stands between <think> and </think>.
-      student_max_tokens, teacher_max_tokens: budgets of the rendered prompts; a longer prompt is
-        never cut.
+      student_max_tokens, teacher_max_tokens: budgets of the rendered prompts, the student's of the
+        evaluation too; a longer prompt is never cut.
       too_long: "drop" counts and leaves out problems over budget (after the rollout: the row weighs
         nothing, context/too_long_fraction), "error" stops.
       special_tokens: what becomes of the tokenizer's special tokens in the data: "text" encodes
@@ -106,9 +106,8 @@ class ContextConfig:
 
     def __post_init__(self):
         require("contexts", self)
-        views = (f"views[{n}]" for n in range(len(self.views)))
-        fallback = () if self.teacher_fallback is None else ("teacher_fallback",)
-        for name in (*ROLES, *views, *fallback):
+        object.__setattr__(self, "views", tuple(self.views))  # Hashed by `rendering`.
+        for name in (*ROLES, *self.teachers[1:], *self.alternatives("teacher")[1:]):
             self._check(name)
 
     def _check(self, name: str) -> None:
@@ -168,19 +167,19 @@ class ContextConfig:
         """The teacher's contexts: "teacher" and its views."""
         return ("teacher", *(f"views[{n}]" for n in range(len(self.views))))
 
+    def alternatives(self, name: str) -> tuple[str, ...]:
+        """A context and, of "teacher", its fallback: a row is shown the first that it can be."""
+        has_other = name == "teacher" and self.teacher_fallback is not None
+        return (name, "teacher_fallback") if has_other else (name,)
+
     def is_after(self, name: str) -> bool:
         """Whether a context needs this step's attempts; "teacher" also if its fallback does."""
-        names = [name]
-        if name == "teacher" and self.teacher_fallback is not None:
-            names.append("teacher_fallback")
-        return any(not self.shows(each).isdisjoint(AFTER) for each in names)
+        return any(not self.shows(each).isdisjoint(AFTER) for each in self.alternatives(name))
 
     @property
     def after_rollout(self) -> frozenset[str]:
         """All that the teacher's contexts show of attempts; empty where none needs any."""
-        names = [*self.teachers]
-        if self.teacher_fallback is not None:
-            names.append("teacher_fallback")
+        names = (each for name in self.teachers for each in self.alternatives(name))
         return frozenset().union(*map(self.shows, names)) & frozenset(AFTER)
 
     def evaluated(self, role: str) -> str | None:
@@ -208,7 +207,10 @@ class ContextConfig:
         return dataclasses.replace(self, **fields)
 
     def budget(self, name: str) -> int:
-        return self.teacher_max_tokens if role_of(name) == "teacher" else self.student_max_tokens
+        return getattr(self, self.budget_field(name))
+
+    def budget_field(self, name: str) -> str:
+        return "teacher_max_tokens" if role_of(name) == "teacher" else "student_max_tokens"
 
     def switches(self, name: str) -> dict[str, Any]:
         """Keyword arguments of a context for the chat template."""

@@ -19,11 +19,12 @@ from typing import Any, BinaryIO, ClassVar
 
 from opsd_jax.data.problems import TableProblems
 from opsd_jax.data.rows import advice, find, scalar_text
-from opsd_jax.data.splits import hub_files, of_split, of_subset
+from opsd_jax.data.splits import hub_files, is_hidden, of_split, of_subset
 from opsd_jax.errors import UserError
 from opsd_jax.host.hub import is_hub_name
 
 _MOST_LINE_BYTES = 64 * 2**20  # of a line, also of one that was a kilobyte when compressed
+_MOST_DIGITS = 3000  # of a decimal number; Python writes integers of 4,300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +101,8 @@ class _FileProblems(TableProblems):
 
     def _found(self, path: pathlib.Path) -> tuple[pathlib.Path, list[pathlib.Path]]:
         """The folder in which files are looked for, and those that are there."""
-        root, found = path, []
         if path.is_dir():
-            found = [file for end in self.suffixes for file in path.rglob(f"*{end}")]
+            root, found = path, [file for end in self.suffixes for file in path.rglob(f"*{end}")]
         else:
             root, pattern = _split_pattern(path)
             found = [root / match for match in glob.glob(pattern, root_dir=root, recursive=True)]
@@ -175,7 +175,7 @@ class ParquetProblems(_FileProblems):
                     )
                 number = 0
                 for batch in table.iter_batches(columns=self._read_columns(table.schema_arrow)):
-                    for row in batch.to_pylist():
+                    for row in _as_written(batch).to_pylist():
                         number += 1
                         yield number, row
         except (pyarrow.ArrowException, OSError) as error:
@@ -223,6 +223,17 @@ def _lines(path: pathlib.Path, file: BinaryIO) -> Iterator[bytes]:
         raise UserError(f"{path}: cut short or not what its name says ({reason}).") from None
 
 
+def _as_written(batch: Any) -> Any:
+    """The same with each float32 as the decimals that it stands for: 0.1, not 0.10000000149."""
+    import pyarrow
+
+    for i, field in enumerate(batch.schema):
+        if field.type == pyarrow.float32():
+            decimals = batch.column(i).cast(pyarrow.string()).cast(pyarrow.float64())
+            batch = batch.set_column(i, field.name, decimals)
+    return batch
+
+
 def _empty(schema: Any) -> dict[str, Any]:
     """A row of a parquet schema without values, to look for known layouts in."""
 
@@ -250,16 +261,15 @@ def _decimal(text: str) -> float | Decimal:
     if not value or not math.isfinite(value):  # an exponent that Decimal may not even read
         return value
     exact = Decimal(text)
-    more = len(exact.as_tuple().digits) > 17 and abs(exact.adjusted()) < 1000
-    return exact if more else value
+    num_digits = len(exact.as_tuple().digits)
+    if num_digits <= 17 or abs(exact.adjusted()) >= 1000:
+        return value
+    if num_digits > _MOST_DIGITS:
+        raise ValueError(f"a number of {num_digits:,} digits")
+    return exact
 
 
 def _split_pattern(path: pathlib.Path) -> tuple[pathlib.Path, str]:
     """The folder that is there and the pattern below it: `[1]` in a folder's name is its name."""
     root = next(parent for parent in path.parents if parent.is_dir())
     return root, str(path.relative_to(root))
-
-
-def is_hidden(path: pathlib.Path) -> bool:
-    """Editors and file managers leave copies in `.ipynb_checkpoints` and `._name`."""
-    return any(part.startswith(".") for part in path.parts)

@@ -83,14 +83,13 @@ class GraderPool:
         self.can_vote = hasattr(grade, "extract") and hasattr(grade, "same")
         self._time_limit_s = time_limit_s
         self._memory_bytes = int(memory_gib * 2**30)
-        self._in_process = num_workers == 0
         self._threads = concurrent.futures.ThreadPoolExecutor(num_workers or 1, "grader")
         self._own = threading.local()  # each thread talks to a worker of its own
         self._workers: set[Worker] = set()
         self._closed = False
         self._error_told = False
         self._lock = threading.Lock()  # guards the three above
-        self._pickled = b"" if self._in_process else cloudpickle.dumps(_Answers(grade))
+        self._pickled = cloudpickle.dumps(_Answers(grade)) if num_workers else b""
 
     def submit(self, problem: Any, completion: str) -> concurrent.futures.Future[Grade]:
         """Starts grading and returns at once; the future holds the `Grade`."""
@@ -136,7 +135,7 @@ class GraderPool:
 
     def _ask(self, what: str, *arguments: Any) -> dict[str, Any]:
         """The reply of a worker, or of this process, to `what`."""
-        if self._in_process:
+        if self.num_workers == 0:
             return json.loads(_reply(self._grade, what, *arguments))
         worker = getattr(self._own, "worker", None) or self._start_worker()
         reply = worker.ask(pickle.dumps((what, *arguments)), self._time_limit_s)

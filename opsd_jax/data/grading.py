@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers: finding them in a model's text, comparing them, and doing so in worker processes.
+"""Answers: finding them in a model's text, and comparing them.
 
 Model output is hostile: `9**9**9**9`, megabytes of braces or deep nesting must neither hang nor
 kill a run. Extraction is linear in the text. Whatever parses mathematics belongs in a

@@ -77,7 +77,7 @@ def look(
 def over_budget(config: ContextConfig, row: Row) -> str | None:
     """The first role whose prompt is too long, with its tokens; None where all fit."""
     for role, ids in row.prompts.items():
-        if role in ("student", "teacher") and len(ids) > config.budget(role):
+        if len(ids) > config.budget(role):
             return f"the {role}'s prompt has {len(ids):,} tokens, over {config.budget(role):,}"
     return None
 
@@ -106,9 +106,9 @@ def findings(config: ContextConfig, rows: Sequence[Row], source: str) -> list[Fi
 def lengths(config: ContextConfig, rows: Sequence[Row]) -> list[Finding]:
     """Told of prompts over budget: of all rows a fault."""
     found = []
-    for role in ("student", "teacher"):
-        counts = [len(row.prompts[role]) for row in rows if role in row.prompts]
-        name = f"contexts.{role}_max_tokens = {config.budget(role):,}"
+    for role in rows[0].prompts:  # of all rows, as each could be asked
+        counts = [len(row.prompts[role]) for row in rows]
+        name = f"contexts.{config.budget_field(role)} = {config.budget(role):,}"
         over = [count for count in counts if count > config.budget(role)]
         if not over:
             continue

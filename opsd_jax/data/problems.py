@@ -200,14 +200,15 @@ class TableProblems:
         solution = ""
         answers: tuple[str, ...] = ("",)
         if self.solution_column is not None:
-            solution = self._text(place, row, "solution")
+            solution = self._text(place, row, "solution", find(row, self.solution_column))
         if self.answer_column is not None:
             answers = self._answers(place, row)
         used = [
             getattr(self, f"{name}_column") for name in ("question", "solution", "answer", "id")
         ]
+        given_id = find(row, self.id_column)
         return Problem(
-            id=default_id if find(row, self.id_column) is None else self._text(place, row, "id"),
+            id=default_id if given_id is None else self._text(place, row, "id", given_id),
             question=self._question(place, row),
             solution=solution,
             answer=answers[0],
@@ -218,9 +219,10 @@ class TableProblems:
     def _question(self, place: str, row: dict[str, Any]) -> Question:
         """Text, also for a conversation of one turn; else the turns up to the user's last."""
         name, column = type(self).__name__, self.question_column
-        turns = self._turns(place, column, find(row, column))
+        value = find(row, column)
+        turns = self._turns(place, column, value)
         if turns is None:
-            return self._text(place, row, "question")
+            return self._text(place, row, "question", value)
         if turns[-1].role == "assistant":
             if column not in (self.solution_column, self.answer_column):
                 raise UserError(
@@ -275,10 +277,9 @@ class TableProblems:
             )
         return answer
 
-    def _text(self, place: str, row: dict[str, Any], field: str, value: Any = None) -> str:
-        """The text of the column that stands for `field`; numbers only where they make sense."""
+    def _text(self, place: str, row: dict[str, Any], field: str, value: Any) -> str:
+        """The text of a value of the column for `field`; numbers only where they make sense."""
         name, column = type(self).__name__, getattr(self, f"{field}_column")
-        value = find(row, column) if value is None else value
         if field == "id" and is_number(value):
             value = scalar_text(value)
         if field != "id" and (turns := self._turns(place, column, value)):

@@ -12,8 +12,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
-import tensorflow_datasets as tfds
-
 from opsd_jax.data import grading
 from opsd_jax.data.builder import ProblemBuilder, generated_problems
 from opsd_jax.data.numbers import plain_number, read_number
@@ -173,7 +171,6 @@ class ReasoningGymBuilder(ProblemBuilder):
     """Writes the records of one `ReasoningGym` source; use `ReasoningGym.load`."""
 
     name = "reasoning_gym"
-    VERSION = tfds.core.Version("1.0.0")
 
 
 def _create(name: str, params: dict[str, Any]) -> Any:

@@ -292,10 +292,10 @@ def fits(config: ContextConfig, problem: Problem, name: str, ids: Sequence[int])
     """Whether a prompt is within its budget; a UserError if not and `too_long` is "error"."""
     budget = config.budget(name)
     if len(ids) > budget and config.too_long == "error":
-        field = "teacher_max_tokens" if role_of(name) == "teacher" else "student_max_tokens"
         raise UserError(
             f"problem {problem.id!r}: the {name} prompt has {len(ids)} tokens, over "
-            f"contexts.{field} = {budget}; raise it, or set contexts.too_long = 'drop'"
+            f"contexts.{config.budget_field(name)} = {budget}; raise it, or set "
+            "contexts.too_long = 'drop'"
         )
     return len(ids) <= budget
 

@@ -72,8 +72,9 @@ def leaves(row: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator
 
 
 def is_number(value: object) -> TypeGuard[int | float | Decimal]:
-    found = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    return found and math.isfinite(value)  # type: ignore[arg-type]
+    if isinstance(value, int):  # of any size, also one that no float can be
+        return not isinstance(value, bool)
+    return isinstance(value, float | Decimal) and math.isfinite(value)
 
 
 def scalar_text(value: object) -> object:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from opsd_jax.errors import UserError
@@ -35,12 +35,14 @@ def hub_files(
       UserError: it cannot be fetched, or has none, or several to choose from.
     """
 
-    def choose(listing: Listing) -> list[str]:
-        files = [file for file in listing.sizes if not _is_hidden(file)]
-        return _chosen(name, source, files, listing.configs, subset, split, suffixes)
-
     found: list[str] = []
-    folder = fetch("dataset", name, lambda listing: found.extend(choose(listing)) or found)  # type: ignore[func-returns-value]
+
+    def choose(listing: Listing) -> list[str]:
+        files = [file for file in listing.sizes if not is_hidden(PurePosixPath(file))]
+        found.extend(_chosen(name, source, files, listing.configs, subset, split, suffixes))
+        return found
+
+    folder = fetch("dataset", name, choose)
     return [folder / file for file in found]
 
 
@@ -163,5 +165,6 @@ def _fits(file: str, pattern: str) -> bool:
     return is_folder or fnmatch.fnmatchcase(file, pattern)
 
 
-def _is_hidden(file: str) -> bool:
-    return any(part.startswith(".") for part in file.split("/"))
+def is_hidden(path: PurePath) -> bool:
+    """Editors and file managers leave copies in `.ipynb_checkpoints` and `._name`."""
+    return any(part.startswith(".") for part in path.parts)

@@ -197,7 +197,6 @@ def _value(value: Any, feature: Any, place: str, column: str) -> Any:
     if hasattr(feature, "int2str"):
         return feature.int2str(int(value))
     if isinstance(value, float | np.floating):
-        return float(
-            str(np.dtype(feature.np_dtype).type(value))
-        )  # 0.1 of a float32, not 0.10000000149
+        # 0.1 of a float32, not 0.10000000149
+        return float(str(np.dtype(feature.np_dtype).type(value)))
     return value.item() if isinstance(value, np.generic) else value

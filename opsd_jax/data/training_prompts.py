@@ -80,8 +80,8 @@ class TrainingPrompts:
             problem = problems[i]
             ids = [render(config, tokenizer, problem, name) for name in self.names]
             kept = [np.array(row, np.int32) for row in ids if row is not None]
-            fits = len(kept) == len(ids) and (after is None or after.has_room(problem))
-            self._rows[problem.id] = tuple(kept) if fits else None
+            has_room = len(kept) == len(ids) and (after is None or after.has_room(problem))
+            self._rows[problem.id] = tuple(kept) if has_room else None
         fitting = [row for row in self._rows.values() if row is not None]
         longest = [max((len(row[n]) for row in fitting), default=1) for n in range(len(self.names))]
         shown = [] if after else fitting
@@ -167,10 +167,9 @@ class AfterPrompts:
 
     def _num_attempts(self, name: str) -> int:
         """How many texts of a rollout a context shows at most."""
-        found = self._config.shows(name)
-        if name == "teacher" and self._config.teacher_fallback is not None:
-            found |= self._config.shows("teacher_fallback")
-        return len(found & {"attempt", "feedback", "sibling", "wrong_sibling"})
+        shown = map(self._config.shows, self._config.alternatives(name))
+        texts = {"attempt", "feedback", "sibling", "wrong_sibling"}
+        return len(frozenset().union(*shown) & texts)
 
     def _try(self, problem: Problem) -> list[int] | None:
         """Lengths of the contexts around attempts of a digit; None where one has no room."""
@@ -178,11 +177,8 @@ class AfterPrompts:
         groups = [Group((own, right, wrong), 0) for own in (right, wrong)]  # of unlike verdicts
         config, lengths = self._config, []
         for name in self.names:
-            asked = [name]
-            if name == "teacher" and config.teacher_fallback is not None:
-                asked.append("teacher_fallback")
             longest = 1
-            for each, group in itertools.product(asked, groups):
+            for each, group in itertools.product(config.alternatives(name), groups):
                 # A function is the user's own, and is called with what has happened.
                 known = "student" if callable(config.template(each)) else each
                 try:

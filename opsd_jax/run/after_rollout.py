@@ -50,9 +50,6 @@ class AfterRollout:
       group_size: G adjacent rows answer one problem.
       mesh: of the run.
       teachers: all contexts of the teacher in order, "teacher" and its views.
-
-    Raises:
-      UserError: the rows of a group would lie on several processes.
     """
 
     def __init__(

@@ -55,8 +55,9 @@ def make_batch(contexts: ContextConfig, tokenizer: Tokenizer, problems: Iterable
             ids = render(contexts, tokenizer, problem, role)
             if ids is None:
                 raise UserError(
-                    f"problem {problem.id!r}: its {role} prompt is over contexts.{role}_max_tokens "
-                    f"= {contexts.budget(role)}; raise it, or leave the problem out"
+                    f"problem {problem.id!r}: its {role} prompt is over "
+                    f"contexts.{contexts.budget_field(role)} = {contexts.budget(role)}; raise it, "
+                    "or leave the problem out"
                 )
             rows.append(ids)
         padded, lengths = pad(rows, max(map(len, rows)), tokenizer.pad_id)

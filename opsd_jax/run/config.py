@@ -391,8 +391,9 @@ def _record(scope: str, selector: str, values: dict[str, Any]) -> None:
 @contextmanager
 def _quiet_gin() -> Iterator[None]:
     """Gin logs an error for every search path that it merely probes."""
+    before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)

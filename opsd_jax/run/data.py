@@ -7,10 +7,11 @@ is left out, the answer and the grade of the reference. It needs the tokenizer a
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from opsd_jax.data.problems import ProblemSet
 from opsd_jax.data.tokenizer import Tokenizer, quoted
 from opsd_jax.errors import UserError
 from opsd_jax.run.config import load_experiment
-from opsd_jax.run.experiment import Experiment
+from opsd_jax.run.experiment import Experiment, tokenizer_of
 
 MOST_ROWS = 1000  # that are rendered and graded, evenly spread; all are loaded
 _MOST_CHARACTERS = 4000  # of a prompt that is shown
@@ -51,9 +52,9 @@ def data_command(gin_files: Sequence[str], bindings: Sequence[str], num: int = 3
     found: list[Finding] = []
     with tempfile.TemporaryDirectory(prefix="opsd_data_") as cache:
         parts = [*parts_of(experiment, cache)]
-    for part in parts:
-        found += inspect(experiment, tokenizer, part, num)
-    found += shared_questions(parts)
+        for part in parts:
+            found += inspect(experiment, tokenizer, part, num)
+        found += shared_questions(parts)
     found += [Finding(text) for text in notices(experiment, tokenizer)]
     if not found:
         _print("nothing to change was found")
@@ -62,21 +63,6 @@ def data_command(gin_files: Sequence[str], bindings: Sequence[str], num: int = 3
     if faults := [finding for finding in found if finding.is_fault]:
         raise UserError(f"{faults[0].text}" + f" ({len(faults)} faults)" * (len(faults) > 1))
     return found
-
-
-def tokenizer_of(source: Any) -> Tokenizer:
-    """The tokenizer of a model source; no weights are read.
-
-    Raises:
-      UserError: it has none by itself.
-    """
-    load = getattr(source, "load_tokenizer", None)
-    if load is None:
-        raise UserError(
-            f"train.model = @{type(source).__name__}() has no method load_tokenizer(), which "
-            "`opsd data` needs"
-        )
-    return load()
 
 
 def parts_of(experiment: Experiment, cache: str) -> Iterator[Part]:
@@ -147,8 +133,7 @@ def as_text(experiment: Experiment, tokenizer: Tokenizer, row: Row) -> str:
     contexts, problem = experiment.training_contexts, row.problem
     lines = [f"\n== {problem.id}"]
     for role, ids in row.prompts.items():
-        limit = f" of {contexts.budget(role):,}" if role != "evaluation" else ""
-        lines.append(f"-- {role}: {len(ids):,} tokens{limit}")
+        lines.append(f"-- {role}: {len(ids):,} tokens of {contexts.budget(role):,}")
         lines += [f"   | {line}" for line in _cut(shown_ids(tokenizer, ids)).split("\n")]
     if row.error:
         lines.append(f"-- cannot be asked: {row.error}")
@@ -240,15 +225,14 @@ def shown_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     def text(some: Sequence[int]) -> str:
         if inner is None:
             return tokenizer.decode(some)
-        return inner.decode(list(some), clean_up_tokenization_spaces=False)
+        return inner.decode(some, clean_up_tokenization_spaces=False)
 
     pieces: list[str] = []
-    start = 0
-    for end, token in enumerate([*ids, None]):
-        if token is None or token in controls:
-            pieces.append(_printable(text(ids[start:end])) if start < end else "")
-            pieces.append("" if token is None else f"«{_printable(text([token]))}»")
-            start = end + 1
+    for is_control, some in itertools.groupby(ids, controls.__contains__):
+        if is_control:
+            pieces += [f"«{_printable(text([token]))}»" for token in some]
+        else:
+            pieces.append(_printable(text(list(some))))
     return "".join(pieces)
 
 

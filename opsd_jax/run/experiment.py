@@ -45,6 +45,21 @@ class BaseSource(Protocol):
         """Parameters on the mesh; `cache_dir` may keep what was costly to make."""
 
 
+def tokenizer_of(source: BaseSource) -> Tokenizer:
+    """The tokenizer of a model source; no weights are read.
+
+    Raises:
+      UserError: it has none by itself.
+    """
+    load = getattr(source, "load_tokenizer", None)
+    if load is None:
+        raise UserError(
+            f"train.model = @{type(source).__name__}() has no method load_tokenizer(), which "
+            "`opsd data` needs"
+        )
+    return load()
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One run.
@@ -241,11 +256,8 @@ class Experiment:
         """The weight of a sampled token is pS(y) / q(y), and its mean is over all y."""
         if not self.divergence.weighs_importance:
             return
-        asks = (
-            "name 'sampled_token'"
-            if self.divergence.name == "sampled_token"
-            else ("importance_clip")
-        )
+        one_token = self.divergence.name == "sampled_token"
+        asks = "name 'sampled_token'" if one_token else "importance_clip"
         if not self.train.completions.generates:
             raise UserError(
                 f"divergence.{asks} needs completions that were sampled: set train.completions to "
@@ -256,7 +268,7 @@ class Experiment:
                 "divergence.importance_clip weighs by the probability with which a token was "
                 "sampled, and a greedy rollout samples none: set rollout.temperature above 0"
             )
-        if self.divergence.name == "sampled_token" and not self.rollout.covers_vocabulary:
+        if one_token and not self.rollout.covers_vocabulary:
             raise UserError(
                 "divergence.name 'sampled_token' is biased where some tokens are never sampled: "
                 "set rollout.temperature above 0, rollout.top_k = 0, rollout.top_p = 1.0, "

@@ -36,7 +36,7 @@ from opsd_jax.run.assembly import (
     split_trainable,
     teacher_variables,
 )
-from opsd_jax.run.experiment import Base, Experiment
+from opsd_jax.run.experiment import Base, Experiment, tokenizer_of
 
 # The experiment of a config.gin; `config.load_run`, as only config.py knows gin.
 ReadConfig = Callable[[str], Experiment]
@@ -152,7 +152,7 @@ class FinishedRun:
     step: int | None = None
 
     def load_tokenizer(self) -> Tokenizer:
-        return self.read(str(local(self.workdir) / "config.gin")).train.model.load_tokenizer()  # type: ignore[attr-defined]
+        return tokenizer_of(self.read(str(local(self.workdir) / "config.gin")).train.model)
 
     def load(self, mesh: Mesh, rules: Rules, cache_dir: str, say: Callable[[str], None]) -> Base:
         workdir = local(self.workdir)

@@ -191,14 +191,14 @@ def decoding_bytes(
     config = method.model.config
     if not method.completions.generates or method.external or config.num_experts:
         return None  # which experts a batch wakes is not known here
-    rollout = method.rollout
-    weight_bytes = {"int8": 1}.get(rollout.weights or "", weight_bytes)
-    weights = products(config)
+    rollout, weights = method.rollout, products(config)
     prompts, n = writer_prompts(method, lengths), lengths.completion
     cached = seen(config, prompts + n) - seen(config, prompts)
-    value_bytes = np.dtype("float32").itemsize
+    value_bytes = 4
     if (rollout.dtype or config.dtype) == "bfloat16":
         value_bytes, weight_bytes = 2, min(weight_bytes, 2)
+    if rollout.weights == "int8":
+        weight_bytes = 1
     entry = 2 * config.num_kv_heads * config.head_dim * value_bytes
     steps = int(np.max(n, initial=0))
     whole = (weights.layers + weights.head) * weight_bytes + weights.adapters * 4

@@ -35,8 +35,6 @@ def generate_command(
 
     A run answers in its evaluation context, a model in the chat template's.
     """
-    if "" in stop:
-        raise UserError("--stop must not be empty")
     if workdir:
         # Late: a model from files needs no gin.
         from opsd_jax.run.config import load_run

@@ -58,9 +58,9 @@ def make_absolute(config: Mapping[tuple[str, str], dict[str, Any]]) -> None:
     for (_, selector), values in config.items():
         module, _, name = selector.rpartition(".")
         for field, value in values.items() if module == "opsd_jax" else ():
-            if repr(value).startswith("%"):  # a macro
-                macro = config.get((repr(value)[1:], "gin.macro"), {})
-                macro |= {"value": absolute_path(name, field, macro.get("value"))} if macro else {}
+            if repr(value).startswith("%"):
+                if macro := config.get((repr(value)[1:], "gin.macro")):
+                    macro["value"] = absolute_path(name, field, macro["value"])
             else:
                 values[field] = absolute_path(name, field, value)
 

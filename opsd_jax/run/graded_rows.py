@@ -50,12 +50,9 @@ def row_grader(problems: ProblemSet, tokenizer: Tokenizer, grade: GradeAll) -> G
         ]
         answered = [i for i, problem in enumerate(asked) if problem.answer]
         found = grade([asked[i] for i in answered], [texts[i] for i in answered])
-        columns = (
-            [given.value for given in found],
-            [float(given.outcome != "graded") for given in found],
-        )
         rows = np.full((2, len(asked)), np.nan)
-        rows[:, answered] = columns
+        rows[0, answered] = [given.value for given in found]
+        rows[1, answered] = [given.outcome != "graded" for given in found]
         rewards, failed = (gathered_rows(mine, row, len(numbers)) for row in rows)
         said = dict(zip(answered, (given.feedback for given in found), strict=True))
         attempts = {

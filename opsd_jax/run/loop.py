@@ -23,6 +23,7 @@ from opsd_jax.data.tokenizer import Tokenizer
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.evaluate import Evaluator
 from opsd_jax.evaluation.generations import Generation
+from opsd_jax.evaluation.runs import ACCURACY
 from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.host.guard import Guard, forget_verdict, write_verdict
 from opsd_jax.host.metrics import MetricWriters
@@ -43,7 +44,6 @@ from opsd_jax.run.graded_rows import GradeAll, grade_metrics, row_grader
 from opsd_jax.run.meter import Meter
 from opsd_jax.run.stepping import Taken, make_step, rollout_timer, to_batch
 
-BEST_METRIC = "eval/student/accuracy"
 _BEFORE_LEARNING = (
     "no step was taken before it, so look at the settings of divergence, at functions of your own "
     "and at the model's weights"
@@ -143,8 +143,9 @@ class Loop:
             if settings.eval_every_steps and due(number, settings.eval_every_steps, last):
                 self.finish(taken, batch)
                 evaluated = self.evaluate(number, state)
-            save = due(number, settings.checkpoint_every_steps, last or stop)
-            save = save or self.is_best(evaluated) or self._time_to_save.said()
+            save = self.is_best(evaluated)  # asked at each evaluation, which it remembers
+            save = save or due(number, settings.checkpoint_every_steps, last or stop)
+            save = save or self._time_to_save.said()
             if evaluated or save:
                 self.report(waiting, evaluated)
                 waiting = None
@@ -200,7 +201,7 @@ class Loop:
 
     def is_best(self, evaluated: dict[str, float]) -> bool:
         """Whether this evaluation beats all before it in this process; it is then remembered."""
-        accuracy = evaluated.get(BEST_METRIC, -np.inf)
+        accuracy = evaluated.get(ACCURACY, -np.inf)
         better = accuracy > self._best
         self._best = max(self._best, accuracy)
         return better
@@ -239,17 +240,13 @@ class Loop:
         metrics = {name: float(value) for name, value in found.items()}
         step_s = self.meter.read()
         self.watchdog.beat()
-        if not np.isfinite(metrics["loss/objective"]) or not np.isfinite(
-            metrics["optim/grad_norm"]
-        ):
-            raise UserError(
-                f"step {step.number}: loss {metrics['loss/objective']}, gradient norm "
-                f"{metrics['optim/grad_norm']}; "
-                + (_AFTER_LEARNING if step.number > 1 else _BEFORE_LEARNING)
-            )
+        loss, grad_norm = metrics["loss/objective"], metrics["optim/grad_norm"]
+        if not (np.isfinite(loss) and np.isfinite(grad_norm)):
+            advice = _AFTER_LEARNING if step.number > 1 else _BEFORE_LEARNING
+            raise UserError(f"step {step.number}: loss {loss}, gradient norm {grad_norm}; {advice}")
         tokens = int(metrics.pop("rollout/tokens"))
         self.tokens_total += tokens
-        metrics |= {"rollout/tokens_total": self.tokens_total}
+        metrics["rollout/tokens_total"] = self.tokens_total
         if step.number % self.experiment.train.log_every_steps and not evaluated:
             return
         if step.taken.rollout_s is not None:

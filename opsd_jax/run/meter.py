@@ -45,12 +45,11 @@ class Throughput:
           step_s: of the whole step.
         """
         found: dict[str, float] = {}
-        update_s = step_s - rollout_s
-        if self._method.completions.generates and rollout_s > 0:
+        generates = self._method.completions.generates
+        update_s = step_s - rollout_s if generates else step_s
+        if generates and rollout_s > 0:
             found["time/rollout_tokens_per_s_per_chip"] = tokens / rollout_s / self._num_devices
             found |= self._bandwidth(lengths, rollout_s)
-        if not self._method.completions.generates:
-            update_s = step_s
         if update_s > 0:
             read = np.sum(lengths.student + lengths.completion)
             read -= np.sum(repeated(self._method, lengths.student))

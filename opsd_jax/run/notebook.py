@@ -67,7 +67,8 @@ class TrainingRun(Run):
         path = newest(folder) if step is None else folder / f"step_{step:06d}.jsonl"
         if path is None or not path.exists():
             known = sorted(int(p.stem.removeprefix("step_")) for p in folder.glob("step_*.jsonl"))
-            raise UserError(f"{folder} has no samples of step {step}; it has steps {known}")
+            which = "" if step is None else f" of step {step}"
+            raise UserError(f"{folder} has no samples{which}; it has steps {known}")
         return read_json_lines(path)
 
     @cached_property

@@ -65,10 +65,7 @@ def _commits(names: Mapping[str, Kind]) -> dict[str, str]:
             found = {name: commit_of(kind, name) for name, kind in names.items()}
         except UserError as error:
             refusal = error
-    if jax.process_count() > 1:
-        refuse_together(refusal, ", ".join(names))
-    elif refusal is not None:
-        raise refusal
+    refuse_together(refusal, ", ".join(names))
     return json.loads(text_of_first_process(json.dumps(found)))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rollouts for `opsd tokens`: a few problems asked, answered and graded as in a training step."""
+"""Rollouts for `opsd tokens` and `opsd probe`: asked, answered and graded as in a training step."""
 
 from __future__ import annotations
 
@@ -65,13 +65,10 @@ def shown_rows(run: Restored, problems: ProblemSet, num: int, seed: int, grade: 
         after = AfterPrompts(contexts, tokenizer, problems, run.experiment.rollout.max_new_tokens)
         size = run.experiment.train.group_size
     chosen, prompts = asked_problems(contexts, tokenizer, problems, num)
-    arrays = {
-        f"{name}_{part}": values
-        for name, rows in prompts.items()
-        for part, values in zip(
-            ("ids", "length"), pad(rows, max(map(len, rows)), tokenizer.pad_id), strict=True
-        )
-    }
+    arrays: dict[str, Any] = {}
+    for name, ids in prompts.items():
+        padded, lengths = pad(ids, max(map(len, ids)), tokenizer.pad_id)
+        arrays |= {f"{name}_ids": padded, f"{name}_length": lengths}
     batch = jax.tree.map(jnp.asarray, to_batch(arrays, size, contexts.teachers))
     batch, completion = sample(run, batch, seed)
     texts = [tokenizer.decode(ids) for ids in said_ids(completion)]
@@ -151,7 +148,7 @@ def asked_problems(
     return chosen, prompts
 
 
-def sample(run: Restored, batch: Batch, seed: int = 0) -> tuple[Batch, Completion]:
+def sample(run: Restored, batch: Batch, seed: int) -> tuple[Batch, Completion]:
     """The batch with all that the teacher reads, and the student's rollouts on the host."""
     method = run.parts.method
     compiled = jax.jit(partial(_sampled, method.model, method.rollout, method.reasoner))

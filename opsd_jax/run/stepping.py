@@ -94,7 +94,7 @@ def rollout_timer(parts: Assembly) -> Callable[[TrainState, Batch], float]:
 def to_batch(
     rows: dict[str, Any], group_size: int = 1, teachers: Sequence[str] = ("teacher",)
 ) -> Batch:
-    """The pipeline's arrays as the contexts of a step, each problem `group_size` times.
+    """The pipeline's arrays as the contexts of a step, each problem `group_size` times, adjacent.
 
     Args:
       rows: arrays by name.
@@ -102,24 +102,17 @@ def to_batch(
       teachers: names of the teacher's contexts; the student's stands for one that is built after
         the rollout, until then.
     """
-    rows = repeat_rows(rows, group_size)
+    if group_size > 1:
+        rows = {name: np.repeat(values, group_size, axis=0) for name, values in rows.items()}
 
     def context(name: str) -> Context:
         return Context(rows[f"{name}_ids"], rows[f"{name}_length"], group_size)
 
     known = [name if f"{name}_ids" in rows else "student" for name in teachers]
     teacher, *views = map(context, known)
-    named = "reference_ids" in rows
     return Batch(
         student=context("student"),
         teacher=teacher,
-        reference=context("reference") if named else None,
+        reference=context("reference") if "reference_ids" in rows else None,
         views=tuple(views),
     )
-
-
-def repeat_rows(rows: dict[str, Any], group_size: int) -> dict[str, Any]:
-    """Every row `group_size` times, copies adjacent."""
-    if group_size == 1:
-        return rows
-    return {name: np.repeat(values, group_size, axis=0) for name, values in rows.items()}

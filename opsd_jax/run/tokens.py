@@ -111,35 +111,32 @@ def added_text(tokenizer: Tokenizer, whole: Sequence[int], parts: Sequence[int],
     return "" if text.endswith("\ufffd") else text
 
 
-def text_before(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[int, int]]:
-    """(start, end) for every token t: ids[start:end] reads as whole text, ids[end:t] as none yet.
-
-    Only the last token that gave text is kept before `end`: enough for a leading space.
-    """
-    spans = []
-    start = end = 0
-    for t, token in enumerate(ids):
-        spans.append((start, end))
-        if added_text(tokenizer, ids[start:end], ids[end:t], token):
-            start, end = end, t + 1
-    return spans
-
-
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """The text that each token adds to those before it.
 
     A token that ends inside a character adds nothing; the one that completes it adds the whole
     character, and the last token adds what was never completed. Joined, they are the decoded text.
     """
-    spans = text_before(tokenizer, ids)
-    texts = [
-        added_text(tokenizer, ids[start:end], ids[end:t], token)
-        for t, ((start, end), token) in enumerate(zip(spans, ids, strict=True))
-    ]
-    if spans:
-        start, end = spans[-1]
-        texts[-1] = tokenizer.decode(ids[start:])[len(tokenizer.decode(ids[start:end])) :]
-    return texts
+    return [text for text, _, _ in _texts_and_before(tokenizer, ids)]
+
+
+def _texts_and_before(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, int, int]]:
+    """(text, start, end) for every token t: ids[start:end] reads as whole text, ids[end:t] as none.
+
+    Only the last token that gave text is kept before `end`: enough for a leading space.
+    """
+    found = []
+    start = end = 0
+    for t, token in enumerate(ids):
+        text = added_text(tokenizer, ids[start:end], ids[end:t], token)
+        found.append((text, start, end))
+        if text:
+            start, end = end, t + 1
+    if found:
+        _, start, end = found[-1]
+        rest = tokenizer.decode(ids[start:])[len(tokenizer.decode(ids[start:end])) :]
+        found[-1] = (rest, start, end)
+    return found
 
 
 def token_rows(
@@ -158,10 +155,10 @@ def _row(
     tokenizer: Tokenizer, found: TokenComparison, ids: list[int], stopped: bool
 ) -> list[dict[str, Any]]:
     names = "divergence student_logps teacher_logps student_entropy teacher_entropy".split()
-    texts, spans = token_texts(tokenizer, ids), text_before(tokenizer, ids)
+    read = _texts_and_before(tokenizer, ids)
 
     def top(t: int, side_ids: Any, side_probs: Any) -> list[list[Any]]:
-        start, end = spans[t]
+        _, start, end = read[t]
         return [
             [token, added_text(tokenizer, ids[start:end], ids[end:t], token), _number(prob)]
             for token, prob in zip(side_ids[t].tolist(), side_probs[t], strict=True)
@@ -170,7 +167,7 @@ def _row(
     return [
         {
             "id": token,
-            "text": texts[t],
+            "text": read[t][0],
             "stop": stopped and t == len(ids) - 1,
             **{name: _number(getattr(found.terms, name)[t]) for name in names},
             "student_top": top(t, found.student_ids, found.student_probs),

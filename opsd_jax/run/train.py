@@ -14,7 +14,7 @@ import jax
 from opsd_jax.data.grader_pool import GraderPool
 from opsd_jax.data.problems import ProblemSet
 from opsd_jax.errors import UserError
-from opsd_jax.evaluation.runs import Run, read_run
+from opsd_jax.evaluation.runs import ACCURACY, Run, read_run
 from opsd_jax.host.bucket_checkpoint import checkpoints_of
 from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.host.chips import compile_clock
@@ -22,7 +22,7 @@ from opsd_jax.host.compilation_cache import kept_programs
 from opsd_jax.host.config_text import first_difference
 from opsd_jax.host.files import read_metrics, read_text, write_whole
 from opsd_jax.host.goodput import Goodput
-from opsd_jax.host.guard import VERDICT, Guard
+from opsd_jax.host.guard import VERDICT, Guard, replayed
 from opsd_jax.host.heap import compilers_memory_returned
 from opsd_jax.host.identity import OWN_CODE, identity_of, own_code_parts
 from opsd_jax.host.lock import only_writer
@@ -45,7 +45,7 @@ from opsd_jax.run.assembly import (
 from opsd_jax.run.experiment import Base, Experiment
 from opsd_jax.run.graded_rows import GradeAll
 from opsd_jax.run.inputs import load_inputs
-from opsd_jax.run.loop import BEST_METRIC, Loop, saved
+from opsd_jax.run.loop import Loop, saved
 from opsd_jax.run.meter import Meter, Throughput
 from opsd_jax.run.pins import pinned
 
@@ -109,7 +109,7 @@ def prepare(
     check_batch(settings.batch_size, settings.num_micro_batches, mesh)
     require_packages(settings.tensorboard, settings.wandb)
     kept = settings.keep_checkpoints
-    checkpoints = stack.enter_context(checkpoints_of(workdir, kept, BEST_METRIC, say))
+    checkpoints = stack.enter_context(checkpoints_of(workdir, kept, ACCURACY, say))
     identity = identity_of(workdir, checkpoints.meta())
     identity.tell_versions(say)
     read = load_inputs(experiment, workdir, say, identity, stack)
@@ -242,11 +242,8 @@ def guard_of(experiment: Experiment, workdir: Path, start: int) -> Guard:
 
     Process 0 drops the later lines, maybe after another process has read them here.
     """
-    guard = Guard(experiment.guard)
-    for line in read_metrics(workdir / "metrics.jsonl") if start else []:
-        if line["step"] <= start:
-            guard.see(line)
-    return guard
+    lines = read_metrics(workdir / "metrics.jsonl") if start else []
+    return replayed(experiment.guard, (line for line in lines if line["step"] <= start))
 
 
 def start_or_resume(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows in the published columns, made here; nothing is downloaded."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -52,8 +53,11 @@ ROWS = {
 
 def write(path: Path, *rows: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
     if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text(lines)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines.encode()))
     else:
         pyarrow.parquet.write_table(pa.Table.from_pylist(list(rows)), path)
 
@@ -71,7 +75,7 @@ def test_published_rows_become_problems(name, tmp_path):
     assert problems.grade(problem, f"so \\boxed{{{answer}}}") == 1.0
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
 def test_rows_alone_will_do(suffix, tmp_path):
     write(tmp_path / f"mine{suffix}", ROWS["aime24"][1])
     for other in (".jsonl", ".parquet"):  # what a notebook leaves beside them

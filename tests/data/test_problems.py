@@ -48,6 +48,13 @@ def test_rows_without_id_are_named_by_their_place(write):
     assert [p.id for p in loaded.problems] == ["rows.jsonl:1", "rows.jsonl:3"]
 
 
+def test_numbers_that_no_float_holds_are_read_whole(write):
+    for number in ("9" * 400, "0." + "3" * 1500):
+        row = json.dumps(ROW)[:-1] + f', "n": {number}}}'
+        loaded = JsonlProblems(write(row.replace('"2"', number)), grader="exact").load()
+        assert loaded[0].answer == loaded[0].columns["n"] == number
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -61,13 +68,14 @@ def test_rows_without_id_are_named_by_their_place(write):
         (ROW | {"answer": {}}, r"rows.jsonl:2: `answer` must be text.*dict"),
         (ROW | {"answer": []}, r"rows.jsonl:2: `answer` is empty"),
         (ROW | {"answer": ["1", {}]}, r"rows.jsonl:2: `answer` must be text.*list"),
-        (ROW | {"answer": ["1", None]}, r"rows.jsonl:2: `answer`"),
+        (ROW | {"answer": ["1", None]}, r"rows.jsonl:2: `answer` is empty"),
         (ROW | {"question": []}, r"rows.jsonl:2: `question` is empty"),
         (ROW, r"rows.jsonl:2: the id 'a' occurs a second time"),
         ("{", r"rows.jsonl:2: not a line of JSON [(]Expecting .* at character [0-9][)]"),
         ("[1, 2]", r"rows.jsonl:2: a line must be a JSON object.*list"),
         ("[" * 100_000, r"rows.jsonl:2: not a line of JSON"),
         ('{"answer": ' + "9" * 10_000 + "}", r"rows.jsonl:2: not a line of JSON"),
+        ('{"answer": 1.' + "3" * 5000 + "}", r"rows.jsonl:2: not a line of JSON .*5,001 digits"),
         ('{"id": "b", "question": "\\ud800"}', r"rows.jsonl:2: the row has no `solution`"),
         (json.dumps(ROW | {"question": "\ud800"}), r"rows.jsonl:2: `question` is not valid Uni"),
         (json.dumps(ROW | {"answer": float("nan")}), r"rows.jsonl:2: `answer` must be text.*float"),
@@ -296,6 +304,9 @@ def test_numbers_of_parquet_files(tmp_path):
     rows = [ROW | {"answer": decimal.Decimal("1.50")}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert ParquetProblems(path).load()[0].answer == "1.5"
+    narrow = pyarrow.array([0.1, None], pyarrow.float32())
+    pyarrow.parquet.write_table(pyarrow.table({"question": ["Q", "R"], "answer": narrow}), path)
+    assert ParquetProblems(path, solution_column=None, stop=1).load()[0].answer == "0.1"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROW | {"answer": float("inf")}]), path)
     with pytest.raises(UserError, match="rows.parquet:1: `answer` must be text.*float"):
         ParquetProblems(path).load()

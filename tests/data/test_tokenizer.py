@@ -268,6 +268,14 @@ def test_a_question_cannot_open_a_turn_and_a_solution_cannot_end_one():
         assert tokenizer.decode(ids) == problem.solution
 
 
+def test_views_may_be_a_list_as_gin_writes_one():
+    """Rendering hashes the config, whose special tokens it keeps."""
+    tokenizer, problem = HFTokenizer(byte_tokenizer()), Problem("p", "q", "s", "a")
+    as_list, as_tuple = (ContextConfig(views=kind(["answer"])) for kind in (list, tuple))
+    ids = prompt_ids(as_list, tokenizer, problem, "views[0]")
+    assert ids == prompt_ids(as_tuple, tokenizer, problem, "views[0]")
+
+
 def test_special_tokens_of_the_config_are_special_tokens():
     tokenizer = HFTokenizer(byte_tokenizer())
     config = ContextConfig(student="{question}<|im_end|>", special_tokens="error")

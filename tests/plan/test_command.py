@@ -174,7 +174,7 @@ def test_the_floor_has_a_groups_prompt_once_where_a_device_has_the_group(
     for each in (whole, groups):
         parts = parts_of(each, config, jax.devices()[:devices])
         parts = parts._replace(model=Decoder(dataclasses.replace(config, remat=REMATS[-1])))
-        seconds = step_seconds(parts, lengths, Peak(1e9, 1e30), [], lambda one: 1.0, None)
+        seconds = step_seconds(parts, lengths, Peak(1e9, 1e30), [], lambda one: 1.0, None, None)
         found.append((seconds.rollout * devices * 1e9, offload_seconds(parts, lengths, 1.0)))
     prefill = forward_flops(parts.method.model.config, lengths.student, 0 * lengths.student)
     saved = prefill * (1 - 1 / times)

@@ -2,6 +2,7 @@
 import ast
 import dataclasses
 import inspect
+import logging
 import os
 import re
 from pathlib import Path
@@ -301,6 +302,15 @@ def test_the_nearest_field_is_the_one_that_was_meant(name):
 def test_braces_of_mathematics_are_no_placeholder():
     template = "{answer}: $x^{n}$, \\boxed{answer}, {} and {1}"
     assert References(template).template == template
+
+
+def test_what_a_script_has_silenced_stays_silent():
+    logging.disable(logging.INFO)
+    try:
+        load_experiment(QUICKSTART)
+        assert logging.root.manager.disable == logging.INFO
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def test_a_missing_file_is_named():

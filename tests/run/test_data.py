@@ -109,6 +109,11 @@ MISTAKES = {
         ["contexts.student_max_tokens = 20"],
         r"all 8 rows are over contexts.student_max_tokens = 20: .* raise it to \d+",
     ),
+    "held-out prompts too long, all of them": (
+        rows(),
+        [*HELDOUT, "contexts.evaluation = '{question} " + "Think. " * 200 + "'"],
+        "all 8 rows are over contexts.student_max_tokens = 1,024: the evaluation's prompts have up",
+    ),
     "a grader that reads no box": (
         rows(),
         ["JsonlProblems.grader = 'exact'"],
@@ -193,8 +198,29 @@ def test_a_model_source_without_a_tokenizer_is_told(folder):
         "import gin\n@gin.configurable\nclass Own:\n"
         "    def load(self, mesh, rules, cache_dir, say):\n        pass\n"
     )
-    with pytest.raises(UserError, match="has no method load_tokenizer"):
-        data_command(["a.gin"], ["import own", "train.model = @Own()"])
+    own = ["import own", "train.model = @Own()"]
+    (folder / "run").mkdir()
+    (folder / "run" / "config.gin").write_text("\n".join([GIN, *own]))
+    of_its_run = ["train.model = @FinishedRun()", "FinishedRun.workdir = 'run'"]
+    for bindings in (own, of_its_run):
+        with pytest.raises(UserError, match="@Own.. has no method load_tokenizer"):
+            data_command(["a.gin"], bindings)
+
+
+def test_problems_may_be_read_from_the_cache_when_they_are_looked_at(folder, capsys):
+    (folder / "lazy_rows.py").write_text(
+        "import gin, pathlib\nfrom opsd_jax.data.problems import Problem\n"
+        "@gin.configurable\nclass Lazy:\n"
+        "    def load(self, cache_dir):\n"
+        "        self.file = pathlib.Path(cache_dir) / 'questions'\n"
+        "        self.file.write_text('What is 1 + 1?')\n        return self\n"
+        "    def __len__(self):\n        return 2\n"
+        "    def __getitem__(self, i):\n"
+        "        return Problem(str(i), f'{i}: {self.file.read_text()}', f'One and {i}.', '2')\n"
+        "    def grade(self, problem, completion):\n        return 1.0\n"
+    )
+    data_command(["a.gin"], ["import lazy_rows", "train.problems = @Lazy()"])
+    assert "train.problems = @Lazy(): 2 problems, 2 looked at" in capsys.readouterr().out
 
 
 def test_ids_of_a_tokenizer_without_special_tokens():

@@ -17,6 +17,7 @@ from opsd_jax.evaluation.runs import ACCURACY, TOKENS
 from opsd_jax.host.chips import compile_clock
 from opsd_jax.run.gin_text import gin_lines
 from opsd_jax.run.loop import Loop
+from opsd_jax.run.notebook import TrainingRun
 from tests.run.test_train import QUICKSTART, TINY
 
 SMALL = [*TINY, "evaluate.greedy = False", "evaluate.roles = ('student',)"]  # few programs
@@ -199,6 +200,12 @@ def test_plot_draws_every_point_and_a_band_over_seeds(workdir):
     assert labels == ["ours (2 runs)", "other"] and len(figure.axes[0].collections) == 1
 
 
+def test_a_run_that_was_never_evaluated_has_no_samples(tmp_path):
+    run = TrainingRun(tmp_path, None, "", [])
+    with pytest.raises(opsd_jax.UserError, match=r"has no samples; it has steps \[\]"):
+        run.samples()
+
+
 def test_plot_names_the_extra(workdir, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(opsd_jax.UserError, match=r"needs matplotlib: pip install '\.\[plot\]'"):
@@ -207,10 +214,13 @@ def test_plot_names_the_extra(workdir, monkeypatch):
 
 def test_a_batch_by_hand_says_which_prompt_is_too_long():
     problems = opsd_jax.ChainArithmetic(num_problems=3).load(None)
-    templates = dict(student="{question}?", teacher="{question}|{solution}?")
-    contexts = opsd_jax.ContextConfig(**templates, evaluation="{question}?", teacher_max_tokens=9)
-    with pytest.raises(opsd_jax.UserError, match="contexts.teacher_max_tokens = 9"):
-        opsd_jax.make_batch(contexts, opsd_jax.ChainTokenizer(), problems)
+    asks, tells = dict.fromkeys(("student", "evaluation"), "{question}?"), "{question}|{solution}?"
+    teacher, view = {"teacher": tells}, {"teacher": "{question}?", "views": (tells,)}
+    for templates, name in ((teacher, "teacher"), (view, r"views\[0\]")):
+        contexts = opsd_jax.ContextConfig(**asks, **templates, teacher_max_tokens=9)
+        told = f"its {name} prompt is over contexts.teacher_max_tokens = 9"
+        with pytest.raises(opsd_jax.UserError, match=told):
+            opsd_jax.make_batch(contexts, opsd_jax.ChainTokenizer(), problems)
     model = opsd_jax.Decoder(opsd_jax.ModelConfig(37, 1, 8, 1, 1, 8, 8))
     variables = opsd_jax.random_variables(model, jax.random.key(0))
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables))

@@ -20,6 +20,7 @@ import opsd_jax
 from opsd_jax.data.problems import LoadedProblems, Problem
 from opsd_jax.errors import UserError
 from opsd_jax.evaluation.evaluate import Prompt
+from opsd_jax.evaluation.runs import ACCURACY
 from opsd_jax.host import metrics as metrics_module
 from opsd_jax.host.checkpoint import Checkpoints
 from opsd_jax.host.checkpoint_record import read_record
@@ -31,7 +32,7 @@ from opsd_jax.main import main
 from opsd_jax.run import inputs as inputs_module
 from opsd_jax.run import train as train_module
 from opsd_jax.run.config import load_experiment
-from opsd_jax.run.loop import BEST_METRIC
+from opsd_jax.run.loop import Loop
 from opsd_jax.testbed.world import ChainTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -274,7 +275,7 @@ def test_the_base_of_a_run_is_evaluated_as_step_0(whole, capsys):
 @pytest.mark.slow
 def test_the_best_step_is_that_of_held_out_accuracy(whole, monkeypatch, capsys):
     for best in (4, None):  # of two equals the latest is the best, and here all are
-        steps = {BEST_METRIC: best}
+        steps = {ACCURACY: best}
         monkeypatch.setattr(Checkpoints, "best_step", lambda self: steps[self._best_metric])  # noqa: B023
         assert main(["eval", f"--workdir={whole}", "--step=best"]) == (0 if best else 2)
     out, err = capsys.readouterr()
@@ -358,6 +359,25 @@ def test_a_guarded_run_ends_and_leaves_the_best_checkpoint(tmp_path, capsys):
     assert main(command(tmp_path, *alarm[:4], *alarm[5:], *further)) == 0
     assert not (tmp_path / "guard.json").exists()
     assert lines_of(tmp_path)[-1]["step"] == steps[-1] + 1
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_saved_when_due_and_of_what_beats_all_before(tmp_path, monkeypatch):
+    accuracies, saved = [0.1, 0.5, 0.9, 0.7, 0.2], []
+
+    def evaluate(self, number, state):
+        self.evaluated = {ACCURACY: accuracies[number]}
+        return self.evaluated
+
+    def save(self, step, *rest, _save=Checkpoints.save):
+        saved.append(step)
+        return _save(self, step, *rest)
+
+    monkeypatch.setattr(Loop, "evaluate", evaluate)
+    monkeypatch.setattr(Checkpoints, "save", save)
+    often = ("train.num_steps = 4", "train.eval_every_steps = 1")
+    assert main(command(tmp_path, *often, "train.checkpoint_every_steps = 2")) == 0
+    assert saved == [1, 2, 4]  # 1 is better than all before, 2 and 4 are due; 3 is neither
 
 
 def test_a_resumed_guard_has_not_seen_what_is_taken_back(tmp_path):

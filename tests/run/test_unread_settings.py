@@ -27,6 +27,8 @@ GRPO = ("train.objective = @PolicyGradient()", "train.group_size = 8")
     (("contexts.views = ('answer',)",), "contexts.views has no effect"),
     (("contexts.views = ('answer',)", "divergence.target = @target_mean"), None),
     (("contexts.teacher_fallback = 'answer'",), "contexts.teacher_fallback has no effect"),
+    (("contexts.teacher_fallback = 'answer'", "contexts.teacher = '{question} {hint}'"), None),
+    (("contexts.teacher_fallback = 'answer'", "contexts.teacher = @own_solution"), None),
     ((*GRPO, "divergence.name = 'reverse_kl'"), "train.objective has no @Distillation()"),
     ((*GRPO, "divergence.name = 'reverse_kl'", "PolicyGradient.shape = @rlsd"), None),
 ])  # fmt: skip
