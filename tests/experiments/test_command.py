@@ -16,7 +16,8 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 @pytest.fixture
 def called(monkeypatch, tmp_path, capsys):
     """Calls a script with flags; gives what it says and nothing else."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    for folder in (EXPERIMENTS / "rules", EXPERIMENTS):  # rules.py adds its own but once
+        monkeypatch.syspath_prepend(str(folder))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a_file").touch()
     kept = jax.config.jax_compilation_cache_dir
