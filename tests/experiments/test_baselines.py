@@ -50,7 +50,7 @@ QUICKSTART = str(EXPERIMENTS / "quickstart.gin")
 CLASSICS = ("grpo", "dr_grpo", "dapo", "sft")
 CURVED = [*BASELINES, *(path for path in METHOD_FILES if path.stem in CLASSICS)]
 # Those need another model, or a package and a finished run.
-OUTSIDE = ("opsdc", "opsrd", "gkd", "tinker_opd")
+OUTSIDE = ("opsdc", "opsrd", "sd_zero", "gkd", "tinker_opd")
 SLOW = [
     pytest.param(path, marks=pytest.mark.slow)
     for path in METHOD_FILES
@@ -188,11 +188,11 @@ def test_every_method_runs_two_steps(path, tmp_path):
 def test_methods_of_another_model_run_two_steps(name, tmp_path):
     """Their own teacher, or their own world of chats, in small."""
     path = EXPERIMENTS / "methods" / f"{name}.gin"
-    if name in ("opsdc", "opsrd"):
+    if name in ("opsdc", "opsrd", "sd_zero"):
         config = tiny_config(vocab_size=264, num_layers=1)
         tokenizer = HFTokenizer(byte_tokenizer())
         save_pretrained(str(tmp_path / "model"), config, tiny_variables(config), tokenizer)
-        rows = ({"question": f"q{i}", "answer": f"{i}"} for i in range(9))
+        rows = ({"question": f"q{i}", "answer": f"{i}"} for i in range(16))
         (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         own = [
             f"PretrainedModel.path = '{tmp_path}/model'",
