@@ -26,10 +26,10 @@ def called(monkeypatch, tmp_path, capsys):
 
     def call(line: str) -> tuple[int, str]:
         name, *flags = line.split()
-        with gin.unlock_config():  # Another file of this worker may have read a config.
-            script = importlib.import_module(name)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
-        with pytest.raises(SystemExit) as end:
+        # Another file of this worker may have read a config; scripts import some modules late.
+        with gin.unlock_config(), pytest.raises(SystemExit) as end:
+            script = importlib.import_module(name)
             script.command.call(script.main)
         told = capsys.readouterr()
         return end.value.code, told.out + told.err
